@@ -1,0 +1,134 @@
+"""What every backend of tensor functions provides, and the one step of work it is given.
+
+It must not know models, requests, schedulers or files, and imports no other package of the project.
+
+Letters in names are axes: T tokens of the step, N sequences, B pages per sequence, R wanted positions, P page size,
+D model width, H query heads, G key/value heads, E head width, F half of the rotated width, L layers, V vocabulary.
+
+Every backend is **batch-invariant**: the bits of a token's result depend on that token and its context alone, never on
+the other tokens of the step, on how the prompt was cut into steps, on which pages it lives in, or on the number of
+threads. tests/cpu/test_kernels_ref.py states this as tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step as tensors, all on the kernels' device. Sequence n owns tokens start[n]:start[n+1], at consecutive
+    positions that end at length[n] - 1. No sequence is empty."""
+
+    ids_T: Tensor  # int64
+    pos_T: Tensor  # int64, position of each token in its sequence
+    slot_T: Tensor  # int64, page * P + offset: where the token's key and value are written
+    start_N1: Tensor  # int64, from 0 to T
+    table_NB: Tensor  # int32, page of positions [b*P, (b+1)*P), padded with 0 which is never read as such
+    length_N: Tensor  # int64, positions with key and value after this step
+    out_R: Tensor  # int64, indices into T of the positions whose hidden state is needed
+
+
+class KV(Protocol):
+    """Keys and values of all layers in pages. The inner layout is the backend's secret."""
+
+    @property
+    def num_pages(self) -> int: ...
+
+    @property
+    def page_size(self) -> int: ...
+
+
+class Kernels(Protocol):
+    """The functions a model is made of. Activations are contiguous; norms and softmax are computed in float32."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def new_kv(
+        self, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> KV:
+        """Allocate 2 * L * pages * P * G * E numbers, unwritten. The page size must divide 256."""
+        ...
+
+    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> object:
+        """Prepare a weight of N outputs and K inputs for `linear`. The backend may keep or copy the tensors."""
+        ...
+
+    def linear(self, x_TK: Tensor, packed: object) -> Tensor:
+        """Return x · weightᵀ + bias as [T, N] in the dtype of x. T may be 0."""
+        ...
+
+    def logits(self, x_RD: Tensor, packed: object) -> Tensor:
+        """Return `linear` as float32 [R, V]: a backend may keep more digits here than `linear` does."""
+        ...
+
+    def embedding(self, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
+        """Return the rows of the table as [T, D]."""
+        ...
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """Divide each row by its root mean square and scale it; any leading axes. The weight is float32."""
+        ...
+
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Return (rms_norm(x + residual), x + residual). The sum is rounded to the dtype of x before the norm."""
+        ...
+
+    def rope(self, x_THE: Tensor, pos_T: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> Tensor:
+        """Rotate pairs (i, i + F) of each head by the tables' row of its position; E - 2F trailing numbers stay.
+
+        The tables are float32 and reach over every position that may be asked for.
+        """
+        ...
+
+    def write_kv(self, kv: KV, layer: int, k_TGE: Tensor, v_TGE: Tensor, slot_T: Tensor) -> None:
+        """Store keys and values in their slots. Slots of one call are distinct."""
+        ...
+
+    def plan(self, batch: Batch, kv: KV) -> object:
+        """Work out once per step what `attention` needs in every layer. Valid for this batch alone."""
+        ...
+
+    def attention(
+        self, q_THE: Tensor, kv: KV, layer: int, plan: object, scale: float, window: int = 0, softcap: float = 0.0
+    ) -> Tensor:
+        """Each token attends to the positions p of its sequence with pos - window < p <= pos (window 0: no lower end).
+
+        Scores are q·k * scale, then softcap * tanh(score / softcap) where a cap is given. H is a multiple of G;
+        query head h reads key/value head h // (H / G). The step's own keys and values must have been written.
+        Positions are counted in tiles of 256 from 0; a tile's partial uses its own maximum and partials are folded
+        left to right. Memory of positions that a token may not see never reaches its result, whatever is in it.
+        """
+        ...
+
+    def silu_mul(self, x_T2D: Tensor) -> Tensor:
+        """Return silu(first half) * second half of each row."""
+        ...
+
+    def gelu_mul(self, x_T2D: Tensor) -> Tensor:
+        """Return gelu(first half) * second half of each row, gelu in its tanh form."""
+        ...
+
+    def move_blocks(self, kv: KV, moves_M3: Tensor) -> None:
+        """For each row (src, dst, tokens), in order, copy the first `tokens` positions of page src to page dst, in
+        every layer. The moves are int64 on the CPU."""
+        ...
+
+
+def load(name: str, device: str = "cpu", threads: int | None = None) -> Kernels:
+    """Return the backend of that name on a device ("cpu", "cuda", "cuda:1"). ValueError for a name nobody knows.
+
+    `threads` sets the number of CPU threads of the whole process; None leaves it alone.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if name == "ref":
+        from shoal.kernels.ref import RefKernels
+
+        return RefKernels(torch.device(device))
+    raise ValueError(f"unknown kernels {name!r}: known are 'ref'")

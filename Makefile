@@ -1,0 +1,48 @@
+# Needs Python 3.11 or newer and a C++ compiler. Everything lands in $(VENV); `rm -rf .venv` starts afresh.
+PYTHON ?= python3
+VENV ?= .venv
+# An index to take torch from, for example https://download.pytorch.org/whl/cpu on a machine without an NVIDIA driver.
+TORCH_INDEX ?=
+DEMO ?= demo
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet
+BUILT := pyproject.toml constraints.txt CMakeLists.txt $(wildcard shoal/kernels/csrc/*)
+TESTS ?= tests
+# The tests compare numbers, not times: one thread each, one worker for each core.
+WORKERS ?= auto
+
+.PHONY: run test check bench prove gpu clean
+
+run: $(VENV)/.installed
+	$(BIN)/python tools/demo.py --folder $(DEMO)
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -q -rs -n $(WORKERS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.bench_frame
+
+prove: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.prove
+
+gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/cuda -q -rs
+
+$(VENV)/.installed: $(BUILT)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): the first time this downloads torch and its friends."
+	$(if $(TORCH_INDEX),$(PIP) torch -c constraints.txt --index-url $(TORCH_INDEX))
+	$(PIP) -e . -c constraints.txt
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]' -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf build dist $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis

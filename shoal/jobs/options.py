@@ -1,0 +1,117 @@
+"""What the user asked of a job, checked and with its defaults. It must not know how the job is carried out."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from shoal.core.errors import UsageError
+
+STDIN = Path("-")
+
+
+class Order(Enum):
+    """In which order rows are computed and written."""
+
+    PLAN = "plan"  # computed in the order that shares most, written in input order
+    INPUT = "input"  # computed and written in input order
+    FINISH = "finish"  # computed in the order that shares most, written as they finish
+
+
+class Device(Enum):
+    """Where the model runs."""
+
+    AUTO = "auto"  # a CUDA card when there is one
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Weights(Enum):
+    """In which numbers the weights are kept and multiplied."""
+
+    AUTO = "auto"  # as the checkpoint has them: fp32 stays fp32, fp16 and bf16 become bf16
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+@dataclass(frozen=True, slots=True)
+class FailureBudget:
+    """How many failed lines end the job: a share of all lines, or a count. Neither: no limit."""
+
+    share: float | None = None
+    count: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> FailureBudget:
+        """From "1%", "0.5%" or "100"; a UsageError for anything else. "0" allows none."""
+        if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip()):
+            share = float(match[1]) / 100
+            if share <= 1:
+                return cls(share=share)
+        elif re.fullmatch(r"\d+", text.strip()):
+            return cls(count=int(text))
+        raise UsageError(f"--max-failures {text!r} is neither a count nor a share: write 100 or 1%")
+
+    def exceeded(self, failed: int, total: int) -> bool:
+        """Whether `failed` of `total` lines are more than the user allows."""
+        if self.count is not None:
+            return failed > self.count
+        return self.share is not None and failed > self.share * total
+
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from "2GB", "512MiB" or "1000000"; a UsageError for anything else, zero included."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
+    size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
+    if size <= 0:
+        raise UsageError(f"--memory {text!r} is not a size: write 2GB, 512MiB or a number of bytes")
+    return size
+
+
+def parse_body(text: str) -> dict[str, object]:
+    """Request fields for rows that do not set them, from a JSON object; a UsageError for anything else."""
+    try:
+        body = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--body is not JSON ({error}): write for example '{{\"max_tokens\": 64}}'") from error
+    if not isinstance(body, dict):
+        raise UsageError("--body must be a JSON object, for example '{\"max_tokens\": 64}'")
+    return body
+
+
+@dataclass(frozen=True, slots=True)
+class JobOptions:
+    """One job, as asked for on the command line or in Python."""
+
+    input: Path  # STDIN is standard input
+    output: Path
+    model: str = ""  # a folder or a hub id; "" is the embedded model
+    prompt: str | None = None  # template over a plain row's columns, as '{text}'
+    chat: bool = False  # the prompt (or a plain row's messages) goes through the model's chat template
+    body: dict[str, object] = field(default_factory=dict)  # request fields for rows that do not set them
+    order: Order = Order.PLAN
+    memory: int | None = None  # bytes for keys and values; None: what the machine has to spare
+    step_tokens: int = 256  # at most so many tokens in one step; more is faster for long prompts, less for short answers
+    device: Device = Device.AUTO
+    weights: Weights = Weights.AUTO
+    threads: int = 0  # of the kernels; 0: the cores this process may use
+    seed: int = 0  # decides the seed of rows that bring none
+    max_failures: FailureBudget = FailureBudget()
+    strict: bool = False  # a malformed line, or one that names another model, ends the job before it starts
+    restart: bool = False  # forget the state of an earlier run and begin again
+    overwrite: bool = False  # an output file without a state folder may be replaced
+    openai: bool = False  # plain rows come back in the OpenAI shape too
+    one_file: bool = False  # failed lines go into the output file, not into one of their own
+    quiet: bool = False  # nothing on the terminal but errors
+
+    def __post_init__(self) -> None:
+        if self.step_tokens < 1:
+            raise UsageError(f"--step-tokens {self.step_tokens} is too small: a step holds at least one token")
+        if self.threads < 0:
+            raise UsageError(f"--threads {self.threads} is not a number of threads: leave it out for all cores")

@@ -1,0 +1,169 @@
+"""The fields of a request's body: OpenAI's and vLLM's names, types and ranges, as msgspec structs.
+
+It must not know what a field does to the answer. A field of type None is one that this version cannot honour.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Raw
+
+INT64 = 2**63
+
+Probability = Annotated[float, Meta(gt=0.0, le=1.0)]
+Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+TopCount = Annotated[int, Meta(ge=0, le=20)]
+Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
+Word = Annotated[str, Meta(min_length=1)]
+Words = Annotated[list[Word], Meta(max_length=16)]
+TokenIds = Annotated[list[int], Meta(max_length=4096)]
+Empty = Annotated[list[Any], Meta(max_length=0)]
+NoObject = Annotated[dict[str, Any], Meta(max_length=0)]
+
+
+class TextFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The only answer format of this version."""
+
+    type: Literal["text"]
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of a message's content; only text is read."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    name: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    refusal: None = None
+    tool_calls: Empty | None = None
+    tool_call_id: None = None
+    function_call: None = None
+    audio: None = None
+    annotations: Raw = Raw()
+
+
+class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a chat and a completion have in common. None is the same as absent."""
+
+    model: str | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    max_tokens: Count | None = None
+    min_tokens: Count | None = None
+    temperature: Annotated[float, Meta(ge=0.0)] | None = None
+    top_p: Probability | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0.0)] | None = None
+    logit_bias: dict[int, Bias] | None = None
+    seed: Annotated[int, Meta(ge=-INT64, le=INT64 - 1)] | None = None
+    stop: Word | Words | None = None
+    stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    allowed_token_ids: Annotated[list[int], Meta(min_length=1)] | None = None
+    bad_words: Annotated[list[Word], Meta(max_length=1024)] | None = None
+    prompt_logprobs: TopCount | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    cache_salt: Word | None = None
+    # Refused unless they ask for nothing: honouring them in part would change what an answer means.
+    stream: bool | None = None
+    use_beam_search: bool | None = None
+    structured_outputs: NoObject | None = None
+    guided_json: None = None
+    guided_regex: None = None
+    guided_choice: None = None
+    guided_grammar: None = None
+    response_format: TextFormat | None = None
+    logits_processors: Empty | None = None
+    logprob_token_ids: Empty | None = None
+    prompt_embeds: None = None
+    thinking_token_budget: None = None
+    vllm_xargs: NoObject | None = None
+    kv_transfer_params: NoObject | None = None
+    repetition_detection: None = None
+    # Ignored: they change neither the tokens nor their number.
+    stream_options: Raw = Raw()
+    user: Raw = Raw()
+    metadata: Raw = Raw()
+    store: Raw = Raw()
+    service_tier: Raw = Raw()
+    safety_identifier: Raw = Raw()
+    prompt_cache_key: Raw = Raw()
+    prompt_cache_options: Raw = Raw()
+    prompt_cache_retention: Raw = Raw()
+    moderation: Raw = Raw()
+    priority: Raw = Raw()
+    request_id: Raw = Raw()
+    length_penalty: Raw = Raw()
+    early_stopping: Raw = Raw()
+    spaces_between_special_tokens: Raw = Raw()
+    guided_decoding_backend: Raw = Raw()
+    guided_whitespace_pattern: Raw = Raw()
+
+
+class ChatBody(Body, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: TopCount | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    echo: bool | None = None
+    tools: Empty | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    functions: Empty | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    documents: Empty | None = None
+    chat_template: None = None
+    web_search_options: None = None
+    verbosity: None = None
+    mm_processor_kwargs: NoObject | None = None
+    media_io_kwargs: NoObject | None = None
+    parallel_tool_calls: Raw = Raw()
+    prediction: Raw = Raw()
+    include_reasoning: Raw = Raw()
+
+
+class CompletionBody(Body, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of /v1/completions. The prompt is a text, texts, a list of token ids, or lists of token ids."""
+
+    prompt: str | list[str | int | list[int]]
+    logprobs: TopCount | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: Annotated[str, Meta(max_length=0)] | None = None
+
+
+UNSUPPORTED = frozenset(
+    "stream use_beam_search structured_outputs guided_json guided_regex guided_choice guided_grammar response_format"
+    " logits_processors logprob_token_ids prompt_embeds thinking_token_budget vllm_xargs kv_transfer_params"
+    " repetition_detection echo tools tool_choice functions function_call modalities audio documents chat_template"
+    " web_search_options verbosity mm_processor_kwargs media_io_kwargs suffix tool_calls tool_call_id refusal".split()
+)
+"""Fields that are known, and refused with any value that asks for something."""
+
+FIELDS = frozenset(ChatBody.__struct_fields__) | frozenset(CompletionBody.__struct_fields__)
+"""Every field that a body may have."""

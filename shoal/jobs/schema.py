@@ -1,0 +1,340 @@
+"""What one input line asks for: a RowSpec, or a RowError that says what to do about the line.
+
+It must not know the model: no tokens, no context length, no vocabulary.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, Literal
+
+import msgspec
+
+from shoal.core.errors import RowError
+from shoal.jobs.body import FIELDS, UNSUPPORTED, ChatBody, CompletionBody, Message
+from shoal.jobs.prompt import DEFAULT_PROMPT
+from shoal.jobs.settings import JobSettings
+
+LINE_LIMIT = 8 << 20  # bytes: a longer line is refused without being read into memory
+SEQUENCE_LIMIT = 16_384  # prompts times n of one row: one line must not become the whole job
+
+CHAT_URL = "/v1/chat/completions"
+COMPLETIONS_URL = "/v1/completions"
+TEMPLATE_NAMES = frozenset("messages tools add_generation_prompt continue_final_message chat_template tokenize".split())
+
+Endpoint = Literal["chat", "completions", "plain"]
+
+
+class RowSpec(msgspec.Struct, frozen=True):
+    """One row as asked, all checks done that need no model. A plain row's body is the one its columns made."""
+
+    custom_id: str | None  # None only for plain rows
+    endpoint: Endpoint
+    body: ChatBody | CompletionBody
+    request: bytes  # the request's own text: what ids are made from; for a retried line not the error line around it
+    columns: dict[str, Any] | None = None  # of a plain row
+    line: int | None = None  # the line it had in the file where it first failed
+
+    @property
+    def n(self) -> int:
+        """Answers wanted of each prompt."""
+        return self.body.n or 1
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Prompts of a completion, texts or token ids; empty for a chat, whose one prompt the template makes."""
+        return prompt_list(self.body.prompt) if isinstance(self.body, CompletionBody) else []
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The row's own limit of tokens to produce; None if it gives none."""
+        body = self.body
+        if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
+            return body.max_completion_tokens
+        return body.max_tokens
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Stop strings."""
+        stop = self.body.stop
+        return () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+
+    @property
+    def logprobs(self) -> int:
+        """Best alternatives wanted beside each produced token; -1: no log-probabilities at all."""
+        body = self.body
+        if isinstance(body, ChatBody):
+            return (body.top_logprobs or 0) if body.logprobs else -1
+        return -1 if body.logprobs is None else body.logprobs
+
+    @property
+    def echo(self) -> bool:
+        """Whether the prompt is given back before the answer."""
+        return bool(self.body.echo)
+
+    @property
+    def score_top(self) -> int:
+        """Best alternatives wanted beside each prompt token; -1: prompt tokens are not scored."""
+        wanted = -1 if self.body.prompt_logprobs is None else self.body.prompt_logprobs
+        return max(wanted, self.logprobs) if self.echo else wanted
+
+
+class _Failed(msgspec.Struct, frozen=True):
+    request: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    line: int | None = None
+
+
+class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    custom_id: str | None = None
+    method: str | None = None
+    url: str | None = None
+    body: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    x_shoal: _Failed | None = None
+    response: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    error: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    id: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+class _FailedRow(msgspec.Struct, frozen=True):
+    x_shoal: _Failed | None = None
+
+
+class _LooseEnvelope(_Envelope, frozen=True, forbid_unknown_fields=False):
+    """The same with anything beside it."""
+
+
+_envelope = msgspec.json.Decoder(_Envelope)
+_loose_envelope = msgspec.json.Decoder(_LooseEnvelope)
+_chat = msgspec.json.Decoder(ChatBody)
+_completion = msgspec.json.Decoder(CompletionBody)
+_object = msgspec.json.Decoder(dict[str, Any])
+_failed_row = msgspec.json.Decoder(_FailedRow)
+_text = msgspec.json.Decoder(str)
+
+_PATH = re.compile(r"^(?P<what>.*?)(?: - at (?P<path>.*))?$", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`")
+_ADVICE = {
+    ".role": "this version reads the roles system, developer, user and assistant",
+    ".type": "this version reads parts of text only",
+}
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+
+
+def parse_line(raw: bytes | None, settings: JobSettings) -> RowSpec:
+    """The row that a line describes; `raw` is the line without its end, None if it was longer than LINE_LIMIT.
+
+    Raises RowError for every line that is not a request this version can honour, whatever its bytes are.
+    """
+    if raw is None:
+        raise RowError(
+            f"the line is longer than {LINE_LIMIT >> 20} MiB: shorten the request, or split it into several lines",
+            "line_too_long",
+        )
+    try:
+        return _plain_row(raw, settings) if settings.plain else _request_row(raw, settings)
+    except msgspec.ValidationError as error:
+        raise explain(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _not_json(raw, error) from None
+    except RecursionError:  # raised by the decoder alone: it counts the depth of what it reads
+        raise RowError("the JSON is nested too deeply: flatten it", "invalid_json_line") from None
+
+
+def _request_row(raw: bytes, settings: JobSettings, line: int | None = None) -> RowSpec:
+    try:
+        envelope = _envelope.decode(raw)
+    except msgspec.ValidationError as error:
+        envelope = _lenient_envelope(raw, error)
+    if envelope.x_shoal is not None and line is None:
+        return _request_row(_inner(envelope.x_shoal), settings, envelope.x_shoal.line or 0)
+    if envelope.body is msgspec.UNSET and (
+        envelope.response is not msgspec.UNSET or envelope.error is not msgspec.UNSET
+    ):
+        raise RowError(
+            "this is a result line of another tool and does not hold the request it answers:"
+            f" give the original input lines instead (custom_id {envelope.custom_id!r})",
+            "request_missing",
+        )
+    url = _check_envelope(envelope)
+    body = envelope.body
+    assert isinstance(body, msgspec.Raw)
+    try:
+        parsed = _chat.decode(body) if url == CHAT_URL else _completion.decode(body)
+    except msgspec.ValidationError as error:
+        raise explain(error, "body") from None
+    row = RowSpec(envelope.custom_id, "chat" if url == CHAT_URL else "completions", parsed, raw, None, line or None)
+    _check(row, settings)
+    return row
+
+
+def _lenient_envelope(raw: bytes, error: msgspec.ValidationError) -> _Envelope:
+    """Fields beside the known ones are a user's own notes, unless they belong into the body."""
+    unknown = _UNKNOWN.match(str(error))
+    if unknown is None:
+        raise error
+    misplaced = sorted(set(_object.decode(raw)) & FIELDS - {"user", "metadata"})
+    if misplaced:
+        name = misplaced[0]
+        raise RowError(f"{name!r} stands beside body: move it into body", "unknown_field", name)
+    return _loose_envelope.decode(raw)
+
+
+def _inner(failed: _Failed) -> bytes:
+    """The request inside an error line; as text if it could not be parsed when it failed."""
+    if isinstance(failed.request, msgspec.UnsetType) or bytes(failed.request) == b"null":
+        raise RowError(
+            "this error line does not hold its request (it was too long): correct the line in the original input",
+            "request_missing",
+            "x_shoal.request",
+        )
+    request = bytes(failed.request)
+    return _text.decode(request).encode() if request.startswith(b'"') else request
+
+
+def _check_envelope(envelope: _Envelope) -> str:
+    """The url of a well-formed envelope."""
+    for name in ("custom_id", "method", "url", "body"):
+        if getattr(envelope, name) in (None, msgspec.UNSET):
+            raise RowError(
+                f"{name!r} is missing: every line needs custom_id, method, url and body", "missing_field", name
+            )
+    if envelope.method != "POST":
+        raise RowError(f"method is {envelope.method!r}: it must be 'POST'", "invalid_method", "method")
+    if envelope.url not in (CHAT_URL, COMPLETIONS_URL):
+        raise RowError(
+            f"url {envelope.url!r} is not supported by this version: use {CHAT_URL} or {COMPLETIONS_URL}",
+            "url_not_supported",
+            "url",
+        )
+    return envelope.url
+
+
+def _plain_row(raw: bytes, settings: JobSettings) -> RowSpec:
+    line = None
+    if b'"x_shoal"' in raw:
+        failed = _failed_row.decode(raw).x_shoal
+        if failed is not None:
+            raw, line = _inner(failed), failed.line
+    if raw.startswith(b"["):
+        raise RowError(
+            "this row has another number of fields than the header, or cannot be read: correct it in the input",
+            "malformed_row",
+        )
+    columns = _object.decode(raw)
+    stop = list(settings.stop) or None
+    body: ChatBody | CompletionBody
+    if settings.prompt is None and "messages" in columns:
+        body = msgspec.convert({"messages": columns["messages"], "stop": stop}, ChatBody)
+    elif settings.chat:
+        text = (settings.prompt or DEFAULT_PROMPT).fill(columns)
+        body = ChatBody(messages=[Message("user", text)], stop=stop)
+    else:
+        body = CompletionBody(prompt=(settings.prompt or DEFAULT_PROMPT).fill(columns), stop=stop)
+    return RowSpec(None, "plain", body, raw, columns, line)
+
+
+def _check(row: RowSpec, settings: JobSettings) -> None:
+    """What one field alone does not show."""
+    body = row.body
+    if settings.strict and body.model not in settings.names:
+        served = ", ".join(settings.names)
+        raise RowError(f"the model {body.model!r} does not exist; this job serves {served}", "model_not_found", "model")
+    for name in ("stream", "use_beam_search"):
+        if getattr(body, name):
+            raise _unsupported(name)
+    if isinstance(body, ChatBody):
+        _check_chat(row, body)
+    else:
+        _check_completion(row, body)
+    limit = row.max_tokens
+    if body.min_tokens and limit is not None and body.min_tokens > limit:
+        raise RowError(f"min_tokens {body.min_tokens} is more than max_tokens {limit}: lower it", param="min_tokens")
+    if limit == 0 and not row.echo:
+        raise RowError("max_tokens must be at least 1 (0 only with echo in /v1/completions)", param="max_tokens")
+
+
+def _check_chat(row: RowSpec, body: ChatBody) -> None:
+    if body.echo:
+        raise _unsupported("echo")
+    if body.top_logprobs and not body.logprobs:
+        raise RowError("top_logprobs needs logprobs: true", param="top_logprobs")
+    if body.continue_final_message and body.add_generation_prompt:
+        raise RowError(
+            "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
+        )
+    if body.continue_final_message and body.messages[-1].role != "assistant":
+        raise RowError("continue_final_message needs an assistant's message at the end", param="continue_final_message")
+    for name in body.chat_template_kwargs or ():
+        if name in TEMPLATE_NAMES:
+            raise RowError(f"chat_template_kwargs may not set {name!r}", param="chat_template_kwargs")
+
+
+def _check_completion(row: RowSpec, body: CompletionBody) -> None:
+    if body.best_of is not None and body.best_of != row.n:
+        raise RowError(
+            "best_of is not supported by this version: remove it, or set it to n", "not_supported", "best_of"
+        )
+    prompts = prompt_list(body.prompt)
+    if len(prompts) * row.n > SEQUENCE_LIMIT:
+        raise RowError(
+            f"{len(prompts)} prompts times n={row.n} is more than {SEQUENCE_LIMIT} answers in one line: split the line",
+            "too_many_tasks",
+            "prompt",
+        )
+
+
+def prompt_list(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """The prompts of a completion one by one. Raises RowError for an empty list and for a mixture of kinds."""
+    if isinstance(prompt, str):
+        return [prompt]
+    kinds = {type(item) for item in prompt}
+    if kinds == {int}:
+        return [prompt]  # type: ignore[list-item]  # all of it is ints
+    if kinds == {str} or kinds == {list}:
+        return prompt  # type: ignore[return-value]  # no ints in it
+    problem = "mixes texts and token ids" if kinds else "is empty"
+    raise RowError(f"prompt {problem}: give a text, texts, token ids, or lists of token ids", param="prompt")
+
+
+def explain(error: msgspec.ValidationError, inside: str = "") -> RowError:
+    """A decoder's complaint as a message for the person who wrote the line; `inside` is where the object stands."""
+    match = _PATH.match(str(error))
+    assert match is not None, error
+    what, path = match["what"], (match["path"] or "").strip("`").replace("key` in `", "")
+    param = path.replace("$", "").lstrip(".")
+    unknown = _UNKNOWN.match(what)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown[1], FIELDS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ", or correct its name"
+        where = ".".join(p for p in (inside, param) if p) or "the line"
+        return RowError(f"unknown field {unknown[1]!r} in {where}: remove it{hint}", "unknown_field", unknown[1])
+    if re.split(r"[.\[]", param)[-1 if param.startswith("messages") else 0] in UNSUPPORTED:
+        return _unsupported(param)
+    place = ".".join(p for p in (inside, param) if p) or "the line"
+    missing = _MISSING.match(what)
+    if missing is not None:
+        return RowError(f"{place}: {missing[1]!r} is missing: add it", "missing_field", missing[1])
+    advice = next((advice for end, advice in _ADVICE.items() if param.endswith(end)), "correct it")
+    return RowError(f"{place}: {what[0].lower()}{what[1:]}: {advice}", param=param or None)
+
+
+def _unsupported(name: str) -> RowError:
+    return RowError(
+        f"{name!r} is not supported by this version: remove it (the row is not answered, rather than answered wrongly)",
+        "not_supported",
+        name,
+    )
+
+
+def _not_json(raw: bytes, error: Exception) -> RowError:
+    if isinstance(error, UnicodeDecodeError):
+        return RowError(f"the line is not UTF-8 ({error.reason}): convert the file to UTF-8", "invalid_json_line")
+    if _SURROGATE.search(raw):
+        problem = "it may hold half of a surrogate pair (\\ud800 to \\udfff alone): write the character itself"
+    elif b"\0" in raw:
+        problem = "it holds NUL bytes: remove them"
+    else:
+        problem = "correct or remove the line"
+    return RowError(f"the line is not valid JSON ({error}): {problem}", "invalid_json_line")

@@ -11,10 +11,8 @@ import os
 import struct
 import zlib
 from array import array
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +34,8 @@ _CHUNK = 1 << 22  # bytes per read when the checksum is verified
 class ArenaWriter:
     """Appends prompts to a new arena file; `close` makes it valid. Left by an exception, the file stays torn."""
 
-    def __init__(self, path: Path, open_file: Callable[[Path], Any] | None = None) -> None:
-        """`open_file` opens a path for binary writing; the default buffers a megabyte."""
-        self._file = open_file(path) if open_file else open(path, "wb", buffering=1 << 20)
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb", buffering=1 << 20)
         self._crc = 0
         self.tokens = 0
 
@@ -65,7 +62,9 @@ class ArenaWriter:
     def __enter__(self) -> ArenaWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         else:

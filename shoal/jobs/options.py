@@ -97,7 +97,7 @@ class JobOptions:
     body: dict[str, object] = field(default_factory=dict)  # request fields for rows that do not set them
     order: Order = Order.PLAN
     memory: int | None = None  # bytes for keys and values; None: what the machine has to spare
-    step_tokens: int = 256  # at most so many tokens in one step; more is faster for long prompts, less for short answers
+    step_tokens: int | None = None  # at most so many tokens in one step; None: the engine's default
     device: Device = Device.AUTO
     weights: Weights = Weights.AUTO
     threads: int = 0  # of the kernels; 0: the cores this process may use
@@ -111,7 +111,7 @@ class JobOptions:
     quiet: bool = False  # nothing on the terminal but errors
 
     def __post_init__(self) -> None:
-        if self.step_tokens < 1:
+        if self.step_tokens is not None and self.step_tokens < 1:
             raise UsageError(f"--step-tokens {self.step_tokens} is too small: a step holds at least one token")
         if self.threads < 0:
             raise UsageError(f"--threads {self.threads} is not a number of threads: leave it out for all cores")

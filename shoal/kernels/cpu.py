@@ -22,7 +22,9 @@ def choose(environment: Mapping[str, str]) -> str:
     here = instruction_sets()
     wanted = environment.get("SHOAL_ISA", "")
     if wanted and wanted not in here:
-        raise ValueError(f"SHOAL_ISA={wanted}, but this machine runs only {', '.join(here)}: unset it or name one of these")
+        raise ValueError(
+            f"SHOAL_ISA={wanted}, but this machine runs only {', '.join(here)}: unset it or name one of these"
+        )
     return wanted or here[0]
 
 

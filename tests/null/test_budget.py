@@ -8,10 +8,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import click
-import typer
+from typer.core import TyperOption
 
-from shoal.cli import app
+from shoal.cli import build_command
 from shoal.core.config import EngineConfig
 from shoal.jobs.options import JobOptions
 
@@ -123,12 +122,8 @@ def test_nothing_is_left_for_later() -> None:
 
 
 def test_commands_have_few_flags() -> None:
-    group = typer.main.get_command(app)
-    assert isinstance(group, click.Group)
-    counts = {
-        command: sum(isinstance(p, click.Option) and p.name != "help" for p in group.commands[command].params)
-        for command in group.commands
-    }
+    commands = build_command().commands
+    counts = {name: sum(isinstance(p, TyperOption) for p in command.params) for name, command in commands.items()}
     assert counts and max(counts.values()) <= FLAGS, counts
 
 

@@ -55,7 +55,7 @@ OUTSIDE: dict[str, set[str]] = {
     "client": {"msgspec", "psutil"},
     "jobs": {"numpy", "msgspec", "pyarrow", "rich", "psutil", "jinja2"},
     "llm": {"torch", "numpy", "rich"},
-    "cli": {"typer", "click", "rich", "yaml"},
+    "cli": {"typer", "rich", "yaml"},
     "__main__": set(),
     "__init__": set(),
 }

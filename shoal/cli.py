@@ -1,0 +1,213 @@
+"""The command line: flags, environment and config file become JobOptions; errors become exit codes.
+
+It must not know how a job is run, and never loads torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+from typer.core import TyperGroup, TyperOption
+
+from shoal import __version__
+from shoal.core.errors import ShoalError
+from shoal.jobs.options import (
+    Device,
+    FailureBudget,
+    JobOptions,
+    Order,
+    Weights,
+    parse_body,
+    parse_bytes,
+)
+
+INTERRUPTED = 5
+PREFIX = "SHOAL_"
+
+app = typer.Typer(
+    name="shoal",
+    no_args_is_help=True,
+    add_completion=False,
+    help="Large batches of model work on your own hardware. Every flag is also SHOAL_FLAG_NAME in the environment "
+    "and flag_name: in the file of --config; the command line wins.",
+)
+
+
+def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Take the flags' defaults from a YAML file. A key that is no flag of the command is an error."""
+    if path is None:
+        return None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"cannot read {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"{path} must hold lines of the form flag_name: value")
+    known = {str(parameter.name) for parameter in ctx.command.params if parameter.name != "config"}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}"
+            raise typer.BadParameter(f"{path} has the unknown key {key!r}{hint}")
+    ctx.default_map = {**(ctx.default_map or {}), **values}
+    return path
+
+
+Input = Annotated[Path, typer.Option("--input", "-i", help="Rows: JSONL, CSV or Parquet; - is standard input.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Answers, in input order; run again to continue.")]
+Model = Annotated[str, typer.Option(help="Folder or hub id; without it, the small model that ships in the package.")]
+Prompt = Annotated[str | None, typer.Option(help="Prompt of plain rows over their columns: 'Summarize: {text}'.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Put plain rows through the model's chat template.")]
+Body = Annotated[str, typer.Option(help="Request fields for rows that lack them, as JSON: '{\"max_tokens\": 64}'.")]
+OrderFlag = Annotated[Order, typer.Option(help="plan: share most; input: as the file has them; finish: write at once.")]
+Memory = Annotated[str | None, typer.Option(help="Memory for keys and values: 2GB, 512MiB. Without it, what is free.")]
+StepTokens = Annotated[int | None, typer.Option(help="Most tokens in one step of the model.")]
+DeviceFlag = Annotated[Device, typer.Option(help="Where the model runs; auto takes a CUDA card when there is one.")]
+WeightsFlag = Annotated[Weights, typer.Option(help="Numbers of the weights; auto takes the checkpoint's.")]
+Threads = Annotated[int, typer.Option(help="Threads of the model; 0 is one for each core.")]
+Seed = Annotated[int, typer.Option(help="Decides the seed of rows that bring none.")]
+MaxFailures = Annotated[str | None, typer.Option(help="End the job after so many failed lines: 100 or 1%.")]
+Strict = Annotated[bool, typer.Option("--strict", help="A malformed line, or another model's name, ends the job.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Forget what an earlier run has answered.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that no job of ours has written.")]
+OpenAI = Annotated[bool, typer.Option("--openai", help="Write plain rows in the OpenAI batch shape too.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
+Config = Annotated[
+    Path | None, typer.Option(is_eager=True, callback=read_config, help="YAML file with flag_name: value.")
+]
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn our own errors, and an interruption, into a message and an exit code."""
+    try:
+        yield
+    except ShoalError as error:
+        typer.echo(f"shoal: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as interruption:
+        typer.echo("shoal: interrupted; run the same command again and it continues", err=True)
+        raise typer.Exit(INTERRUPTED) from interruption
+
+
+def answer(options: JobOptions) -> int:
+    """Run the job; its exit code."""
+    from shoal.jobs.run import run_job  # here, so that --help and report need not load what a job needs
+
+    return run_job(options)
+
+
+@app.command()
+def run(
+    input: Input,
+    output: Output,
+    model: Model = "",
+    prompt: Prompt = None,
+    chat: Chat = False,
+    body: Body = "{}",
+    order: OrderFlag = Order.PLAN,
+    memory: Memory = None,
+    step_tokens: StepTokens = None,
+    device: DeviceFlag = Device.AUTO,
+    weights: WeightsFlag = Weights.AUTO,
+    threads: Threads = 0,
+    seed: Seed = 0,
+    max_failures: MaxFailures = None,
+    strict: Strict = False,
+    restart: Restart = False,
+    overwrite: Overwrite = False,
+    openai: OpenAI = False,
+    quiet: Quiet = False,
+    config: Config = None,
+) -> None:
+    """Answer every line of a file. Run it again and it continues where it stopped."""
+    with exit_codes():
+        options = JobOptions(
+            input=input,
+            output=output,
+            model=model,
+            prompt=prompt,
+            chat=chat,
+            body=parse_body(body),
+            order=order,
+            memory=None if memory is None else parse_bytes(memory),
+            step_tokens=step_tokens,
+            device=device,
+            weights=weights,
+            threads=threads,
+            seed=seed,
+            max_failures=FailureBudget() if max_failures is None else FailureBudget.parse(max_failures),
+            strict=strict,
+            restart=restart,
+            overwrite=overwrite,
+            openai=openai,
+            quiet=quiet,
+        )
+        raise typer.Exit(answer(options))
+
+
+@app.command("run-batch")
+def run_batch(
+    input: Annotated[Path, typer.Option("--input-file", "--input", "-i", help="Rows in the OpenAI batch shape.")],
+    output: Annotated[Path, typer.Option("--output-file", "--output", "-o", help="Answers and errors, one file.")],
+    model: Annotated[str, typer.Option(help="Folder or hub id; the rows must name it.")],
+    config: Config = None,
+) -> None:
+    """As run, with the flags and the one output file of vLLM's command of that name."""
+    with exit_codes():
+        raise typer.Exit(answer(JobOptions(input=input, output=output, model=model, strict=True, one_file=True)))
+
+
+@app.command()
+def report(
+    output: Annotated[Path, typer.Argument(help="The output file of a job.")],
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say what happened in a job, with counts that add up."""
+    from shoal.jobs.report import print_report, read_report, to_json  # here, so that --help stays quick
+
+    with exit_codes():
+        found = read_report(output)
+        if json:
+            typer.echo(to_json(found))
+        else:
+            print_report(found, Console())
+        raise typer.Exit(1 if found.problems() else 0)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        typer.echo(f"shoal {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=show_version, help="Version.")] = False,
+) -> None:
+    """Hold what all commands share."""
+
+
+def build_command() -> TyperGroup:
+    """The commands, with every flag readable from the environment under its own name."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    for command in group.commands.values():
+        for parameter in command.params:
+            if isinstance(parameter, TyperOption) and parameter.name:
+                parameter.envvar = PREFIX + parameter.name.upper()
+                parameter.show_envvar = False
+    return group
+
+
+def main() -> None:
+    """Run the command line and leave with the exit codes of the README."""
+    build_command()(prog_name="shoal")

@@ -1,0 +1,205 @@
+"""What a running job shows on the terminal. It is told numbers and a clock, and must not know where they come from.
+
+With a terminal: three lines that change in place. Without: a line every few seconds. Quiet: warnings alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from shoal.jobs.units import count, duration, percent, size
+
+WINDOW = 15.0  # seconds over which rates are taken: long enough for a step of long prompts, short enough to follow
+LIVE_EVERY = 0.25  # seconds between pictures on a terminal
+PLAIN_EVERY = 5.0  # seconds between lines without one
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFacts:
+    """What is known before any model work."""
+
+    input: str
+    model: str
+    rows: int
+    bad: int  # lines that cannot be run; each ends in an error line
+    prompt_tokens: int
+    prompt_bound: int  # the fewest prompt tokens that can be computed, with every shared prefix computed once
+    kv_bytes: int
+    kv_tokens: int
+    seconds: float  # spent reading, checking, tokenizing and ordering
+    resumed: int = 0  # rows answered by an earlier run
+    device: str = "cpu"
+
+    def lines(self) -> list[str]:
+        """The plan in words, one fact a line."""
+        saved = self.prompt_tokens - self.prompt_bound
+        words = [
+            f"model   {self.model} on {self.device}",
+            f"input   {self.input}: {count(self.rows)} rows" + (f", {count(self.bad)} bad lines" if self.bad else ""),
+            f"plan    {count(self.prompt_tokens)} prompt tokens, {count(self.prompt_bound)} to compute: "
+            f"{percent(saved, self.prompt_tokens)} shared ({duration(self.seconds)})",
+            f"memory  {size(self.kv_bytes)} for {count(self.kv_tokens)} tokens of keys and values",
+        ]
+        if self.resumed:
+            words.append(f"resume  {count(self.resumed)} rows were answered by an earlier run")
+        return words
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A job at one moment. All counts are totals since this run began, rows apart."""
+
+    rows_total: int
+    rows_done: int  # ended one way or another, earlier runs included
+    rows_failed: int = 0
+    rows_written: int = 0
+    waiting_for: int | None = None  # the line that holds back the writer
+    tokens_in: int = 0  # prompt tokens of the rows served so far, computed or shared
+    tokens_out: int = 0
+    tokens_saved: int = 0  # of tokens_in, those that were shared instead of computed
+    work_done: int = 0  # tokens computed: prompts and answers
+    work_left: int = 0  # tokens still to compute: planned prompts and predicted answers
+    kv_used: int = 0  # bytes
+    kv_total: int = 0  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Tokens a second over the last few seconds, and what they say about the end."""
+
+    tokens_in: float = 0.0
+    tokens_out: float = 0.0
+    seconds_left: float = math.inf
+
+
+class Window:
+    """Rates over a sliding window. The clock is the caller's."""
+
+    def __init__(self, seconds: float = WINDOW) -> None:
+        self.seconds = seconds
+        self._seen: deque[tuple[float, Progress]] = deque()
+
+    def add(self, now: float, progress: Progress) -> Rates:
+        """The rates with `progress` seen at `now`; all zero, and the end unknown, until time has passed."""
+        self._seen.append((now, progress))
+        while len(self._seen) > 2 and self._seen[1][0] <= now - self.seconds:
+            self._seen.popleft()
+        begin, first = self._seen[0]
+        passed = now - begin
+        if passed <= 0:
+            return Rates(seconds_left=0.0 if not progress.work_left else math.inf)
+        work = (progress.work_done - first.work_done) / passed
+        left = 0.0 if not progress.work_left else progress.work_left / work if work > 0 else math.inf
+        return Rates(
+            (progress.tokens_in - first.tokens_in) / passed, (progress.tokens_out - first.tokens_out) / passed, left
+        )
+
+
+def rows_words(progress: Progress) -> str:
+    """Rows done, failed and written."""
+    words = f"{count(progress.rows_done)}/{count(progress.rows_total)} rows"
+    if progress.rows_failed:
+        words += f", {count(progress.rows_failed)} failed"
+    if progress.rows_written < progress.rows_done:
+        words += f", {count(progress.rows_written)} written"
+        if progress.waiting_for is not None:
+            words += f" (waiting for line {count(progress.waiting_for)})"
+    return words
+
+
+def token_words(progress: Progress, rates: Rates) -> str:
+    """Tokens a second in and out, and what sharing saved."""
+    saved = f"{count(progress.tokens_saved)} prompt tokens saved ({percent(progress.tokens_saved, progress.tokens_in)})"
+    return f"{count(rates.tokens_in)} tokens/s in, {count(rates.tokens_out)} out, {saved}"
+
+
+def memory_words(progress: Progress) -> str:
+    """How full the memory for keys and values is."""
+    return f"memory {size(progress.kv_used)} of {size(progress.kv_total)}"
+
+
+def left_words(rates: Rates) -> str:
+    """How long it will take, as far as anybody knows."""
+    return f"{duration(rates.seconds_left)} left" if math.isfinite(rates.seconds_left) else "time left unknown"
+
+
+def plain_line(progress: Progress, rates: Rates) -> str:
+    """Everything in one line, for logs."""
+    return "; ".join(
+        [rows_words(progress), token_words(progress, rates), memory_words(progress), left_words(rates)],
+    )
+
+
+def picture(progress: Progress, rates: Rates) -> Group:
+    """Everything in three lines, for a terminal."""
+    bar = Table.grid(padding=(0, 1))
+    bar.add_row(ProgressBar(total=max(progress.rows_total, 1), completed=progress.rows_done, width=30),
+                Text(rows_words(progress)))  # fmt: skip
+    return Group(bar, Text(token_words(progress, rates)), Text(f"{memory_words(progress)}, {left_words(rates)}"))
+
+
+class Display:
+    """The terminal of one job. Use it as a context; `show` may be called as often as one likes.
+
+    `clock` gives seconds that never go back. A console that is no terminal gets plain lines.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float], quiet: bool = False) -> None:
+        self.console = console
+        self.quiet = quiet
+        self._clock = clock
+        self._window = Window()
+        self._every = LIVE_EVERY if console.is_terminal else PLAIN_EVERY
+        self._due = -math.inf
+        self._live: Live | None = None
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def plan(self, facts: PlanFacts) -> None:
+        """Say what is about to happen."""
+        for line in facts.lines():
+            self.note(line)
+
+    def note(self, words: str) -> None:
+        """Say something once; nothing when quiet."""
+        if not self.quiet:
+            self.console.print(Text(words), soft_wrap=True)
+
+    def warn(self, words: str) -> None:
+        """Say something that matters even to those who asked for quiet."""
+        self.console.print(Text(f"warning: {words}", style="yellow"), soft_wrap=True)
+
+    def show(self, progress: Progress, last: bool = False) -> None:
+        """Take note of the job's progress and show it when it is time to, in any case the `last` time."""
+        now = self._clock()
+        if not last and now < self._due:
+            return
+        self._due = now + self._every
+        rates = self._window.add(now, progress)
+        if self.quiet:
+            return
+        if not self.console.is_terminal:
+            self.console.print(Text(plain_line(progress, rates)), soft_wrap=True)
+            return
+        if self._live is None:
+            self._live = Live(console=self.console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+            self._live.start()
+        self._live.update(picture(progress, rates), refresh=True)

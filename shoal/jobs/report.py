@@ -1,0 +1,209 @@
+"""What happened in a job: counts that must add up, as report.json and in words.
+
+It must not know how they were counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from shoal.core.errors import ShoalError, StateError
+from shoal.jobs.units import count, duration, percent, size
+
+NAME = "report.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Input lines by how they ended; blank lines are not among them."""
+
+    total: int = 0
+    ok: int = 0
+    failed: int = 0
+    expired: int = 0
+    cancelled: int = 0
+
+    @property
+    def ended(self) -> int:
+        return self.ok + self.failed + self.expired + self.cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens of the job. Computed = bound + recomputed, but for restarts and rows that cannot share."""
+
+    prompt: int = 0  # of all rows that could be run
+    prompt_bound: int = 0  # the fewest that can be computed: every shared prefix once, whatever the memory
+    prompt_computed: int = 0  # that were, prompt_recomputed included and prompt_last not
+    prompt_recomputed: int = 0  # of them, those computed before and lost to memory
+    prompt_last: int = 0  # last tokens of fully shared prompts, computed again because their hidden state is needed
+    output: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Where the time went. A job that was resumed adds up its runs."""
+
+    wall: float = 0.0
+    cpu: float = 0.0  # of all processes and threads
+    load: float = 0.0  # until the engine was ready
+    plan: float = 0.0  # reading, checking, tokenizing, ordering
+
+
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """Failed lines of one error code, with one of them as an example."""
+
+    count: int
+    line: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """report.json. Fields are only ever added."""
+
+    rows: Rows
+    tokens: Tokens = Tokens()
+    seconds: Seconds = Seconds()
+    steps: int = 0
+    peak_memory_bytes: int = 0  # the largest sum of resident memory over parent and engine
+    versions: dict[str, str] = field(default_factory=dict)
+    model: str = ""
+    input: str = ""
+    output: str = ""
+    files: dict[str, int] = field(default_factory=dict)  # written files and their lines
+    errors: dict[str, Failures] = field(default_factory=dict)  # by code
+    runs: int = 1  # times the job was started
+    engine_restarts: int = 0
+    finished: bool = True  # every row has ended and is written
+    exit_code: int = 0
+
+    def problems(self) -> list[str]:
+        """What does not add up, in words; nothing when all is well. Such a report is our mistake, not the user's."""
+        rows, tokens = self.rows, self.tokens
+        found = []
+        if self.finished and rows.ended != rows.total:
+            found.append(
+                f"{rows.total} rows, but {rows.ok} ok + {rows.failed} failed + {rows.expired} expired + "
+                f"{rows.cancelled} cancelled = {rows.ended}"
+            )
+        if rows.ended > rows.total:
+            found.append(f"{rows.ended} rows ended, of only {rows.total}")
+        if (by_code := sum(group.count for group in self.errors.values())) != rows.total - rows.ok and self.finished:
+            found.append(f"{rows.total - rows.ok} rows are not ok, but their error codes count {by_code}")
+        if tokens.prompt_bound > tokens.prompt:
+            found.append(f"the bound of {tokens.prompt_bound} prompt tokens is above the {tokens.prompt} there are")
+        if tokens.prompt_recomputed > tokens.prompt_computed:
+            found.append(f"{tokens.prompt_recomputed} prompt tokens recomputed, of only {tokens.prompt_computed}")
+        return found
+
+    @property
+    def status(self) -> int:
+        """The exit code this report stands for: 1 when it does not add up."""
+        return 1 if self.problems() else self.exit_code
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.json into the job's state folder, whole or not at all."""
+    path = folder / NAME
+    text = msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(text)
+    temporary.replace(path)
+
+
+def read_report(output: Path) -> Report:
+    """The report of the job that writes `output`; a StateError when there is none."""
+    path = output.with_name(output.name + ".shoal") / NAME
+    if not path.parent.is_dir():
+        raise StateError(f"no job has written {output}: there is no folder {path.parent}")
+    if not path.is_file():
+        raise StateError(f"{path} does not exist: the job has not ended yet; run it again and it continues")
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Report)
+    except msgspec.DecodeError as error:
+        raise ShoalError(f"{path} is not a report ({error}); run the job again, which writes it anew") from error
+
+
+def to_json(report: Report) -> str:
+    """The report as report.json has it, with what does not add up beside it."""
+    fields = msgspec.to_builtins(report)
+    return msgspec.json.format(msgspec.json.encode(fields | {"problems": report.problems()}), indent=2).decode()
+
+
+def rows_line(rows: Rows) -> str:
+    """How the rows ended, leaving out what did not happen."""
+    words = [f"{count(rows.total)} rows", f"{count(rows.ok)} ok"]
+    words += [
+        f"{count(number)} {name}"
+        for name, number in (("failed", rows.failed), ("expired", rows.expired), ("cancelled", rows.cancelled))
+        if number
+    ]
+    if left := rows.total - rows.ended:
+        words.append(f"{count(left)} not ended")
+    return f"{words[0]}: {', '.join(words[1:])}"
+
+
+def prompt_line(tokens: Tokens) -> str:
+    """Prompt tokens computed, against all of them and against the bound."""
+    saved, could = tokens.prompt - tokens.prompt_computed, tokens.prompt - tokens.prompt_bound
+    words = f"{count(tokens.prompt)} in, {count(tokens.prompt_computed)} computed"
+    words += f": shared prefixes saved {count(saved)} ({percent(saved, tokens.prompt)})"
+    words += f" of the {count(could)} that a memory without limit would"
+    if tokens.prompt_recomputed:
+        words += f"; {count(tokens.prompt_recomputed)} computed again for want of memory"
+    if tokens.prompt_last:
+        words += f"; {count(tokens.prompt_last)} last tokens of fully shared prompts computed again"
+    return words
+
+
+def facts(report: Report) -> list[tuple[str, str]]:
+    """The report in words, as pairs of a name and what there is to say."""
+    tokens, seconds = report.tokens, report.seconds
+    decode = max(seconds.wall - seconds.load - seconds.plan, 0.0)
+    rate = f", {count((tokens.prompt + tokens.output) / decode)} tokens/s in and out" if decode > 0 else ""
+    pairs = [
+        ("rows", rows_line(report.rows)),
+        ("prompt tokens", prompt_line(tokens)),
+        ("output tokens", count(tokens.output)),
+        (
+            "time",
+            f"{duration(seconds.wall)} ({duration(seconds.load)} loading, {duration(seconds.plan)} planning), "
+            f"{duration(seconds.cpu)} of processor time{rate}",
+        ),
+        ("steps", count(report.steps)),
+        ("peak memory", size(report.peak_memory_bytes)),
+    ]
+    if report.model:
+        pairs.insert(0, ("model", report.model))
+    if report.runs > 1 or report.engine_restarts:
+        pairs.append(("runs", f"{report.runs}, with {report.engine_restarts} restarts of the engine"))
+    pairs += [(f"error {code}", f"{count(g.count)}, as line {g.line}: {g.message}") for code, g in errors(report)]
+    pairs += [("written", f"{path} ({count(lines)} lines)") for path, lines in report.files.items()]
+    return pairs
+
+
+def errors(report: Report) -> list[tuple[str, Failures]]:
+    """Groups of failed lines, the largest first."""
+    return sorted(report.errors.items(), key=lambda item: (-item[1].count, item[0]))
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Show the report to a person. What does not add up comes first and loud."""
+    for problem in report.problems():
+        console.print(Text(f"THESE COUNTS DO NOT ADD UP, and that is a bug in Shoal: {problem}", style="bold red"))
+    if not report.finished:
+        console.print(Text("The job has not finished: run the same command again and it continues.", style="yellow"))
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, words in facts(report):
+        table.add_row(Text(name), Text(words))
+    console.print(table)

@@ -1,1 +1,1 @@
-"""A batch file as a durable job: read, check, plan, feed, journal, write. It must not import torch, nor know kernels."""
+"""A batch file as a durable job: read, check, plan, feed, journal, write. It must not import torch or know kernels."""

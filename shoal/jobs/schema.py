@@ -158,13 +158,14 @@ def _request_row(raw: bytes, settings: JobSettings, line: int | None = None) -> 
             "request_missing",
         )
     url = _check_envelope(envelope)
-    body = envelope.body
-    assert isinstance(body, msgspec.Raw)
+    assert isinstance(envelope.body, msgspec.Raw)
+    parsed: ChatBody | CompletionBody
     try:
-        parsed = _chat.decode(body) if url == CHAT_URL else _completion.decode(body)
+        parsed = _chat.decode(envelope.body) if url == CHAT_URL else _completion.decode(envelope.body)
     except msgspec.ValidationError as error:
         raise explain(error, "body") from None
-    row = RowSpec(envelope.custom_id, "chat" if url == CHAT_URL else "completions", parsed, raw, None, line or None)
+    body = settings.complete(parsed)
+    row = RowSpec(envelope.custom_id, "chat" if url == CHAT_URL else "completions", body, raw, None, line or None)
     _check(row, settings)
     return row
 
@@ -223,22 +224,23 @@ def _plain_row(raw: bytes, settings: JobSettings) -> RowSpec:
             "malformed_row",
         )
     columns = _object.decode(raw)
-    stop = list(settings.stop) or None
     body: ChatBody | CompletionBody
     if settings.prompt is None and "messages" in columns:
-        body = msgspec.convert({"messages": columns["messages"], "stop": stop}, ChatBody)
+        body = msgspec.convert({"messages": columns["messages"]}, ChatBody)
     elif settings.chat:
         text = (settings.prompt or DEFAULT_PROMPT).fill(columns)
-        body = ChatBody(messages=[Message("user", text)], stop=stop)
+        body = ChatBody(messages=[Message("user", text)])
     else:
-        body = CompletionBody(prompt=(settings.prompt or DEFAULT_PROMPT).fill(columns), stop=stop)
-    return RowSpec(None, "plain", body, raw, columns, line)
+        body = CompletionBody(prompt=(settings.prompt or DEFAULT_PROMPT).fill(columns))
+    row = RowSpec(None, "plain", settings.complete(body), raw, columns, line)
+    _check(row, settings)
+    return row
 
 
 def _check(row: RowSpec, settings: JobSettings) -> None:
     """What one field alone does not show."""
     body = row.body
-    if settings.strict and body.model not in settings.names:
+    if settings.strict and row.endpoint != "plain" and body.model not in settings.names:
         served = ", ".join(settings.names)
         raise RowError(f"the model {body.model!r} does not exist; this job serves {served}", "model_not_found", "model")
     for name in ("stream", "use_beam_search"):

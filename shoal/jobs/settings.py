@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import msgspec
+
+from shoal.core.errors import UsageError
+from shoal.jobs.body import FIELDS, Body, ChatBody, CompletionBody
 from shoal.jobs.prompt import PromptTemplate
+
+B = TypeVar("B", bound=Body)
+OWN = frozenset(("messages", "prompt", "model"))  # what only a row itself can say
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """Body fields for silent rows. The two kinds of body differ in a few types, so each has its own."""
+
+    chat: tuple[tuple[str, Any], ...] = ()
+    completions: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class JobSettings:
-    """Defaults for rows that are silent, and what the rows of a file are. None leaves the choice to the model.
+    """What the lines of a file are, and what holds for rows that do not say it themselves.
 
-    A row's own field wins over these; these win over the model's generation_config.json.
+    A row's own field wins over `defaults`; these win over the model's generation_config.json.
     """
 
     model: str = "shoal"  # the name in answers to rows that name none
@@ -20,13 +37,7 @@ class JobSettings:
     seed: int = 0  # with a row's custom_id (or line) it makes the seed of rows without one
     prompt: PromptTemplate | None = None  # plain rows: how a row's columns become its prompt
     chat: bool = False  # plain rows: the prompt is a user's message
-    max_tokens: int | None = None  # None: the rest of the context
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    stop: tuple[str, ...] = ()  # of plain rows, and of rows without stop strings
-    ignore_eos: bool = False
+    defaults: Defaults = Defaults()  # body fields for rows that are silent about them, from `parse_defaults`
 
     @property
     def plain(self) -> bool:
@@ -37,3 +48,32 @@ class JobSettings:
     def names(self) -> tuple[str, ...]:
         """The model names that a strict job serves."""
         return self.served or (self.model,)
+
+    def complete(self, body: B) -> B:
+        """The body with the job's defaults where it is silent."""
+        defaults = self.defaults.chat if isinstance(body, ChatBody) else self.defaults.completions
+        silent = {name: value for name, value in defaults if getattr(body, name) is None}
+        return msgspec.structs.replace(body, **silent) if silent else body
+
+
+def parse_defaults(fields: Mapping[str, Any]) -> Defaults:
+    """Body fields for all rows, checked as a row's own would be. Raises UsageError naming the field that is wrong."""
+    given = {("max_tokens" if name == "max_completion_tokens" else name): value for name, value in fields.items()}
+    for name in given:
+        if name not in FIELDS or name in OWN:
+            raise UsageError(f"{name!r} cannot be a default for all rows: remove it, or correct its name")
+    chat, completions = {}, {}
+    for name, value in given.items():
+        complaints = []
+        for kind, own, values in (
+            (ChatBody, {"messages": [{"role": "user", "content": ""}]}, chat),
+            (CompletionBody, {"prompt": ""}, completions),
+        ):
+            if name in kind.__struct_fields__ and value is not None:
+                try:
+                    values[name] = getattr(msgspec.convert({**own, name: value}, kind), name)
+                except msgspec.ValidationError as error:
+                    complaints.append(str(error))
+        if complaints and name not in chat and name not in completions:
+            raise UsageError(f"the default {name}={value!r} cannot be: {complaints[0]}")
+    return Defaults(tuple(sorted(chat.items())), tuple(sorted(completions.items())))

@@ -1,0 +1,148 @@
+"""The specification of every tensor function, in plain torch on any device.
+
+It knows how to make torch's results independent of company, and must not know models or be clever about speed.
+
+Why each function is batch-invariant:
+- matrix products are always the same call: 16 rows by K by N, rows padded with zeros, K and N padded to multiples of
+  16 when the weight is packed (odd widths change the summation order with the number of threads);
+- sums along a row are folded by halves, element by element, so no library chooses an order;
+- what is not correctly rounded (exp, tanh, rsqrt) is the same function for every element; torch's own silu, gelu and
+  sigmoid are avoided, as they compute the last elements of an array by another formula.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.api import KV, Batch
+from shoal.kernels.ref_attention import TILE, TilePlan, attend, fold_sum
+
+ROWS = 16  # rows of one matrix product
+WIDTH = 16  # K and N are padded to a multiple of this
+
+
+@dataclass(frozen=True, slots=True)
+class PagedKV:
+    """Keys and values as [L, G, pages, P, E]: heads outermost, so that a tile of one head is one gather."""
+
+    k: Tensor
+    v: Tensor
+
+    @property
+    def num_pages(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[3]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A weight as it is multiplied: [N, K] padded, with the number of outputs that count."""
+
+    weight: Tensor
+    bias: Tensor | None
+    num_outputs: int
+
+
+class RefKernels:
+    """`Kernels` in plain torch. Holds nothing but its device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def new_kv(
+        self, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> PagedKV:
+        if page_size <= 0 or TILE % page_size:
+            raise ValueError(f"page size {page_size} does not divide {TILE}")
+        shape = (num_layers, num_kv_heads, num_pages, page_size, head_dim)
+        # Not zeroed: memory is then taken from the system page by page, as it is first written.
+        return PagedKV(
+            torch.empty(shape, dtype=dtype, device=self.device), torch.empty(shape, dtype=dtype, device=self.device)
+        )
+
+    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> Packed:
+        num_outputs, num_inputs = weight_NK.shape
+        pad = (0, -num_inputs % WIDTH, 0, -num_outputs % WIDTH)
+        weight = torch.nn.functional.pad(weight_NK, pad) if any(pad) else weight_NK
+        bias = None if bias_N is None else bias_N.to(self.device)
+        return Packed(weight.contiguous().to(self.device), bias, num_outputs)
+
+    def linear(self, x_TK: Tensor, packed: object) -> Tensor:
+        assert isinstance(packed, Packed)
+        num_rows, num_inputs = x_TK.shape
+        padded_rows = num_rows + -num_rows % ROWS
+        x = _padded(x_TK, padded_rows, packed.weight.shape[1])
+        weight_KN = packed.weight.t()
+        out = torch.empty(padded_rows, weight_KN.shape[1], dtype=x.dtype, device=x.device)
+        for start in range(0, padded_rows, ROWS):
+            torch.mm(x[start : start + ROWS], weight_KN, out=out[start : start + ROWS])
+        out = out[:num_rows, : packed.num_outputs].contiguous()
+        if packed.bias is not None:
+            out += packed.bias
+        return out
+
+    def logits(self, x_RD: Tensor, packed: object) -> Tensor:
+        return self.linear(x_RD, packed).float()
+
+    def embedding(self, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
+        return weight_VD.index_select(0, ids_T)
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x = x_TD.float()
+        mean_square = fold_sum(x * x) / x.shape[-1]
+        return (x * torch.rsqrt(mean_square + eps)[..., None] * weight_D).to(x_TD.dtype)
+
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total = x_TD + residual_TD
+        return self.rms_norm(total, weight_D, eps), total
+
+    def rope(self, x_THE: Tensor, pos_T: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> Tensor:
+        half = cos_SF.shape[1]
+        cos = cos_SF.index_select(0, pos_T)[:, None, :]
+        sin = sin_SF.index_select(0, pos_T)[:, None, :]
+        x = x_THE.float()
+        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        turned = (first * cos - second * sin, second * cos + first * sin, rest)
+        return torch.cat(turned, dim=-1).to(x_THE.dtype)
+
+    def write_kv(self, kv: KV, layer: int, k_TGE: Tensor, v_TGE: Tensor, slot_T: Tensor) -> None:
+        assert isinstance(kv, PagedKV)
+        for pages, new in ((kv.k[layer], k_TGE), (kv.v[layer], v_TGE)):
+            pages.flatten(1, 2).index_copy_(1, slot_T, new.transpose(0, 1).to(pages.dtype))
+
+    def plan(self, batch: Batch, kv: KV) -> TilePlan:
+        return TilePlan(batch, kv.page_size)
+
+    def attention(
+        self, q_THE: Tensor, kv: KV, layer: int, plan: object, scale: float, window: int = 0, softcap: float = 0.0
+    ) -> Tensor:
+        assert isinstance(kv, PagedKV) and isinstance(plan, TilePlan)
+        return attend(q_THE, kv.k[layer], kv.v[layer], plan, scale, window, softcap)
+
+    def silu_mul(self, x_T2D: Tensor) -> Tensor:
+        gate, up = x_T2D.float().chunk(2, dim=-1)
+        return (gate / (1 + torch.exp(-gate)) * up).to(x_T2D.dtype)
+
+    def gelu_mul(self, x_T2D: Tensor) -> Tensor:
+        gate, up = x_T2D.float().chunk(2, dim=-1)
+        inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * (gate * gate * gate))
+        return (0.5 * gate * (1 + torch.tanh(inner)) * up).to(x_T2D.dtype)
+
+    def move_blocks(self, kv: KV, moves_M3: Tensor) -> None:
+        assert isinstance(kv, PagedKV)
+        for src, dst, tokens in moves_M3.tolist():
+            for pages in (kv.k, kv.v):
+                pages[:, :, dst, :tokens] = pages[:, :, src, :tokens]
+
+
+def _padded(x: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    if x.shape == (num_rows, num_columns):
+        return x.contiguous()
+    return torch.nn.functional.pad(x, (0, num_columns - x.shape[1], 0, num_rows - x.shape[0]))

@@ -1,0 +1,192 @@
+"""The executor over a model: runs steps in order, in one thread of its own.
+
+It knows tickets, hidden states and what a row wants of them; it must not know why a step is as it is.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from shoal.core.types import Answer, Request, Slice, Start, Step, StepResult, TokenScore
+from shoal.kernels.api import KV, Batch, Kernels
+from shoal.nn.sampler import Sampler
+from shoal.nn.scores import score
+from shoal.run.batch import build_batch, moves_tensor
+
+_LOGIT_BYTES = 32 << 20  # of float32 logits at a time; reductions over them need about six times as much beside
+_TILE = 16  # rows of a matrix product: a multiple wastes none
+
+
+class Model(Protocol):
+    """What the runner needs of a decoder."""
+
+    def forward(self, batch: Batch, kv: KV) -> torch.Tensor:
+        """Write the step's keys and values; return the hidden states of the wanted positions as [R, D]."""
+        ...
+
+    def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """Return float32 [R, V]."""
+        ...
+
+
+class StepInFlight:
+    """A step handed to the worker."""
+
+    def __init__(self, future: Future[StepResult]) -> None:
+        self._future = future
+
+    def wait(self) -> StepResult:
+        """Block until the step is done. Whatever went wrong in it is raised here."""
+        return self._future.result()
+
+
+@dataclass(slots=True)
+class _Ticket:
+    """What the runner remembers of a started sequence."""
+
+    request: Request
+    known: int  # tokens that exist: prompt, produced and sampled
+    problem: str  # why it cannot be run, or ''
+
+
+@dataclass(slots=True)
+class _Wishes:
+    """What is to be made of the wanted hidden states; numbers are rows of them."""
+
+    sample_rows: list[int] = field(default_factory=list)
+    sample_tickets: list[int] = field(default_factory=list)
+    score_rows: list[int] = field(default_factory=list)
+    score_tokens: list[int] = field(default_factory=list)
+    score_tickets: list[int] = field(default_factory=list)  # owner of each row
+    vector_rows: dict[int, int] = field(default_factory=dict)  # by ticket
+
+
+class ModelRunner:
+    """Runs steps of one model. `submit` may be called from any one thread; all tensors are touched by the worker."""
+
+    def __init__(self, model: Model, kernels: Kernels, kv: KV, vocab_size: int) -> None:
+        self._model, self._kernels, self._kv, self._vocab_size = model, kernels, kv, vocab_size
+        self._sampler = Sampler(vocab_size)
+        self._tickets: dict[int, _Ticket] = {}
+        self._last: dict[int, int] = {}  # ticket -> the token it sampled last
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shoal-kernels")
+
+    def submit(self, step: Step) -> StepInFlight:
+        """Run the step after all earlier ones."""
+        return StepInFlight(self._worker.submit(self._run, step))
+
+    def close(self) -> None:
+        """Wait for the steps in flight and end the worker. No step may follow."""
+        self._worker.shutdown()
+
+    # -- all below runs in the worker ------------------------------------------------------------------
+
+    def _run(self, step: Step) -> StepResult:
+        began = time.perf_counter()
+        result = StepResult({})
+        with torch.inference_mode():
+            for ticket in step.drops:
+                self._drop(ticket)
+            for start in step.starts:
+                self._start(start)
+            if step.moves:
+                self._kernels.move_blocks(self._kv, moves_tensor(step.moves))
+            if step.slices:
+                batch = build_batch(step, self._kv.page_size, self._vocab_size, self._last, self._kernels.device)
+                hidden_RD = self._model.forward(batch, self._kv)
+                wishes = self._wishes(step.slices, result)
+                self._score(hidden_RD, wishes, result)
+                self._sample(hidden_RD, wishes, result)
+                self._vectors(hidden_RD, wishes, result)
+        result.seconds = time.perf_counter() - began
+        return result
+
+    def _start(self, start: Start) -> None:
+        prompt = np.frombuffer(start.request.prompt, dtype=np.int32)
+        problem = ""
+        if prompt.min() < 0 or prompt.max() >= self._vocab_size:
+            problem = f"the prompt has a token outside the model's vocabulary of {self._vocab_size} tokens"
+        known = len(start.request.prompt) + len(start.produced)
+        self._tickets[start.ticket] = _Ticket(start.request, known, problem)
+        self._sampler.start(start)
+
+    def _drop(self, ticket: int) -> None:
+        self._tickets.pop(ticket, None)
+        self._last.pop(ticket, None)
+        self._sampler.drop(ticket)
+
+    def _wishes(self, slices: tuple[Slice, ...], result: StepResult) -> _Wishes:
+        """Sort the wanted positions: a prompt token to score, the last known position, or nobody's."""
+        wishes, row = _Wishes(), 0
+        for part in slices:
+            state, end = self._tickets[part.ticket], part.start + len(part.tokens)
+            first, row = row, row + part.want
+            request = state.request
+            if state.problem:
+                result.errors[part.ticket] = state.problem
+                continue
+            if request.score_from >= 1:
+                begin = max(end - part.want, request.score_from - 1)
+                tokens = request.prompt[begin + 1 : end + 1]
+                at = first + begin - (end - part.want)
+                wishes.score_rows += range(at, at + len(tokens))
+                wishes.score_tokens += tokens
+                wishes.score_tickets += [part.ticket] * len(tokens)
+            if part.want and end == state.known:
+                if request.answer is Answer.VECTOR:
+                    wishes.vector_rows[part.ticket] = row - 1
+                elif request.samples:
+                    wishes.sample_rows.append(row - 1)
+                    wishes.sample_tickets.append(part.ticket)
+        return wishes
+
+    @property
+    def _rows_at_once(self) -> int:
+        return max(_TILE, _LOGIT_BYTES // (4 * self._vocab_size) // _TILE * _TILE)
+
+    def _score(self, hidden_RD: torch.Tensor, wishes: _Wishes, result: StepResult) -> None:
+        size = self._rows_at_once
+        for first in range(0, len(wishes.score_rows), size):
+            part = slice(first, first + size)
+            owners = wishes.score_tickets[part]
+            tops = [self._tickets[ticket].request.score_top for ticket in owners]
+            found = score(self._logits(hidden_RD, wishes.score_rows[part]), wishes.score_tokens[part], max(tops))
+            for ticket, top, each in zip(owners, tops, found, strict=True):
+                if not math.isfinite(each.logprob):
+                    result.errors[ticket] = "the model's logits over the prompt are not finite: check the checkpoint"
+                kept = each if len(each.top) == top else TokenScore(each.token, each.logprob, each.rank, each.top[:top])
+                result.scores.setdefault(ticket, []).append(kept)
+
+    def _sample(self, hidden_RD: torch.Tensor, wishes: _Wishes, result: StepResult) -> None:
+        size = self._rows_at_once
+        for first in range(0, len(wishes.sample_rows), size):
+            part = slice(first, first + size)
+            logits_RV = self._logits(hidden_RD, wishes.sample_rows[part])
+            samples = self._sampler.sample(logits_RV, wishes.sample_tickets[part])
+            for ticket, token in samples.tokens.items():
+                result.tokens[ticket] = [token]
+                self._last[ticket] = token
+                self._tickets[ticket].known += 1
+            for ticket, each in samples.logprobs.items():
+                result.logprobs[ticket] = [each]
+            result.errors.update(samples.errors)
+
+    def _vectors(self, hidden_RD: torch.Tensor, wishes: _Wishes, result: StepResult) -> None:
+        for ticket, row in wishes.vector_rows.items():
+            vector = hidden_RD[row].float().tolist()
+            if all(map(math.isfinite, vector)):
+                result.vectors[ticket] = vector
+            else:
+                result.errors[ticket] = "the model's hidden state is not finite: check the checkpoint"
+
+    def _logits(self, hidden_RD: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        if len(rows) == hidden_RD.shape[0]:
+            return self._model.logits(hidden_RD)
+        return self._model.logits(hidden_RD[torch.tensor(rows, device=hidden_RD.device)])

@@ -1,0 +1,317 @@
+"""Lines of a batch file as token ids, and as requests to the engine. Knows the model's words, never its weights.
+
+It must not know where prompts are kept, nor in which order rows run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from shoal.core.errors import RowError
+from shoal.core.types import TOKEN, Request, Sampling, Tokens
+from shoal.jobs.body import ChatBody, Message
+from shoal.jobs.schema import RowSpec, parse_line
+from shoal.jobs.settings import JobSettings
+
+GREEDY_BELOW = 1e-5  # a temperature below this is greedy, as in vLLM
+
+Future = tuple[tuple[int, int], ...] | None
+
+
+class TokenizerLike(Protocol):
+    """What is needed of a tokenizer."""
+
+    @property
+    def hash(self) -> str: ...
+
+    def encode(self, text: str, special: bool = True) -> Tokens: ...
+
+    def encode_batch(self, texts: Sequence[str], special: bool = True) -> list[Tokens]: ...
+
+
+class TemplateLike(Protocol):
+    """What is needed of a chat template."""
+
+    @property
+    def hash(self) -> str: ...
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str: ...
+
+
+class ModelLike(Protocol):
+    """What is needed of a model's description."""
+
+    @property
+    def context(self) -> int: ...  # tokens, prompt and answer together
+
+    @property
+    def vocab_size(self) -> int: ...  # rows of the embedding
+
+    @property
+    def eos(self) -> frozenset[int]: ...
+
+    @property
+    def sampling(self) -> Mapping[str, float]: ...  # of generation_config.json
+
+
+class Encoded(msgspec.Struct, frozen=True, gc=False):
+    """A good row as the plan needs it."""
+
+    prompts: list[Tokens]
+    samples: int  # answers wanted of each prompt
+    max_tokens: int  # of the shortest prompt's answers: the row's own limit, or the rest of the context
+    expect: float | None  # tokens each answer will have, where the row fixes it
+    root: str  # rows with different roots share nothing
+    score_from: int  # as in Request
+    custom_id: str | None  # None for a plain row
+
+
+class RowEncoder:
+    """Turns lines into tokens (once) and into requests (when they are fed). Holds no state: any thread may call."""
+
+    def __init__(
+        self, tokenizer: TokenizerLike, template: TemplateLike | None, model: ModelLike, settings: JobSettings
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.model = model
+        self.settings = settings
+
+    @property
+    def fingerprint(self) -> str:
+        """Another one whenever the same line could become other tokens, or be refused."""
+        model = (self.model.context, self.model.vocab_size)
+        files = (self.tokenizer.hash, self.template.hash if self.template else "")
+        return hashlib.sha256(repr((files, model, self.settings)).encode()).hexdigest()
+
+    def parse(self, raw: bytes | None) -> RowSpec:
+        """The row of a line; raises RowError. None is a line that was too long to read."""
+        return parse_line(raw, self.settings)
+
+    def encode(self, raws: Sequence[bytes | None]) -> list[Encoded | RowError]:
+        """One result for each line, in order. Nothing but a RowError comes of a bad line."""
+        return self._finish(self._read(raws))
+
+    def requests(
+        self, line: int, row: RowSpec, number: int, prompt: Tokens, index: int = -1, future: Future = None
+    ) -> list[Request]:
+        """The n requests of a row's prompt `number`, whose tokens are given. `index`, `future`: as in Request.
+
+        Raises RowError only for a row that `encode` refuses too.
+        """
+        sampling = self._sampling(line, row, number, len(prompt))
+        top = row.score_top
+        requests = []
+        for sample in range(row.n):
+            requests.append(
+                Request(
+                    id=f"{line}.{number}.{sample}",
+                    prompt=prompt,
+                    sampling=dataclasses.replace(sampling, sample=sample) if sample else sampling,
+                    score_from=1 if top >= 0 and sample == 0 else -1,
+                    score_top=max(top, 0),
+                    salt=row.body.cache_salt or "",
+                    index=index,
+                    future=future,
+                )
+            )
+        return requests
+
+    def _read(self, raws: Sequence[bytes | None]) -> _Batch:
+        """Parse and render: all that needs Python's own work."""
+        batch = _Batch([], [[], []], [[], []])
+        for place, raw in enumerate(raws):
+            try:
+                row = self.parse(raw)
+                texts, special = self._texts(row)
+            except RowError as error:
+                batch.rows.append(error)
+                continue
+            batch.rows.append(row)
+            batch.texts[special] += texts
+            batch.places[special] += [place] * len(texts)
+        return batch
+
+    def _texts(self, row: RowSpec) -> tuple[list[str], bool]:
+        """The texts to tokenize, and whether the tokenizer adds its special tokens. Token-id prompts are not here."""
+        body = row.body
+        special = body.add_special_tokens
+        if isinstance(body, ChatBody):
+            return [self._render(body)], bool(special)
+        return [prompt for prompt in row.prompts if isinstance(prompt, str)], special is not False
+
+    def _render(self, body: ChatBody) -> str:
+        if self.template is None:
+            raise RowError(
+                "this model has no chat template: send the text to /v1/completions (or leave --chat out)",
+                "no_chat_template",
+                "messages",
+            )
+        final = bool(body.continue_final_message)
+        opening = not final if body.add_generation_prompt is None else body.add_generation_prompt
+        extra = body.chat_template_kwargs or {}
+        if body.reasoning_effort is not None:
+            extra = {"reasoning_effort": body.reasoning_effort, **extra}
+        return self.template.render([_turn(m) for m in body.messages], opening, final, None, extra)
+
+    def _finish(self, batch: _Batch) -> list[Encoded | RowError]:
+        """Tokenize and check: most of it is the tokenizer's work, outside Python's lock."""
+        prompts: dict[int, list[Tokens]] = {}
+        for special in (False, True):
+            encoded = self._tokenize(batch.texts[special], special)
+            for place, tokens in zip(batch.places[special], encoded, strict=True):
+                prompts.setdefault(place, []).append(tokens)
+        results: list[Encoded | RowError] = []
+        for place, row in enumerate(batch.rows):
+            if isinstance(row, RowError):
+                results.append(row)
+                continue
+            try:
+                results.append(self._encoded(row, prompts.pop(place, None)))
+            except RowError as error:
+                results.append(error)
+        return results
+
+    def _tokenize(self, texts: list[str], special: bool) -> list[Tokens]:
+        return self.tokenizer.encode_batch(texts, special) if texts else []
+
+    def _encoded(self, row: RowSpec, prompts: list[Tokens] | None) -> Encoded:
+        body = row.body
+        if prompts is None:
+            prompts = [self._given_tokens(p) for p in row.prompts if not isinstance(p, str)]
+        limit = row.max_tokens
+        cut = body.truncate_prompt_tokens
+        if cut is not None:
+            keep = cut if cut >= 0 else self.model.context - (limit or 1)
+            prompts = [p[-keep:] if keep > 0 else p[:0] for p in prompts]
+        room = self.model.context
+        for prompt in prompts:
+            room = min(room, self.model.context - len(prompt))
+            self._check_length(len(prompt), limit, "messages" if isinstance(body, ChatBody) else "prompt")
+        self._check_ids(row)
+        answer = room if limit is None else limit
+        return Encoded(
+            prompts=prompts,
+            samples=row.n,
+            max_tokens=answer,
+            expect=float(answer) if body.ignore_eos and not body.stop and not body.stop_token_ids else None,
+            root=f"\0{body.cache_salt}" if body.cache_salt else "",
+            score_from=1 if row.score_top >= 0 else -1,
+            custom_id=row.custom_id,
+        )
+
+    def _given_tokens(self, ids: list[int]) -> Tokens:
+        if ids and not (0 <= min(ids) and max(ids) < self.model.vocab_size):
+            wrong = next(i for i in ids if not 0 <= i < self.model.vocab_size)
+            raise _not_a_token(wrong, self.model.vocab_size, "prompt")
+        return array(TOKEN, ids)
+
+    def _check_length(self, length: int, limit: int | None, param: str) -> None:
+        context = self.model.context
+        if length == 0:
+            raise RowError("the prompt is empty: it needs at least one token", "empty_prompt", param)
+        if length + (1 if limit is None else limit) > context:
+            wanted = "at least 1 for the answer" if limit is None else f"max_tokens {limit}"
+            raise RowError(
+                f"the model's context is {context} tokens, and the prompt's {length} and {wanted} make more:"
+                " shorten the prompt or lower max_tokens",
+                "context_length_exceeded",
+                param,
+            )
+
+    def _check_ids(self, row: RowSpec) -> None:
+        body = row.body
+        vocab_size = self.model.vocab_size
+        for name, ids in (
+            ("logit_bias", body.logit_bias),
+            ("stop_token_ids", body.stop_token_ids),
+            ("allowed_token_ids", body.allowed_token_ids),
+        ):
+            for token in ids or ():
+                if not 0 <= token < vocab_size:
+                    raise _not_a_token(token, vocab_size, name)
+
+    def _sampling(self, line: int, row: RowSpec, number: int, length: int) -> Sampling:
+        body = row.body
+        model = self.model
+        room = model.context - length
+        stop = frozenset(body.stop_token_ids or ())
+        temperature = _first(body.temperature, model.sampling.get("temperature"), 1.0)
+        greedy = temperature < GREEDY_BELOW
+        return Sampling(
+            max_tokens=room if row.max_tokens is None else min(row.max_tokens, room),
+            min_tokens=body.min_tokens or 0,
+            stop=stop if body.ignore_eos else stop | model.eos,
+            temperature=0.0 if greedy else temperature,
+            top_k=0 if greedy else max(0, int(_first(body.top_k, model.sampling.get("top_k"), 0))),
+            top_p=1.0 if greedy else _first(body.top_p, model.sampling.get("top_p"), 1.0),
+            min_p=0.0 if greedy else _first(body.min_p, model.sampling.get("min_p"), 0.0),
+            repetition_penalty=_first(body.repetition_penalty, model.sampling.get("repetition_penalty"), 1.0),
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            logit_bias=tuple(sorted((body.logit_bias or {}).items())),
+            allowed=tuple(sorted(set(body.allowed_token_ids or ()))),
+            banned=self._banned(body.bad_words or ()),
+            seed=self._seed(line, row, number) if body.seed is None else body.seed,
+            logprobs=row.logprobs,
+        )
+
+    def _seed(self, line: int, row: RowSpec, number: int) -> int:
+        """The seed of a row that gives none: its place in a file does not change it when it has a custom_id."""
+        name = row.line or line if row.custom_id is None else row.custom_id
+        text = f"{self.settings.seed}\0{number}\0{name}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+    def _banned(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token sequences of words, at the start of a text and, where the tokenizer tells them apart, inside it."""
+        banned: list[tuple[int, ...]] = []
+        for word in words:
+            bare = tuple(self.tokenizer.encode(word.lstrip(), False))
+            spaced = tuple(self.tokenizer.encode(" " + word.lstrip(), False))
+            banned.append(bare)
+            if bare and spaced and spaced[0] != bare[0] and len(spaced) == len(bare):
+                banned.append(spaced)
+        return tuple(sequence for sequence in banned if sequence)
+
+
+class _Batch(msgspec.Struct):
+    rows: list[RowSpec | RowError]
+    texts: list[list[str]]  # to be tokenized without [0] and with [1] special tokens
+    places: list[list[int]]  # the row of each text
+
+
+def _turn(message: Message) -> dict[str, str]:
+    """A message as templates read it; parts of text are joined by line ends, as in vLLM."""
+    content = message.content
+    turn = {
+        "role": message.role,
+        "content": content if isinstance(content, str) else "\n".join(part.text for part in content),
+    }
+    for name in ("name", "reasoning", "reasoning_content"):
+        value = getattr(message, name)
+        if value is not None:
+            turn[name] = value
+    return turn
+
+
+def _first(own: float | None, default: float | None, neutral: float) -> float:
+    return own if own is not None else default if default is not None else neutral
+
+
+def _not_a_token(token: int, vocab_size: int, param: str) -> RowError:
+    return RowError(
+        f"token id {token} is not in the vocabulary (0 to {vocab_size - 1}): correct {param}", "invalid_token", param
+    )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -17,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from shoal.core.clock import Clock
 from shoal.jobs.units import count, duration, percent, size
 
 WINDOW = 15.0  # seconds over which rates are taken: long enough for a step of long prompts, short enough to follow
@@ -151,10 +151,10 @@ def picture(progress: Progress, rates: Rates) -> Group:
 class Display:
     """The terminal of one job. Use it as a context; `show` may be called as often as one likes.
 
-    `clock` gives seconds that never go back. A console that is no terminal gets plain lines.
+    A console that is no terminal gets plain lines.
     """
 
-    def __init__(self, console: Console, clock: Callable[[], float], quiet: bool = False) -> None:
+    def __init__(self, console: Console, clock: Clock, quiet: bool = False) -> None:
         self.console = console
         self.quiet = quiet
         self._clock = clock
@@ -189,7 +189,7 @@ class Display:
 
     def show(self, progress: Progress, last: bool = False) -> None:
         """Take note of the job's progress and show it when it is time to, in any case the `last` time."""
-        now = self._clock()
+        now = self._clock.now()
         if not last and now < self._due:
             return
         self._due = now + self._every

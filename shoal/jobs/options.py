@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from enum import Enum
+from fractions import Fraction
 from pathlib import Path
 
 from shoal.core.errors import UsageError
@@ -68,7 +69,7 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "m
 def parse_bytes(text: str) -> int:
     """Bytes from "2GB", "512MiB" or "1000000"; a UsageError for anything else, zero included."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
-    size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
+    size = int(Fraction(match[1]) * UNITS[match[2] or ""]) if match else 0
     if size <= 0:
         raise UsageError(f"--memory {text!r} is not a size: write 2GB, 512MiB or a number of bytes")
     return size

@@ -14,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from shoal.core.errors import ShoalError, StateError
+from shoal.jobs.files import Files, disk_errors, write_whole
+from shoal.jobs.state import folder_of
 from shoal.jobs.units import count, duration, percent, size
 
 NAME = "report.json"
@@ -110,18 +112,16 @@ class Report:
         return 1 if self.problems() else self.exit_code
 
 
-def write_report(report: Report, folder: Path) -> None:
+def write_report(report: Report, folder: Path, files: Files) -> None:
     """Write report.json into the job's state folder, whole or not at all."""
     path = folder / NAME
-    text = msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(text)
-    temporary.replace(path)
+    with disk_errors(path):
+        write_whole(files, path, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
 
 
 def read_report(output: Path) -> Report:
     """The report of the job that writes `output`; a StateError when there is none."""
-    path = output.with_name(output.name + ".shoal") / NAME
+    path = folder_of(output) / NAME
     if not path.parent.is_dir():
         raise StateError(f"no job has written {output}: there is no folder {path.parent}")
     if not path.is_file():

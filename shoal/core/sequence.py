@@ -15,7 +15,7 @@ class Sequence:
 
     __slots__ = (
         "request", "ticket", "number", "tokens", "num_prompt", "computed", "blocks", "table", "sealed",
-        "private_from", "guessing", "scored", "preemptions", "started", "first_token", "cached", "limit", "in_flight",
+        "private_from", "guessing", "scored", "preemptions", "started", "first_token", "cached", "limit",
     )  # fmt: skip
 
     def __init__(self, request: Request, number: int) -> None:
@@ -36,7 +36,6 @@ class Sequence:
         self.first_token: float | None = None
         self.cached = 0  # prompt tokens it did not have to compute, at its first start
         self.limit = request.goal + request.sampling.max_tokens if request.samples else request.goal
-        self.in_flight = 0  # slices planned and not committed
 
     @property
     def running(self) -> bool:

@@ -11,12 +11,13 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TypeAlias
 
 PENDING = -1  # a token that an earlier step is still computing; the executor knows it first
 
 TOKEN = "i"  # array typecode of a token id: 4 bytes, signed
 
-Tokens = array  # type: ignore[type-arg]  # array("i"); prompts are slices of a job's arena copied out once
+Tokens: TypeAlias = "array[int]"  # array("i"); prompts are slices of a job's arena copied out once
 
 
 class Finish(Enum):
@@ -100,7 +101,7 @@ class Request:
     @property
     def goal(self) -> int:
         """Prompt positions that must be computed: the last one only where its hidden state is needed."""
-        return len(self.prompt) - (0 if self.samples or self.answer is Answer.VECTOR else 1)
+        return max(1, len(self.prompt) - (0 if self.samples or self.answer is Answer.VECTOR else 1))
 
 
 @dataclass(frozen=True, slots=True)

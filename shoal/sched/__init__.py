@@ -1,0 +1,1 @@
+"""What to do next: mechanism (scheduler), preferences (policies) and predictions (lengths, forecast, cost)."""

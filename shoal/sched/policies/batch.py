@@ -1,0 +1,96 @@
+"""Offline batches: the plan's order, as many rows at once as memory will hold to their end, no preemption.
+
+It knows plan indices and learnt lengths; it must not know a true length, nor what the rows are about.
+BatchLLM (arXiv 2412.03594): order by plan and batch by memory instead of by count. Past-Future (arXiv 2507.10150):
+admission by the predicted peak.
+"""
+
+from __future__ import annotations
+
+import math
+
+from shoal.core.sequence import Sequence
+from shoal.core.types import Finish
+from shoal.kv.tree import NEVER, Node
+from shoal.sched.forecast import Growth, MemoryForecast
+from shoal.sched.lengths import LengthHistory
+from shoal.sched.policy import Budget, Key, Policy, Reach, View
+
+RELEARN = 32  # finished rows after which expectations are asked anew
+
+
+class BatchPolicy(Policy):
+    """Running rows first, decodes before prefill chunks; then waiting rows in plan order while the peak fits."""
+
+    def __init__(self, limit: Budget | None = None, reserve: float = 0.05) -> None:
+        super().__init__(limit or Budget(2048, 512))
+        self.reserve = reserve  # share of memory kept free while lengths are uncertain
+        self.lengths = LengthHistory()
+        self._expected: dict[int, int] = {}  # by number, of running sequences
+        self._finished = 0
+        self._base = 0
+        self._growths: list[Growth] = []
+        self._certain = True
+        self._fresh = False
+
+    def budget(self, view: View) -> Budget:
+        """The forecast of this plan starts anew; it is made when the first candidate asks."""
+        self._fresh = False
+        return self.limit
+
+    def rank(self, seq: Sequence, view: View) -> Key:
+        """Decodes, then prefills under way, then the plan's order. Rows without a plan come in order of arrival."""
+        if seq.ticket < 0:
+            return 2.0, float(seq.request.index)
+        return (0.0 if seq.pending <= 1 else 1.0), float(seq.request.index)
+
+    def admit(self, seq: Sequence, reach: Reach, view: View) -> float:
+        """Now, if the predicted peak with it fits in memory; else when something has changed."""
+        if not self._fresh:
+            self._look(view)
+        future = seq.request.future
+        deepest = -(-future[0][0] // view.block_size) if future else 0
+        shared = max(reach.blocks, deepest)
+        expected = self._expect(seq)
+        growth = Growth(expected - seq.produced, len(seq.tokens), shared)
+        base = self._base + reach.idle_blocks + shared - reach.blocks
+        forecast = MemoryForecast(view.block_size)
+        certain = self._certain and not seq.request.sampling.stop
+        room = view.num_blocks * (1.0 if certain else 1.0 - self.reserve)
+        if forecast.peak(base, [*self._growths, growth]) > room:
+            return math.inf
+        self._growths.append(growth)
+        self._base, self._certain = base, certain
+        return -math.inf
+
+    def _look(self, view: View) -> None:
+        """Describe the running sequences to the forecast."""
+        private = 0
+        growths, certain = [], True
+        for seq in view.running:
+            expected = self._expected.get(seq.number, 0)
+            produced = len(seq.tokens) - seq.num_prompt
+            if expected <= produced:
+                expected = self._expect(seq)
+            growths.append(Growth(max(expected - produced, 0), len(seq.tokens), seq.private_from))
+            private += max(len(seq.blocks) - seq.private_from, 0)
+            certain = certain and not seq.request.sampling.stop
+        self._base = max(view.used_blocks - private, 0)
+        self._growths, self._certain, self._fresh = growths, certain, True
+
+    def _expect(self, seq: Sequence) -> int:
+        expected = self._expected[seq.number] = self.lengths.expect(seq)
+        return expected
+
+    def worth(self, node: Node) -> float:
+        """What is needed soonest is worth most; what nobody knows a use for yields first."""
+        return -float(node.next_use) if node.next_use < NEVER else -math.inf
+
+    def retire(self, seq: Sequence, finish: Finish, view: View) -> None:
+        """Learn from its length."""
+        self._expected.pop(seq.number, None)
+        if finish in (Finish.STOP, Finish.LENGTH) and seq.request.samples:
+            self.lengths.observe(seq.request.group, seq.produced)
+            self._finished += 1
+            if self._finished % RELEARN == 0:
+                self._expected.clear()

@@ -1,0 +1,400 @@
+"""plan, then commit. The mechanism: queues, budget, blocks, progress.
+
+What to prefer is the policy's business; it must not know tensors, the wall clock, or how long an answer will be.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from array import array
+from dataclasses import dataclass
+
+from shoal.core.sequence import Sequence
+from shoal.core.types import PENDING, TOKEN, Finish, Move, Output, Request, Slice, Start, Step, StepResult, Wait
+from shoal.kv.cache import KVCache, Match
+from shoal.sched.policy import Key, Policy, Reach, View
+
+WAITS = 64  # sequences that may be found waiting for another's prefix before a plan stops looking for more to start
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the scheduler has handed out since it was made, in tokens unless said otherwise."""
+
+    steps: int = 0
+    prompt_computed: int = 0
+    prompt_last: int = 0  # fully cached prompts whose last token was computed again for its hidden state
+    prompt_preempted: int = 0  # of prompt_computed: had been computed before a preemption of the same row
+    output_computed: int = 0
+    output_preempted: int = 0  # of output_computed: likewise
+    preemptions: int = 0  # events
+    cached: int = 0  # prompt tokens found at a first start
+
+
+class Scheduler:
+    """Owns every sequence from `add` to its one Finish. `reuse=False` switches prefix sharing off, as a control."""
+
+    def __init__(self, policy: Policy, num_blocks: int, block_size: int, reuse: bool = True) -> None:
+        self.policy = policy
+        self.kv = KVCache(num_blocks, block_size, policy.worth, reuse)
+        self.waiting: dict[int, Sequence] = {}  # by number
+        self.running: dict[int, Sequence] = {}  # by ticket
+        self.counters = Counters()
+        self.in_flight = 0  # steps planned and not committed
+        self._by_id: dict[str, Sequence] = {}
+        self._ended: list[Output] = []  # found out while planning
+        self._drops: list[int] = []
+        self._numbers = self._tickets = 0
+        self._top_index = -1  # highest plan index seen
+        self._unstarted: list[int] = []  # heap of plan indices, with some that have started since
+        self._waiting_indices: set[int] = set()
+        self._furthest: dict[int, int] = {}  # number -> positions computed before its preemption
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def add(self, request: Request, now: float) -> Output | None:
+        """Queue the request. An Output means it was refused, and says why."""
+        why = self._impossible(request) or self.policy.accept(request, self.view(now))
+        if why:
+            return Output(request.id, finish=Finish.REJECT, error=why)
+        self._numbers += 1
+        seq = Sequence(request, self._numbers)
+        self._by_id[request.id] = seq
+        self._enqueue(seq)
+        return None
+
+    def _enqueue(self, seq: Sequence) -> None:
+        self.waiting[seq.number] = seq
+        index = seq.request.index
+        if index >= 0:
+            self._top_index = max(self._top_index, index)
+            self._waiting_indices.add(index)
+            heapq.heappush(self._unstarted, index)
+
+    def _dequeue(self, seq: Sequence) -> None:
+        del self.waiting[seq.number]
+        self._waiting_indices.discard(seq.request.index)
+
+    def _impossible(self, request: Request) -> str:
+        if request.id in self._by_id:
+            return f"the id {request.id!r} is in use by a request that has not ended"
+        if not request.prompt:
+            return "the prompt is empty: give it at least one token"
+        least = request.goal + (max(request.sampling.min_tokens, 1) - 1 if request.samples else 0)
+        holds = self.kv.pool.num_blocks * self.kv.block_size
+        if least > holds:
+            return f"needs {least} tokens of KV memory; {holds} are available: shorten the prompt or raise --memory"
+        return ""
+
+    def cancel(self, id: str, now: float) -> Output | None:
+        """End a request; None if there is none of that id."""
+        seq = self._by_id.get(id)
+        return self._finish(seq, [], Finish.CANCEL, now) if seq else None
+
+    def live(self) -> list[Sequence]:
+        """Every sequence that has not ended."""
+        return [*self.running.values(), *self.waiting.values()]
+
+    def view(self, now: float) -> View:
+        """The state as a policy may see it."""
+        pool = self.kv.pool
+        running, waiting = list(self.running.values()), list(self.waiting.values())
+        return View(now, pool.num_free, self.kv.in_use, pool.num_blocks, self.kv.block_size, running, waiting)
+
+    def take_ended(self) -> list[Output]:
+        """Requests that ended while a step was planned, once."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    @property
+    def horizon(self) -> int:
+        """The lowest plan index that has not started."""
+        heap = self._unstarted
+        while heap and heap[0] not in self._waiting_indices:
+            heapq.heappop(heap)
+        return heap[0] if heap else self._top_index + 1
+
+    # -- plan --------------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> Step | Wait | None:
+        """The next step; None when everything there is awaits a step in flight, or nothing is there."""
+        work = _Plan(self, self.view(now))
+        work.hand_out()
+        if not work.slices and not self.in_flight and (self.waiting or self.running):
+            if not self.running and now < work.wait_until < math.inf:
+                return Wait(work.wait_until)
+            work.force()
+        if not work.slices:
+            return None
+        self.counters.steps += 1
+        self.in_flight += 1
+        drops, self._drops = self._drops, []
+        return Step(self.counters.steps, tuple(work.slices), tuple(work.starts), tuple(work.moves), tuple(drops))
+
+    # -- commit ------------------------------------------------------------------------------------
+
+    def commit(self, step: Step, result: StepResult, now: float) -> list[Output]:
+        """Make the step's result true: extend sequences, deliver scores, finish the finished."""
+        self.in_flight -= 1
+        outputs = []
+        for part in step.slices:
+            seq = self.running.get(part.ticket)
+            if seq is None:
+                continue  # it was cancelled, preempted or finished while the step ran
+            output = self._commit(seq, part, result, now)
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _commit(self, seq: Sequence, part: Slice, result: StepResult, now: float) -> Output | None:
+        ticket, end = part.ticket, part.start + len(part.tokens)
+        error = result.errors.get(ticket) if result.errors else None
+        if error:
+            return self._finish(seq, [], Finish.ERROR, now, error)
+        new = result.tokens.get(ticket)
+        done: Finish | None = None
+        if new:
+            new = self._cut(seq, end, new)
+            seq.tokens[end : end + 1] = array(TOKEN, new)
+            if part.draft:
+                seq.computed, seq.guessing = end + len(new) - 1, False
+            if seq.first_token is None:
+                seq.first_token = now
+            if new[-1] in seq.request.sampling.stop:
+                done = Finish.STOP
+            elif end + len(new) >= seq.limit:
+                done = Finish.LENGTH
+        elif not seq.request.samples and end >= seq.request.goal:
+            done = Finish.LENGTH if seq.request.sampling.max_tokens == 0 else Finish.STOP
+        scores = result.scores.get(ticket, []) if result.scores else []
+        if scores:
+            seq.scored = end if end < seq.num_prompt - 1 else -1
+        if done:
+            output = self._finish(seq, new or [], done, now)
+        elif new or scores:
+            output = Output(seq.request.id, new or [])
+        else:
+            return None
+        output.scores = scores
+        if result.logprobs:
+            output.logprobs = result.logprobs.get(ticket, [])[: len(output.tokens)]
+        if result.vectors:
+            output.vector = result.vectors.get(ticket)
+        return output
+
+    @staticmethod
+    def _cut(seq: Sequence, at: int, tokens: list[int]) -> list[int]:
+        """`tokens`, which start at position `at`, up to the first stop token or the limit."""
+        tokens = tokens[: seq.limit - at]
+        for i, token in enumerate(tokens):
+            if token in seq.request.sampling.stop:
+                return tokens[: i + 1]
+        return tokens
+
+    # -- the life of a sequence --------------------------------------------------------------------
+
+    def _start(self, seq: Sequence, match: Match, now: float) -> Start:
+        self._dequeue(seq)
+        self._tickets += 1
+        seq.ticket = self._tickets
+        self.running[seq.ticket] = seq
+        if seq.started is None:
+            seq.started, seq.cached = now, min(match.tokens, seq.num_prompt)
+            self.counters.cached += seq.cached
+            self.counters.prompt_last += match.whole
+        return Start(seq.ticket, seq.request, seq.outputs)
+
+    def _stop(self, seq: Sequence, again: bool) -> None:
+        if seq.running:
+            del self.running[seq.ticket]
+            self._drops.append(seq.ticket)
+            seq.ticket = -1
+        else:
+            self._dequeue(seq)
+        if again:
+            self._enqueue(seq)  # before the release: what it needs again is not past
+        self.kv.release(seq, self.horizon, self.counters.steps, again)
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._furthest[seq.number] = max(self._furthest.get(seq.number, 0), seq.computed)
+        if seq.tokens[-1] == PENDING:
+            seq.tokens.pop()  # its value will come too late; it is computed again
+        seq.computed = min(seq.computed, len(seq.tokens))
+        self._stop(seq, again=True)
+        seq.preemptions += 1
+        seq.guessing = False
+        self.counters.preemptions += 1
+
+    def _finish(self, seq: Sequence, new: list[int], why: Finish, now: float, error: str = "") -> Output:
+        if seq.tokens[-1] == PENDING:
+            seq.tokens.pop()
+        self._stop(seq, again=False)
+        del self._by_id[seq.request.id]
+        self._furthest.pop(seq.number, None)
+        self.policy.retire(seq, why, self.view(now))
+        timing = {
+            "arrival": seq.request.arrival,
+            "start": seq.started if seq.started is not None else now,
+            "first": seq.first_token if seq.first_token is not None else now,
+            "end": now,
+            "cached": float(seq.cached),
+            "preemptions": float(seq.preemptions),
+        }
+        return Output(seq.request.id, new, why, error, timing=timing)
+
+    def _count(self, seq: Sequence, start: int, count: int) -> None:
+        """Account for `count` tokens of `seq` computed from `start` on."""
+        counters, prompt = self.counters, seq.num_prompt
+        of_prompt = max(0, min(start + count, prompt) - start)
+        counters.prompt_computed += of_prompt
+        counters.output_computed += count - of_prompt
+        furthest = self._furthest.get(seq.number, 0) if self._furthest else 0
+        if furthest > start:
+            again = max(0, min(furthest, prompt, start + count) - start)
+            counters.prompt_preempted += again
+            counters.output_preempted += min(furthest, start + count) - start - again
+
+
+class _Plan:
+    """One plan being made: hand out the budget in rank order, so that what is computed catches up with what is known."""
+
+    def __init__(self, scheduler: Scheduler, view: View) -> None:
+        self.scheduler, self.view, self.kv, self.policy = scheduler, view, scheduler.kv, scheduler.policy
+        budget = self.policy.budget(view)
+        self.room, self.sequences = max(budget.tokens, 1), max(budget.sequences, 1)
+        self.index = scheduler.counters.steps + 1
+        self.slices: list[Slice] = []
+        self.starts: list[Start] = []
+        self.moves: list[Move] = []
+        self.order: list[Sequence] = []
+        self.last = 0  # order[last:] have been preempted in this plan
+        self.at = 0  # order[:at] have been looked at
+        self.closed = False  # nobody starts any more in this step
+        self.forced = False  # the next to be served gets at least one token, whatever the policy says
+        self.waits = 0
+        self.wait_until = math.inf
+
+    def hand_out(self) -> None:
+        """Serve sequences in rank order until the budget is spent."""
+        rank, view = self.policy.rank, self.view
+        keyed: list[tuple[Key, int, Sequence]] = [(rank(s, view), s.number, s) for s in view.running]
+        keyed += [(rank(s, view), s.number, s) for s in view.waiting]
+        keyed.sort()
+        self.order = [entry[2] for entry in keyed]
+        self.last = len(self.order)
+        while self.at < self.last and self.room > 0 and len(self.slices) < self.sequences:
+            seq = self.order[self.at]
+            self.at += 1
+            if seq.ticket >= 0:
+                if self.can_go_on(seq):
+                    self.serve(seq, None)
+            elif not self.closed:
+                self.start(seq)
+
+    @staticmethod
+    def can_go_on(seq: Sequence) -> bool:
+        """Whether anything of a running sequence is known and not computed. Its end, or its length, may be in flight."""
+        if seq.request.samples:
+            return not seq.guessing and len(seq.tokens) < seq.limit and seq.pending > 0
+        return seq.pending > 0
+
+    def force(self) -> None:
+        """The policy lets nothing happen and nothing is in flight: the first that can goes, so there is progress."""
+        self.forced, self.closed = True, False
+        for self.at, seq in enumerate(self.order[: self.last], 1):
+            if seq.ticket >= 0:
+                if self.can_go_on(seq):
+                    self.serve(seq, None)
+            elif seq.number in self.scheduler.waiting:
+                match = self.kv.match(seq, self.index)
+                if match is not None:
+                    self.serve(seq, match)
+            if self.slices:
+                return
+
+    def start(self, seq: Sequence) -> None:
+        """Let a waiting sequence in, if its prefix is not just being computed and the policy agrees."""
+        match = self.kv.match(seq, self.index)
+        if match is None:
+            self.waits += 1
+            self.closed = self.waits >= WAITS
+            return
+        when = self.policy.admit(seq, Reach(match.tokens, len(match.path), self.kv.num_idle(match)), self.view)
+        if when > self.view.now:
+            self.closed = True
+            self.wait_until = min(self.wait_until, when)
+            return
+        self.serve(seq, match)
+
+    def serve(self, seq: Sequence, match: Match | None) -> None:
+        """Give `seq` a slice, making room for it where the policy or the progress guarantee says so."""
+        if match is not None:
+            self.kv.acquire(seq, match, self.view.now)
+        first = not self.slices
+        count = min(self.policy.chunk(seq, self.room, self.view), seq.pending, self.room)
+        if self.forced:
+            count = max(count, 1)
+        draft = 0
+        if count == seq.pending and seq.request.samples:
+            draft = max(0, min(self.policy.draft(seq, self.view), self.room - count, seq.limit - len(seq.tokens) - 1))
+        fits = count > 0 and self.kv.grow(seq, count + draft)
+        if draft and not fits:
+            draft, fits = 0, self.kv.grow(seq, count)
+        while count > 0 and not fits:
+            victim = self.victim(seq, first)
+            if victim is None:
+                break
+            self.scheduler._preempt(victim)
+            self.order.remove(victim)
+            self.last -= 1
+            fits = self.kv.grow(seq, count + draft)
+        if fits:
+            self.emit(seq, match, count, draft)
+        elif match is not None:
+            self.kv.release(seq, self.scheduler.horizon, self.index - 1, again=True)
+            self.closed = self.closed or count > 0  # nobody overtakes a request that waits for memory
+        elif count > 0 and first and not self.scheduler.in_flight and len(self.scheduler.running) == 1:
+            self.fail(seq)
+
+    def victim(self, seq: Sequence, first: bool) -> Sequence | None:
+        """Who makes room for `seq`. The first of a step may take from anybody: that is the progress guarantee."""
+        others = [s for s in self.order[self.at : self.last] if s.ticket >= 0]
+        chosen = self.policy.victim(seq, others, self.view)
+        if chosen is None or chosen not in others:
+            return others[-1] if others and first and (seq.ticket >= 0 or self.forced) else None
+        return chosen
+
+    def fail(self, seq: Sequence) -> None:
+        """It alone has outgrown the pool."""
+        holds = self.kv.pool.num_blocks * self.kv.block_size
+        why = f"kv_exhausted: needs {seq.computed + 1} tokens of KV memory; {holds} are available: raise --memory"
+        self.scheduler._ended.append(self.scheduler._finish(seq, [], Finish.ERROR, self.view.now, why))
+
+    def emit(self, seq: Sequence, match: Match | None, count: int, draft: int) -> None:
+        """Write the slice, and what the sequence is now."""
+        scheduler, start = self.scheduler, seq.computed
+        if match is not None:
+            self.starts.append(scheduler._start(seq, match, self.view.now))
+            move = self.kv.copy(seq, scheduler.horizon)
+            if move is not None:
+                self.moves.append(move)
+        end = start + count
+        if len(seq.table) != len(seq.blocks):
+            seq.table = tuple(seq.blocks)
+        last = end == (len(seq.tokens) if seq.request.samples else seq.request.goal)
+        want = 1 if last else 0
+        if seq.scored >= 0 and end > seq.scored and start < seq.num_prompt:
+            want = max(want, end - max(start, seq.scored))
+        self.slices.append(Slice(seq.ticket, start, seq.tokens[start:end], seq.table, want, draft))
+        if start < seq.num_prompt or scheduler._furthest:
+            self.kv.planned(seq, start, count, self.index)
+            scheduler._count(seq, start, count)
+        else:
+            scheduler.counters.output_computed += count
+        seq.computed = end
+        if last and seq.request.samples:
+            seq.tokens.append(PENDING)
+            seq.guessing = draft > 0
+        self.room -= count + draft
+

@@ -1,0 +1,67 @@
+"""An executor that takes as long as a cost model says, and alone knows when each text ends.
+
+It must not compute anything, and nothing it knows about lengths may reach the scheduler but as tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shoal.core.clock import SimClock
+from shoal.core.types import Step, StepResult
+from shoal.sched.cost import LinearCost
+
+END, OTHER = 1, 2  # the two tokens of a pretend text
+
+
+@dataclass(slots=True)
+class SimPending:
+    """A step that will have ended at `ends` [s]; waiting for it moves the clock."""
+
+    clock: SimClock
+    ends: float
+    result: StepResult
+
+    def wait(self) -> StepResult:
+        if self.clock.now() < self.ends:
+            self.clock.advance_to(self.ends)
+        return self.result
+
+
+class SimExecutor:
+    """Runs one step after the other in pretend time. `lengths`: true output length by request id; those not in it
+    run to their limit. `accept`: chance that a drafted token is right."""
+
+    def __init__(
+        self,
+        clock: SimClock,
+        cost: LinearCost,
+        lengths: Mapping[str, int] | None = None,
+        accept: float = 0.7,
+        seed: int = 0,
+    ) -> None:
+        self.clock, self.cost, self.accept = clock, cost, accept
+        self._lengths = lengths or {}
+        self._ends: dict[int, int] = {}  # ticket -> position of its END token
+        self._free_at, self._luck = 0.0, random.Random(seed)
+
+    def submit(self, step: Step) -> SimPending:
+        """Price the step and sample its pretend tokens."""
+        seconds = self.cost.seconds(step)
+        self._free_at = max(self._free_at, self.clock.now()) + seconds
+        for ticket in step.drops:
+            self._ends.pop(ticket, None)
+        for start in step.starts:
+            length = self._lengths.get(start.request.id)
+            self._ends[start.ticket] = -1 if length is None else len(start.request.prompt) + length - 1
+        tokens = {}
+        for part in step.slices:
+            if part.want:
+                count = 1
+                while count <= part.draft and self._luck.random() < self.accept:
+                    count += 1
+                at, ends = part.start + len(part.tokens), self._ends[part.ticket]
+                tokens[part.ticket] = [END if at + i == ends else OTHER for i in range(count)]
+        return SimPending(self.clock, self._free_at, StepResult(tokens, seconds=seconds))

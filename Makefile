@@ -8,13 +8,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 BUILT := pyproject.toml constraints.txt CMakeLists.txt $(wildcard shoal/kernels/csrc/*)
 TESTS ?= tests
-# The tests compare numbers, not times: one thread each, one worker for each core.
+# One thread for each worker, one worker for each core.
 WORKERS ?= auto
 
 .PHONY: run test check bench prove gpu clean
 
 run: $(VENV)/.installed
-	$(BIN)/python tools/demo.py --folder $(DEMO)
+	@mkdir -p $(DEMO)
+	$(BIN)/shoal run -i examples/reviews.jsonl -o $(DEMO)/answers.jsonl
+	@$(BIN)/python tools/show_answers.py examples/reviews.jsonl $(DEMO)/answers.jsonl
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -q -rs -n $(WORKERS)
@@ -25,7 +27,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python -m benchmarks.bench_frame
+	for bench in benchmarks/bench_*.py; do $(BIN)/python -m benchmarks.$$(basename $$bench .py) || exit 1; done
 
 prove: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.prove

@@ -1,0 +1,1 @@
+"""Benchmarks and proofs; each writes JSON into results/. Not part of the package."""

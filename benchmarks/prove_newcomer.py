@@ -51,7 +51,9 @@ def timed(command: str, folder: Path, environment: dict[str, str]) -> tuple[floa
 def clean_environment(links: Path) -> dict[str, str]:
     """The environment of somebody with nothing set, but for the wheels already fetched."""
     kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "PYTHON", "SHOAL_"))
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("VIRTUAL_ENV", "PYTHON", "SHOAL_", "MAKE"))
     }
     python = Path(sys.executable).parent
     kept["PATH"] = os.pathsep.join(p for p in kept["PATH"].split(os.pathsep) if Path(p) != python)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import threading
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -80,7 +81,7 @@ class Encoded(msgspec.Struct, frozen=True, gc=False):
 
 
 class RowEncoder:
-    """Turns lines into tokens (once) and into requests (when they are fed). Holds no state: any thread may call."""
+    """Turns lines into tokens (once) and into requests (when they are fed). Any thread may call."""
 
     def __init__(
         self, tokenizer: TokenizerLike, template: TemplateLike | None, model: ModelLike, settings: JobSettings
@@ -89,6 +90,7 @@ class RowEncoder:
         self.template = template
         self.model = model
         self.settings = settings
+        self._reading = threading.Lock()
 
     @property
     def fingerprint(self) -> str:
@@ -103,7 +105,9 @@ class RowEncoder:
 
     def encode(self, raws: Sequence[bytes | None]) -> list[Encoded | RowError]:
         """One result for each line, in order. Nothing but a RowError comes of a bad line."""
-        return self._finish(self._read(raws))
+        with self._reading:
+            batch = self._read(raws)
+        return self._finish(batch)
 
     def requests(
         self, line: int, row: RowSpec, number: int, prompt: Tokens, index: int = -1, future: Future = None
@@ -131,8 +135,8 @@ class RowEncoder:
         return requests
 
     def _read(self, raws: Sequence[bytes | None]) -> _Batch:
-        """Parse and render: all that needs Python's own work."""
-        batch = _Batch([], [[], []], [[], []])
+        """Parse and render, one thread at a time: templates keep count of their work, and it is all Python's."""
+        batch = _Batch([], ([], []), ([], []))
         for place, raw in enumerate(raws):
             try:
                 row = self.parse(raw)
@@ -141,8 +145,8 @@ class RowEncoder:
                 batch.rows.append(error)
                 continue
             batch.rows.append(row)
-            batch.texts[special] += texts
-            batch.places[special] += [place] * len(texts)
+            batch.texts[special].extend(texts)
+            batch.places[special].extend([place] * len(texts))
         return batch
 
     def _texts(self, row: RowSpec) -> tuple[list[str], bool]:
@@ -289,8 +293,8 @@ class RowEncoder:
 
 class _Batch(msgspec.Struct):
     rows: list[RowSpec | RowError]
-    texts: list[list[str]]  # to be tokenized without [0] and with [1] special tokens
-    places: list[list[int]]  # the row of each text
+    texts: tuple[list[str], list[str]]  # to be tokenized without [0] and with [1] special tokens
+    places: tuple[list[int], list[int]]  # the row of each text
 
 
 def _turn(message: Message) -> dict[str, str]:

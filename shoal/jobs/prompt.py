@@ -5,11 +5,12 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
 from shoal.core.errors import RowError, UsageError
+
+_text = msgspec.json.Decoder(str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +45,25 @@ class PromptTemplate:
         """The columns it needs, in order of appearance."""
         return tuple(dict.fromkeys(name for _, name in self.pieces if name))
 
-    def fill(self, columns: Mapping[str, Any]) -> str:
-        """The prompt of a row. Raises RowError for a column that is missing or null."""
+    def fill(self, columns: Mapping[str, msgspec.Raw]) -> str:
+        """The prompt of a row, its columns' values given as JSON. Raises RowError for one that is missing or null."""
         out = []
         for literal, name in self.pieces:
             out.append(literal)
             if name:
-                value = columns.get(name)
-                out.append(value if isinstance(value, str) else _as_text(name, value, columns))
+                out.append(_value(name, columns))
         return "".join(out)
 
 
-def _as_text(name: str, value: Any, columns: Mapping[str, Any]) -> str:
-    if value is None and name not in columns:
+def _value(name: str, columns: Mapping[str, msgspec.Raw]) -> str:
+    """A text as it is; numbers, lists and objects as their JSON writes them."""
+    if name not in columns:
         known = ", ".join(repr(c) for c in list(columns)[:20]) or "none"
         raise RowError(f"the row has no column {name!r}; its columns are {known}", "missing_column", name)
-    if value is None:
+    value = bytes(columns[name])
+    if value == b"null":
         raise RowError(f"column {name!r} is null in this row: fill it, or leave the row out", "missing_column", name)
-    return msgspec.json.encode(value).decode()  # numbers and lists as JSON writes them
+    return _text.decode(value) if value.startswith(b'"') else value.decode()
 
 
 DEFAULT_PROMPT = PromptTemplate.parse("{prompt}")

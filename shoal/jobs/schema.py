@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -33,7 +33,7 @@ class RowSpec(msgspec.Struct, frozen=True):
     endpoint: Endpoint
     body: ChatBody | CompletionBody
     request: bytes  # the request's own text: what ids are made from; for a retried line not the error line around it
-    columns: dict[str, Any] | None = None  # of a plain row
+    columns: dict[str, msgspec.Raw] | None = None  # of a plain row: each value as its line writes it
     line: int | None = None  # the line it had in the file where it first failed
 
     @property
@@ -82,7 +82,7 @@ class RowSpec(msgspec.Struct, frozen=True):
 
 class _Failed(msgspec.Struct, frozen=True):
     request: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    line: int | None = None
+    line: Annotated[int, msgspec.Meta(ge=1, le=2**53)] | None = None
 
 
 class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -110,6 +110,7 @@ _chat = msgspec.json.Decoder(ChatBody)
 _completion = msgspec.json.Decoder(CompletionBody)
 _object = msgspec.json.Decoder(dict[str, Any])
 _failed_row = msgspec.json.Decoder(_FailedRow)
+_row = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _text = msgspec.json.Decoder(str)
 
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at (?P<path>.*))?$", re.DOTALL)
@@ -133,6 +134,8 @@ def parse_line(raw: bytes | None, settings: JobSettings) -> RowSpec:
             "line_too_long",
         )
     try:
+        if not raw.isascii():
+            raw.decode()  # the parts that nobody reads too: they may be given back
         return _plain_row(raw, settings) if settings.plain else _request_row(raw, settings)
     except msgspec.ValidationError as error:
         raise explain(error) from None
@@ -194,6 +197,25 @@ def _inner(failed: _Failed) -> bytes:
     return _text.decode(request).encode() if request.startswith(b'"') else request
 
 
+def unwrap(raw: bytes) -> tuple[bytes | None, int | None]:
+    """The request inside one of our error lines and the line it first had; of any other line itself and None.
+
+    The request is None where the error line holds none. Never raises: bytes that say nothing are themselves.
+    """
+    if b'"x_shoal"' not in raw:
+        return raw, None
+    try:
+        failed = _failed_row.decode(raw).x_shoal
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return raw, None
+    if failed is None:
+        return raw, None
+    try:
+        return _inner(failed), failed.line
+    except RowError:
+        return None, failed.line
+
+
 def _check_envelope(envelope: _Envelope) -> str:
     """The url of a well-formed envelope."""
     for name in ("custom_id", "method", "url", "body"):
@@ -223,10 +245,10 @@ def _plain_row(raw: bytes, settings: JobSettings) -> RowSpec:
             "this row has another number of fields than the header, or cannot be read: correct it in the input",
             "malformed_row",
         )
-    columns = _object.decode(raw)
+    columns = _row.decode(raw)
     body: ChatBody | CompletionBody
     if settings.prompt is None and "messages" in columns:
-        body = msgspec.convert({"messages": columns["messages"]}, ChatBody)
+        body = _chat.decode(b'{"messages":%b}' % bytes(columns["messages"]))
     elif settings.chat:
         text = (settings.prompt or DEFAULT_PROMPT).fill(columns)
         body = ChatBody(messages=[Message("user", text)])

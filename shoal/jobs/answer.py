@@ -1,0 +1,215 @@
+"""What comes back for a row: the line of its answer, or the line of its failure, in the shapes of OpenAI's Batch API.
+
+It must not know how an answer was computed. A line is a function of the input line, the model and the parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from shoal.core.errors import RowError
+from shoal.core.types import Tokens, TokenScore
+from shoal.jobs.body import ChatBody
+from shoal.jobs.logprobs import TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
+from shoal.jobs.schema import RowSpec, unwrap
+
+NOT_EXECUTED = frozenset(("batch_expired", "batch_cancelled"))  # failures of rows that never ran: no response
+STATUS = {"model_not_found": 404, "engine_died": 500, "internal": 500}  # of other codes: 400
+PLAIN_COLUMNS = ("answer", "finish_reason", "prompt_tokens", "completion_tokens")
+CLASH = "_shoal"  # added to the name of an answer's column where the row has a column of that name
+
+
+class TokenizerLike(Protocol):
+    """What is needed of a tokenizer."""
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+
+    def token_text(self, token: int) -> str: ...
+
+    def token_bytes(self, token: int) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One finished answer to a prompt."""
+
+    text: str
+    tokens: Tokens  # as produced, the stop token included
+    finish: Literal["stop", "length"]
+    stop_reason: int | str | None = None  # the stop string or stop token of the row that ended it
+    logprobs: Sequence[TokenScore] = ()  # of `tokens`, where the row asks
+
+
+@dataclass(frozen=True, slots=True)
+class PromptAnswers:
+    """All n answers to one prompt, in order of their sample index."""
+
+    prompt: Tokens
+    samples: Sequence[Sample]
+    scores: Sequence[TokenScore] = ()  # of the prompt's tokens from the second on, where the row asks
+
+
+class AnswerWriter:
+    """Makes lines. `fingerprint` is the hash of all that an answer depends on but its line; `created` a Unix time."""
+
+    def __init__(
+        self, tokenizer: TokenizerLike, fingerprint: str, model: str, created: int = 0, envelopes: bool = False
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.fingerprint = fingerprint
+        self.model = model  # the name for rows that give none
+        self.created = created
+        self.envelopes = envelopes  # plain rows too come back in the Batch shape
+
+    def answer(self, row: RowSpec, answers: Sequence[PromptAnswers]) -> bytes:
+        """The output line of a row, without its end. `answers` has every prompt of the row, in order."""
+        if row.endpoint == "plain" and not self.envelopes:
+            return msgspec.json.encode(_plain(row, answers))
+        mark = self._mark(row.request)
+        body = self._chat(row, answers[0], mark) if isinstance(row.body, ChatBody) else self._text(row, answers, mark)
+        response = {"status_code": 200, "request_id": f"req_{mark}", "body": body}
+        return msgspec.json.encode(
+            {"id": f"batch_req_{mark}", "custom_id": row.custom_id, "response": response, "error": None}
+        )
+
+    def failure(self, line: int, raw: bytes | None, error: RowError) -> bytes:
+        """The error line of an input line, good or bad; None is a line too long to read.
+
+        `x_shoal` holds the request, as text where it is not JSON, so that the line is a valid input.
+        """
+        request, first = (None, None) if raw is None else unwrap(raw)
+        mark = self._mark(b"%d" % line if request is None else request)
+        reply: dict[str, Any] | None = None
+        inner: dict[str, Any] | None = None
+        if error.code in NOT_EXECUTED:
+            inner = {"code": error.code, "message": str(error)}
+        else:
+            status = STATUS.get(error.code, 400)
+            kind = "server_error" if status >= 500 else "invalid_request_error"
+            detail = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+            reply = {"status_code": status, "request_id": f"req_{mark}", "body": {"error": detail}}
+        custom_id, embedded = _embed(request)
+        return msgspec.json.encode(
+            {
+                "id": f"batch_req_{mark}",
+                "custom_id": custom_id,
+                "response": reply,
+                "error": inner,
+                "x_shoal": {"line": first or line, "request": embedded},
+            }
+        )
+
+    def _mark(self, request: bytes) -> str:
+        """What ids are made of: the same for the same request under the same fingerprint."""
+        return hashlib.blake2b(request, digest_size=12, key=self.fingerprint.encode()[:64]).hexdigest()
+
+    def _frame(self, row: RowSpec, kind: str, mark: str, choices: list[Any], usage: dict[str, int]) -> dict[str, Any]:
+        return {
+            "id": f"{'chatcmpl' if kind == 'chat.completion' else 'cmpl'}-{mark}",
+            "object": kind,
+            "created": self.created,
+            "model": row.body.model or self.model,
+            "system_fingerprint": f"fp_{self.fingerprint[:16]}",
+            "choices": choices,
+            "usage": usage,
+        }
+
+    def _chat(self, row: RowSpec, answers: PromptAnswers, mark: str) -> dict[str, Any]:
+        body = row.body
+        names = TokenNames(self.tokenizer, bool(body.return_tokens_as_token_ids))
+        choices = []
+        for index, sample in enumerate(answers.samples):
+            choice: dict[str, Any] = {
+                "index": index,
+                "message": {"role": "assistant", "content": sample.text},
+                "logprobs": chat_logprobs(sample.logprobs, row.logprobs, names) if row.logprobs >= 0 else None,
+                "finish_reason": sample.finish,
+                "stop_reason": sample.stop_reason,
+            }
+            if body.return_token_ids:
+                choice["token_ids"] = list(sample.tokens)
+            choices.append(choice)
+        reply = self._frame(row, "chat.completion", mark, choices, _usage((answers,)))
+        if body.prompt_logprobs is not None:
+            reply["prompt_logprobs"] = prompt_logprobs(answers.scores, body.prompt_logprobs, names)
+        if body.return_token_ids:
+            reply["prompt_token_ids"] = list(answers.prompt)
+        return reply
+
+    def _text(self, row: RowSpec, answers: Sequence[PromptAnswers], mark: str) -> dict[str, Any]:
+        body = row.body
+        names = TokenNames(self.tokenizer, bool(body.return_tokens_as_token_ids))
+        choices: list[dict[str, Any]] = []
+        for number, answer in enumerate(answers):
+            before = self._echo(row, number, answer.prompt)
+            echoed = answer.prompt if row.echo else answer.prompt[:0]
+            for sample in answer.samples:
+                scores = [*answer.scores, *sample.logprobs] if row.echo else sample.logprobs
+                choice: dict[str, Any] = {
+                    "index": len(choices),
+                    "text": before + sample.text,
+                    "logprobs": completion_logprobs(echoed, scores, row.logprobs, names) if row.logprobs >= 0 else None,
+                    "finish_reason": sample.finish,
+                    "stop_reason": sample.stop_reason,
+                }
+                if body.prompt_logprobs is not None:
+                    choice["prompt_logprobs"] = prompt_logprobs(answer.scores, body.prompt_logprobs, names)
+                if body.return_token_ids:
+                    choice["prompt_token_ids"] = list(answer.prompt)
+                    choice["token_ids"] = list(sample.tokens)
+                choices.append(choice)
+        return self._frame(row, "text_completion", mark, choices, _usage(answers))
+
+    def _echo(self, row: RowSpec, number: int, prompt: Tokens) -> str:
+        """The text of an echoed prompt: as given, where it was a text and none of it was cut off."""
+        if not row.echo:
+            return ""
+        given = row.prompts[number]
+        if isinstance(given, str) and row.body.truncate_prompt_tokens is None:
+            return given
+        return self.tokenizer.decode(prompt, row.body.skip_special_tokens is not False)
+
+
+def _usage(answers: Sequence[PromptAnswers]) -> dict[str, int]:
+    """Tokens of a row: each prompt once, however many answers it has."""
+    prompt = sum(len(answer.prompt) for answer in answers)
+    completion = sum(len(sample.tokens) for answer in answers for sample in answer.samples)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _plain(row: RowSpec, answers: Sequence[PromptAnswers]) -> dict[str, Any]:
+    """A plain row's columns and its answer's; lists of n values where the job asks for n answers."""
+    columns: dict[str, Any] = dict(row.columns or {})
+    samples = answers[0].samples
+    usage = _usage(answers)
+    single = len(samples) == 1
+    values = (
+        samples[0].text if single else [sample.text for sample in samples],
+        samples[0].finish if single else [sample.finish for sample in samples],
+        usage["prompt_tokens"],
+        usage["completion_tokens"],
+    )
+    for name, value in zip(PLAIN_COLUMNS, values, strict=True):
+        while name in columns:
+            name += CLASH
+        columns[name] = value
+    return columns
+
+
+def _embed(request: bytes | None) -> tuple[str | None, Any]:
+    """A failed request's custom_id, and the request as JSON holds it: itself, else its text, else nothing."""
+    if request is None:
+        return None, None
+    try:
+        found = msgspec.json.decode(request)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # whatever is wrong, its text says it
+        return None, request.decode("utf-8", "replace")
+    if not isinstance(found, dict):
+        return None, request.decode()
+    custom_id = found.get("custom_id")
+    return custom_id if isinstance(custom_id, str) else None, msgspec.Raw(request)

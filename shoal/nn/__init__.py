@@ -1,1 +1,1 @@
-"""The model as arithmetic: configuration, weights, decoder, sampler. No scheduling, no files of jobs."""
+"""The model as arithmetic: configuration, weights, layers. It knows one step's tensors, never requests or schedules."""

@@ -1,0 +1,67 @@
+"""The decoder: one class for every supported architecture.
+
+It knows how a step's tokens become hidden states and logits, and must not know what is sampled from them or why.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.api import KV, Batch, Kernels
+from shoal.nn.arch import ModelConfig
+from shoal.nn.layers import Layer, Norm, StepState
+from shoal.nn.linear import Linear, load_linear
+from shoal.nn.rope import make_table
+from shoal.nn.weights import Weights
+
+
+class Decoder:
+    """A model ready to run on its kernels' device. It holds weights only; keys and values belong to the caller."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels) -> None:
+        self.config = config
+        self.kernels = kernels
+        self.dtype = weights.dtype
+        tables = []
+        for rope in config.ropes:
+            cos, sin = make_table(rope, config.context)
+            tables.append((cos.to(kernels.device), sin.to(kernels.device)))
+        self.embedding_VD = weights.take("embed_tokens.weight").to(kernels.device)
+        self.layers = [
+            Layer(kernels, weights, config, index, None if layer.rope is None else tables[layer.rope])
+            for index, layer in enumerate(config.layers)
+        ]
+        self.norm = Norm(kernels, weights, "norm", config.norm_eps)
+        self.head = (
+            Linear(kernels, kernels.pack(self.embedding_VD))
+            if config.tied
+            else load_linear(kernels, weights, "lm_head")
+        )
+
+    def new_kv(self, num_pages: int, page_size: int) -> KV:
+        """Pages for this model's keys and values, in its dtype."""
+        config = self.config
+        return self.kernels.new_kv(
+            config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, self.dtype
+        )
+
+    def forward(self, batch: Batch, kv: KV) -> Tensor:
+        """Write the step's keys and values; return the wanted positions' hidden states as [R, D], after the norm."""
+        x_TD = self.kernels.embedding(batch.ids_T, self.embedding_VD)
+        if self.config.embedding_scale != 1.0:
+            # The factor is rounded to the model's dtype first: checkpoints were trained that way.
+            x_TD = x_TD * torch.tensor(self.config.embedding_scale, dtype=x_TD.dtype, device=x_TD.device)
+        step = StepState(batch, kv, self.kernels.plan(batch, kv))
+        for layer in self.layers:
+            x_TD = layer(x_TD, step)
+        return self.norm(x_TD.index_select(0, batch.out_R))
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """Return float32 [R, V]."""
+        logits = self.kernels.logits(hidden_RD, self.head.packed)
+        if self.config.logit_divisor != 1.0:
+            logits = logits / self.config.logit_divisor
+        if self.config.logit_softcap:
+            logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
+        return logits

@@ -1,0 +1,188 @@
+"""A checkpoint's tensors: which must be there, in what shape, and where they lie in its safetensors files.
+
+It knows names and files, and must not know what the tensors are used for. Files are memory-mapped and read tensor by
+tensor, so that loading never holds more than the model and one tensor. Pickle files are never opened: they run code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from shoal.core.errors import ModelError
+from shoal.nn.arch import ModelConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Names of the arithmetic a model can run in."""
+
+_READABLE = ("F32", "BF16", "F16")
+_PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.")
+_FOREIGN = ("vision_tower.", "multi_modal_projector.")  # the picture half of a checkpoint whose text half we run
+_CONVERT = (
+    "only safetensors are read, as pickle files can run code; convert it where you trust it: python -c "
+    "\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('IN').save_pretrained('OUT')\""
+)
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor the decoder needs, named without the checkpoint's prefix, with its shape."""
+    width, inner = config.width, config.inner
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linears: dict[str, tuple[int, int, bool]] = {
+        "self_attn.o_proj": (width, queries, config.output_bias),
+        "mlp.down_proj": (width, inner, config.mlp_bias),
+    }
+    if config.fused:
+        linears["self_attn.qkv_proj"] = (queries + 2 * keys, width, config.qkv_bias)
+        linears["mlp.gate_up_proj"] = (2 * inner, width, config.mlp_bias)
+    else:
+        for name, size in (("q", queries), ("k", keys), ("v", keys)):
+            linears[f"self_attn.{name}_proj"] = (size, width, config.qkv_bias)
+        for name in ("gate", "up"):
+            linears[f"mlp.{name}_proj"] = (inner, width, config.mlp_bias)
+    norms = dict.fromkeys(norm_names(config), width)
+    if config.qk_norm != "none":
+        whole = config.qk_norm == "width"
+        norms["self_attn.q_norm"] = queries if whole else config.head_dim
+        norms["self_attn.k_norm"] = keys if whole else config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, width), "norm.weight": (width,)}
+    if not config.tied:
+        shapes["lm_head.weight"] = (config.vocab_size, width)
+    for index in range(config.num_layers):
+        for name, (outputs, inputs, bias) in linears.items():
+            shapes[f"layers.{index}.{name}.weight"] = (outputs, inputs)
+            if bias:
+                shapes[f"layers.{index}.{name}.bias"] = (outputs,)
+        for name, size in norms.items():
+            shapes[f"layers.{index}.{name}.weight"] = (size,)
+    return shapes
+
+
+def norm_names(config: ModelConfig) -> tuple[str, ...]:
+    """A layer's norms in the order of use. Checkpoints call the norm before the feed-forward layer after its place
+    (post_attention_layernorm) unless there is also one after attention."""
+    return {
+        "pre": ("input_layernorm", "post_attention_layernorm"),
+        "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
+        "both": (
+            "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+        ),
+    }[config.norms]  # fmt: skip
+
+
+class Weights:
+    """Open files of a checkpoint whose tensors have all been checked; tensors are named without its prefix."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, places: Mapping[str, _Place]) -> None:
+        self.dtype = dtype
+        self._offset = config.norm_offset
+        self._places = places
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def take(self, name: str) -> Tensor:
+        """Read one tensor into memory of its own, in the model's dtype."""
+        return self._read(name).to(self.dtype)
+
+    def norm(self, name: str) -> Tensor:
+        """Read a norm's weight as float32, with the architecture's offset added."""
+        return self._read(f"{name}.weight").float() + self._offset
+
+    def _read(self, name: str) -> Tensor:
+        place = self._places[name]
+        # A copy, so that nobody can change or cut the file under a running model.
+        return cast(Tensor, place.file.get_tensor(place.stored)).clone()
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor lies."""
+
+    file: Any  # an open safetensors file, which has no type of its own
+    stored: str  # its name there
+
+
+def load_weights(folder: str | Path, config: ModelConfig, dtype: torch.dtype = torch.float32) -> Weights:
+    """Open a checkpoint, check every name, shape and type from the files' headers, and return it for reading.
+
+    ModelError names the tensor that is missing, of another shape or type, or not part of the architecture.
+    """
+    places: dict[str, _Place] = {}
+    expected = expected_shapes(config)
+    for path in _find_files(Path(folder)):
+        try:
+            file = safe_open(path, framework="pt", device="cpu")
+            names: list[str] = list(file.keys())  # type: ignore[no-untyped-call]
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: is not a whole safetensors file ({error}); copy it again") from error
+        for stored in names:
+            name = _plain_name(stored)
+            if name in expected:
+                _check(path, stored, file.get_slice(stored), expected[name])  # type: ignore[no-untyped-call]
+                places[name] = _Place(file, stored)
+            elif not _may_be_left(name, config):
+                raise ModelError(
+                    f"{path}: tensor {stored} is not part of a {config.architecture} model as config.json describes "
+                    f"it, so its answers would be wrong; the folder may mix two checkpoints"
+                )
+    missing = [name for name in expected if name not in places]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(
+            f"{folder}: tensor {missing[0]} with shape {list(expected[missing[0]])} is missing{more}; "
+            f"a {config.architecture} model as config.json describes it needs it"
+        )
+    return Weights(config, dtype, places)
+
+
+def _find_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint in the order of their names: those of its index, or the single one."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"{index}: has no readable weight_map; copy it again") from error
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ModelError(f"{index}: names {name!r}, which is not a file beside it")
+            if not (folder / name).is_file():
+                raise ModelError(f"{folder / name}: is named by {index.name} and missing; copy it")
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    others = [path.name for kind in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in sorted(folder.glob(kind))]
+    found = f"{folder}: has no model.safetensors"
+    raise ModelError(f"{found}, but {others[0]}: {_CONVERT}" if others else f"{found}: give the folder of a checkpoint")
+
+
+def _plain_name(stored: str) -> str:
+    for prefix in _PREFIXES:
+        if stored.startswith(prefix):
+            return stored[len(prefix) :]
+    return stored
+
+
+def _may_be_left(name: str, config: ModelConfig) -> bool:
+    tied_head = config.tied and name == "lm_head.weight"
+    return tied_head or name.endswith("rotary_emb.inv_freq") or name.startswith(_FOREIGN)
+
+
+def _check(path: Path, stored: str, header: Any, shape: tuple[int, ...]) -> None:
+    found = tuple(header.get_shape())
+    if found != shape:
+        raise ModelError(f"{path}: tensor {stored} has shape {list(found)}; config.json calls for {list(shape)}")
+    if header.get_dtype() not in _READABLE:
+        raise ModelError(
+            f"{path}: tensor {stored} is stored as {header.get_dtype()}; known are {', '.join(_READABLE)}: "
+            f"use the unquantized checkpoint"
+        )

@@ -27,7 +27,7 @@ class EngineConfig:
     device: str = "cpu"  # "cpu", "cuda" or "cuda:N"; cpu because every machine has one
     weights: str = "auto"  # arithmetic: fp32, bf16; auto takes the checkpoint's own 16-bit type as bf16, else fp32
     kernels: str = "auto"  # backend of tensor functions; auto takes the fastest that the device has
-    threads: int | None = None  # of the kernels; None takes the processors this process may use
+    threads: int | None = None  # of the kernels; None takes OMP_NUM_THREADS or the number of cores
     block_size: int = 32  # tokens in a KV block: small enough to share, large enough to read in a row; divides 256
     memory_bytes: int | None = None  # of keys and values; None takes what is free beside the weights, less 1 GB
     context: int | None = None  # tokens of a prompt with its answer; None takes the model's own limit

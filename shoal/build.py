@@ -1,0 +1,145 @@
+"""From a configuration to a running engine: the one place that knows both halves, and where the wall clock lives.
+
+It must not decide anything while the engine runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shoal.core.config import EngineConfig
+from shoal.core.errors import UsageError
+from shoal.engine import Engine
+from shoal.kernels import api
+from shoal.nn.arch import ModelConfig, read_config
+from shoal.nn.decoder import Decoder
+from shoal.nn.weights import DTYPES, expected_shapes, load_weights
+from shoal.run.memory import MemoryPlan, available_bytes, plan_memory
+from shoal.run.runner import ModelRunner
+from shoal.sched.policies.batch import BatchPolicy
+from shoal.sched.policy import Budget, Policy
+from shoal.sched.scheduler import Scheduler
+from shoal.text.checkpoint import resolve_model
+
+_LEAST_TOKENS = 2048  # without --memory, the KV memory must hold a row of this length (or of the whole context)
+
+
+class WallClock:
+    """Seconds since the computer started; never goes back."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What was found out while building. Names of backends are the ones chosen where the configuration said auto."""
+
+    folder: Path
+    architecture: str
+    context: int  # tokens
+    vocab_size: int  # rows of the embedding
+    weights: str
+    kernels: str
+    device: str
+    threads: int
+    block_size: int  # tokens
+    memory: MemoryPlan
+    load_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine with what it stands on. Close it when done."""
+
+    engine: Engine
+    facts: EngineFacts
+    runner: ModelRunner
+
+    def close(self) -> None:
+        """Wait for the step in flight and end the kernels' thread."""
+        self.runner.close()
+
+
+def build_engine(config: EngineConfig, useful_tokens: int | None = None) -> BuiltEngine:
+    """Load the model and put an engine around it.
+
+    `useful_tokens` bounds the KV memory: what the work at hand can fill at most, if known. ModelError or UsageError
+    says what is wrong with the checkpoint, the device or the memory.
+    """
+    began = time.monotonic()
+    device = _device(config.device)
+    folder = resolve_model(config.model)
+    model = read_config(folder, config.context)
+    mode = _weight_mode(config.weights, folder)
+    memory = _memory(config, model, mode, device, useful_tokens)
+    name = "ref" if config.kernels == "auto" else config.kernels
+    try:
+        kernels = api.load(name, config.device, config.threads)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    decoder = Decoder(model, load_weights(folder, model, DTYPES[mode]), kernels)
+    runner = ModelRunner(decoder, kernels, decoder.new_kv(memory.num_blocks, config.block_size), model.vocab_size)
+    scheduler = Scheduler(make_policy(config), memory.num_blocks, config.block_size, config.reuse)
+    facts = EngineFacts(
+        folder=folder, architecture=model.architecture, context=model.context, vocab_size=model.vocab_size,
+        weights=mode, kernels=name, device=config.device, threads=torch.get_num_threads(),
+        block_size=config.block_size, memory=memory, load_seconds=time.monotonic() - began,
+    )  # fmt: skip
+    return BuiltEngine(Engine(scheduler, runner, WallClock(), int(config.overlap)), facts, runner)
+
+
+def make_policy(config: EngineConfig) -> Policy:
+    """The policy of a configuration; UsageError for an import path that leads to none."""
+    limit = Budget(config.step_tokens, config.max_sequences)
+    if config.policy == "auto":
+        return BatchPolicy(limit)
+    module, _, name = config.policy.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"policy {config.policy!r} cannot be imported ({error}); write it as module:Class") from error
+    if not (isinstance(found, type) and issubclass(found, Policy)):
+        raise UsageError(f"policy {config.policy!r} is not a Policy class of shoal.sched.policy")
+    return found(limit)
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(f"device {name} is not there: torch sees {torch.cuda.device_count()} such devices; use cpu")
+    return device
+
+
+def _weight_mode(asked: str, folder: Path) -> str:
+    """The arithmetic: a 16-bit checkpoint runs in bf16, any other in fp32."""
+    if asked != "auto":
+        return asked
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    inside = values.get("text_config") or {}
+    stored = values.get("dtype") or values.get("torch_dtype") or inside.get("dtype") or inside.get("torch_dtype")
+    return "bf16" if stored in ("bfloat16", "float16") else "fp32"
+
+
+def _memory(
+    config: EngineConfig, model: ModelConfig, mode: str, device: torch.device, useful_tokens: int | None
+) -> MemoryPlan:
+    size = DTYPES[mode].itemsize
+    weights = size * sum(math.prod(shape) for shape in expected_shapes(model).values())
+    block = 2 * model.num_layers * config.block_size * model.num_kv_heads * model.head_dim * size
+    useful = useful_tokens if useful_tokens is not None else config.max_sequences * model.context
+    return plan_memory(
+        available=available_bytes(device),
+        weights=weights,
+        block=block,
+        asked=config.memory_bytes,
+        useful_blocks=-(-useful // config.block_size) + config.max_sequences,  # a row's last block is seldom full
+        least_blocks=1 if config.memory_bytes else -(-min(model.context, _LEAST_TOKENS) // config.block_size),
+    )

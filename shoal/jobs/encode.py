@@ -19,10 +19,11 @@ from shoal.core.types import TOKEN, Request, Sampling, Tokens
 from shoal.jobs.body import ChatBody, Message
 from shoal.jobs.schema import RowSpec, parse_line
 from shoal.jobs.settings import JobSettings
+from shoal.text.model_info import ModelInfo
 
 GREEDY_BELOW = 1e-5  # a temperature below this is greedy, as in vLLM
 
-Future = tuple[tuple[int, int], ...] | None
+Future = tuple[tuple[int, int], ...]
 
 
 class TokenizerLike(Protocol):
@@ -30,6 +31,9 @@ class TokenizerLike(Protocol):
 
     @property
     def hash(self) -> str: ...
+
+    @property
+    def eos(self) -> frozenset[int]: ...
 
     def encode(self, text: str, special: bool = True) -> Tokens: ...
 
@@ -52,22 +56,6 @@ class TemplateLike(Protocol):
     ) -> str: ...
 
 
-class ModelLike(Protocol):
-    """What is needed of a model's description."""
-
-    @property
-    def context(self) -> int: ...  # tokens, prompt and answer together
-
-    @property
-    def vocab_size(self) -> int: ...  # rows of the embedding
-
-    @property
-    def eos(self) -> frozenset[int]: ...
-
-    @property
-    def sampling(self) -> Mapping[str, float]: ...  # of generation_config.json
-
-
 class Encoded(msgspec.Struct, frozen=True, gc=False):
     """A good row as the plan needs it."""
 
@@ -84,7 +72,7 @@ class RowEncoder:
     """Turns lines into tokens (once) and into requests (when they are fed). Any thread may call."""
 
     def __init__(
-        self, tokenizer: TokenizerLike, template: TemplateLike | None, model: ModelLike, settings: JobSettings
+        self, tokenizer: TokenizerLike, template: TemplateLike | None, model: ModelInfo, settings: JobSettings
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
@@ -110,29 +98,34 @@ class RowEncoder:
         return self._finish(batch)
 
     def requests(
-        self, line: int, row: RowSpec, number: int, prompt: Tokens, index: int = -1, future: Future = None
+        self,
+        line: int,
+        row: RowSpec,
+        number: int,
+        prompt: Tokens,
+        index: int = -1,
+        futures: Sequence[Future] | None = None,
     ) -> list[Request]:
-        """The n requests of a row's prompt `number`, whose tokens are given. `index`, `future`: as in Request.
+        """The n requests of a row's prompt `number`, whose tokens are given; `line` is the row's in this input.
 
-        Raises RowError only for a row that `encode` refuses too.
+        `index` is that of the first, `futures` has one for each: as in Request. Prompt tokens are scored once, for
+        the first. Raises RowError only for a row that `encode` refuses too.
         """
         sampling = self._sampling(line, row, number, len(prompt))
         top = row.score_top
-        requests = []
-        for sample in range(row.n):
-            requests.append(
-                Request(
-                    id=f"{line}.{number}.{sample}",
-                    prompt=prompt,
-                    sampling=dataclasses.replace(sampling, sample=sample) if sample else sampling,
-                    score_from=1 if top >= 0 and sample == 0 else -1,
-                    score_top=max(top, 0),
-                    salt=row.body.cache_salt or "",
-                    index=index,
-                    future=future,
-                )
+        return [
+            Request(
+                id=f"{line}.{number}.{sample}",
+                prompt=prompt,
+                sampling=dataclasses.replace(sampling, sample=sample) if sample else sampling,
+                score_from=1 if top >= 0 and sample == 0 else -1,
+                score_top=max(top, 0),
+                salt=row.body.cache_salt or "",
+                index=index + sample if index >= 0 else -1,
+                future=futures[sample] if futures is not None else None,
             )
-        return requests
+            for sample in range(row.n)
+        ]
 
     def _read(self, raws: Sequence[bytes | None]) -> _Batch:
         """Parse and render, one thread at a time: templates keep count of their work, and it is all Python's."""
@@ -253,17 +246,17 @@ class RowEncoder:
         model = self.model
         room = model.context - length
         stop = frozenset(body.stop_token_ids or ())
-        temperature = _first(body.temperature, model.sampling.get("temperature"), 1.0)
+        temperature = _first(body.temperature, model.defaults.temperature, 1.0)
         greedy = temperature < GREEDY_BELOW
         return Sampling(
             max_tokens=room if row.max_tokens is None else min(row.max_tokens, room),
             min_tokens=body.min_tokens or 0,
-            stop=stop if body.ignore_eos else stop | model.eos,
+            stop=stop if body.ignore_eos else stop | model.eos | self.tokenizer.eos,
             temperature=0.0 if greedy else temperature,
-            top_k=0 if greedy else max(0, int(_first(body.top_k, model.sampling.get("top_k"), 0))),
-            top_p=1.0 if greedy else _first(body.top_p, model.sampling.get("top_p"), 1.0),
-            min_p=0.0 if greedy else _first(body.min_p, model.sampling.get("min_p"), 0.0),
-            repetition_penalty=_first(body.repetition_penalty, model.sampling.get("repetition_penalty"), 1.0),
+            top_k=0 if greedy else max(0, int(_first(body.top_k, model.defaults.top_k, 0))),
+            top_p=1.0 if greedy else _first(body.top_p, model.defaults.top_p, 1.0),
+            min_p=0.0 if greedy else _first(body.min_p, model.defaults.min_p, 0.0),
+            repetition_penalty=_first(body.repetition_penalty, model.defaults.repetition_penalty, 1.0),
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             logit_bias=tuple(sorted((body.logit_bias or {}).items())),

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.core.errors import StateError
-from shoal.core.types import TOKEN, Tokens
+from shoal.core.types import TOKEN
 
 PAD = 4096  # sentinels after the last token: a window of this many tokens may be read at any token's offset
 SENTINEL = -1
@@ -39,7 +39,7 @@ class ArenaWriter:
         self._crc = 0
         self.tokens = 0
 
-    def append(self, prompt: Tokens) -> int:
+    def append(self, prompt: array[int]) -> int:
         """Append one prompt; returns its offset in tokens."""
         offset = self.tokens
         self._write(prompt.tobytes())
@@ -47,12 +47,10 @@ class ArenaWriter:
         return offset
 
     def close(self) -> None:
-        """Write padding and footer, and wait until they are on the disk."""
+        """Write padding and footer."""
         self._write(array(TOKEN, [SENTINEL]).tobytes() * PAD)
         body = _BODY.pack(_MAGIC, self.tokens, self._crc)
         self._file.write(body + _CHECK.pack(zlib.crc32(body)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
 
     def _write(self, data: bytes) -> None:
@@ -82,7 +80,7 @@ class Arena:
             raise StateError(f"{path} is damaged: its checksum differs. Remove it; it is made again from the input.")
         self.padded: npt.NDArray[np.int32] = np.memmap(path, dtype="<i4", mode="r", shape=(self.tokens + PAD,))
 
-    def slice(self, offset: int, length: int) -> Tokens:
+    def slice(self, offset: int, length: int) -> array[int]:
         """A copy of `length` tokens from `offset` (in tokens)."""
         if offset < 0 or length < 0 or offset + length > self.tokens:
             raise IndexError(f"tokens {offset}:{offset + length} of an arena of {self.tokens}")

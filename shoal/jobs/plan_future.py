@@ -37,18 +37,18 @@ def neighbour_staircases(overlap: Ints, index: Ints) -> Staircases:
 
 
 def staircases(tree: Tree, served: Ints, index: Ints, reach: Ints) -> Staircases:
-    """For any serving order: served[p] is the place served p-th, index[p] its serving index; reach is by place.
+    """For any serving order: served[p] is the place served p-th, index[p] its serving index, reach[p] its reach.
 
-    One pass from the last to the first: every prompt reads, then overwrites, the stamps on its path to the top.
-    Time is the sum of the paths' branching nodes.
+    A place may be served more than once. One pass from the last to the first: every prompt reads, then overwrites,
+    the stamps on its path to the top. Time is the sum of the paths' branching nodes.
     """
     depth, parent = array("q", tree.depth.tobytes()), array("q", tree.parent.tobytes())
     stamp = array("q", [-1]) * len(tree)  # next prompt that needs the whole node
     partial: dict[int, list[tuple[int, int]]] = {}  # nodes with a part above the node that is needed sooner
     depths, indexes, counts = array("q"), array("q"), array("q")
-    holders, reaches = tree.leaf_parent[served], reach[served]
+    holders = tree.leaf_parent[served]
     for p in range(len(served) - 1, -1, -1):
-        node, most, own = int(holders[p]), int(reaches[p]), int(index[p])
+        node, most, own = int(holders[p]), int(reach[p]), int(index[p])
         found: list[tuple[int, int]] = []
         while depth[node]:
             steps = partial.get(node, [])

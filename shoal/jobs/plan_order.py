@@ -45,7 +45,7 @@ def build_tree(lcp: Ints) -> Tree:
     top_after = array("q", bytes(8 * len(lcp)))  # the open node after each place
     closed = array("q")
     stack = [0]
-    for place, overlap in enumerate(memoryview(np.ascontiguousarray(lcp))):
+    for place, overlap in enumerate(array("q", lcp.tobytes())):
         inner = -1
         while depth[stack[-1]] > overlap:
             inner = stack.pop()
@@ -69,18 +69,22 @@ def build_tree(lcp: Ints) -> Tree:
         closed.append(node)
         right[node] = len(lcp) - 1
         parent[node] = stack[-1] if stack else node
-    return _by_closing(
-        *(np.frombuffer(a, dtype=np.int64) for a in (closed, left, right, depth, parent, top_after)), lcp
+    by_closing = _ints(closed)  # nodes are renumbered by the order in which they closed: children first
+    number = np.empty(len(closed), dtype=np.int64)
+    number[by_closing] = np.arange(len(closed))
+    top = _ints(top_after)
+    holder = np.where(lcp >= np.append(lcp[1:], -1), top, np.append(top[1:], 0))
+    return Tree(
+        _ints(left)[by_closing],
+        _ints(right)[by_closing],
+        _ints(depth)[by_closing],
+        number[_ints(parent)[by_closing]],
+        number[holder],
     )
 
 
-def _by_closing(closed: Ints, left: Ints, right: Ints, depth: Ints, parent: Ints, top: Ints, lcp: Ints) -> Tree:
-    """Renumber nodes by the order in which they closed, so that children come first."""
-    number = np.empty(len(closed), dtype=np.int64)
-    number[closed] = np.arange(len(closed))
-    after = np.append(lcp[1:], -1)
-    holder = np.where(lcp >= after, top, np.append(top[1:], 0))
-    return Tree(left[closed], right[closed], depth[closed], number[parent[closed]], number[holder])
+def _ints(values: array[int]) -> Ints:
+    return np.frombuffer(values, dtype=np.int64)
 
 
 def walk(tree: Tree, number: Ints, lcp: Ints, goal: Ints, reach: Ints, decode: Floats) -> Ints:
@@ -120,7 +124,7 @@ def _smallest(tree: Tree, value: Ints) -> Ints:
     smallest = np.full(len(tree), np.iinfo(np.int64).max)
     np.minimum.at(smallest, tree.leaf_parent, value)
     best = array("q", smallest.tobytes())
-    for node, above in enumerate(memoryview(np.ascontiguousarray(tree.parent))):
+    for node, above in enumerate(array("q", tree.parent.tobytes())):
         if best[node] < best[above]:
             best[above] = best[node]
     return np.frombuffer(best, dtype=np.int64)
@@ -153,13 +157,12 @@ def _down(value: Ints, parent: Ints) -> Ints:
     return value
 
 
-def computed(goal: Ints, overlap: Ints, reach: Ints, samples: Ints) -> Ints:
+def computed(goal: Ints, overlap: Ints, reach: Ints) -> Ints:
     """Prompt tokens each prompt computes in a depth-first order with room for everything.
 
-    overlap is with the prompt before it in that order. The first of n samples computes what its neighbour cannot give,
-    each of the others what its own reach forbids to share.
+    overlap is with the prompt before it in that order. Only the first of n samples computes anything.
     """
-    return goal - np.minimum(reach, overlap) + (samples - 1) * (goal - np.minimum(reach, goal))
+    return goal - np.minimum(reach, overlap)
 
 
 def largest_prefixes(tree: Tree, most: int) -> list[tuple[int, int, int]]:

@@ -124,7 +124,7 @@ def _equal_run(prompts: Prompts, one: Ints, other: Ints, start: Ints, width: int
     """How many of `width` tokens from position `start` are equal, whatever the prompts' ends."""
     windows = np.lib.stride_tricks.sliding_window_view(prompts.padded, width)
     differs = windows[prompts.offset[one] + start] != windows[prompts.offset[other] + start]
-    run = np.argmax(differs, axis=1)
+    run: Ints = np.argmax(differs, axis=1)
     run[~differs[np.arange(len(run)), run]] = width
     return run
 

@@ -1,0 +1,203 @@
+"""The plan of a whole job: what each row costs, in which order rows run, and who needs which prefix again.
+
+It knows the tables that planning leaves on the disk; it must not know engines, answers or the journal.
+Words: a *unit* is one prompt of one row; it is asked for `samples` times. Its *position* is its place in serving
+order; an *index* counts requests in serving order, so a unit with n samples occupies n consecutive indexes.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from shoal.core.errors import RowError, StateError
+from shoal.jobs import plan_store as store
+from shoal.jobs.arena import Arena
+from shoal.jobs.files import disk_errors
+from shoal.jobs.plan_arrange import arrange
+from shoal.jobs.plan_build import Encoder, Source, collect
+
+Order = Literal["prefix", "input"]
+Staircase = tuple[tuple[int, int], ...]
+
+_WINDOW = 1024  # units read at once when the plan is walked
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One input row. Offsets and lengths are bytes of the source."""
+
+    line: int  # from 1
+    offset: int
+    length: int
+    prompts: int  # 0 for a bad row
+    error: RowError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One prompt as it is fed to the engine."""
+
+    position: int
+    index: int  # of its first sample
+    row: int  # from 0
+    prompt: int  # number of the prompt within its row
+    tokens: array[int]
+    samples: int
+    futures: tuple[Staircase, ...]  # Request.future of each sample
+
+
+class Plan:
+    """A finished plan, memory-mapped. Open it with `build_plan` or `Plan.load`."""
+
+    def __init__(self, folder: Path, summary: dict[str, Any]) -> None:
+        self.folder = folder
+        self.order: Order = summary["key"]["order"]
+        self.num_lines: int = summary["lines"]  # blank ones too
+        self.num_rows: int = summary["rows"]
+        self.num_bad: int = summary["bad"]  # rows that have an error instead of prompts
+        self.num_units: int = summary["units"]
+        self.num_requests: int = summary["requests"]  # samples of all units
+        self.prompt_tokens: int = summary["prompt_tokens"]  # of all requests
+        self.bound: int = summary["bound"]  # the least number of prompt tokens that must be computed
+        self.last_again: int = summary["last_again"]  # fully cached prompts whose last token is computed again
+        self._largest: list[tuple[int, int, int]] = [(d, uses, unit) for d, uses, unit in summary["largest"]]
+        self._arena = Arena(folder / store.ARENA)
+        arrays = {name: np.asarray(values) for name, values in store.load_arrays(folder).items()}
+        self._rows, self._units, self._error_end = arrays["rows"], arrays["units"], arrays["error_end"]
+        self._unit_at, self._index = arrays["order"], arrays["index"]
+        self._start, self._depth, self._next = (arrays[f"future_{name}"] for name in ("start", "depth", "index"))
+
+    @classmethod
+    def load(cls, folder: Path) -> Plan:
+        """The plan kept in `folder`, every file verified. Raises StateError when there is none or it is damaged."""
+        summary = store.load_summary(folder)
+        if summary is None:
+            raise StateError(f"there is no finished plan in {folder}. Run again: it is made from the input.")
+        store.verify(folder, summary)
+        Arena(folder / store.ARENA, verify=True)
+        return cls(folder, summary)
+
+    @property
+    def saved(self) -> int:
+        """Prompt tokens that sharing can save."""
+        return self.prompt_tokens - self.bound
+
+    def row(self, number: int) -> Row:
+        """Row `number`, from 0 in file order."""
+        line, offset, length, prompts, error = self._rows[number].tolist()
+        return Row(line, offset, length, prompts, self._error(error) if error >= 0 else None)
+
+    def bad_rows(self) -> Iterator[tuple[int, Row]]:
+        """(number, row) of every row that has an error, in file order."""
+        for number in np.flatnonzero(self._rows["error"] >= 0).tolist():
+            yield number, self.row(number)
+
+    def unit(self, position: int) -> Unit:
+        """The unit served at `position`."""
+        return next(self.units_from(position))
+
+    def units_from(self, position: int = 0, wanted: Callable[[int], bool] | None = None) -> Iterator[Unit]:
+        """Units in serving order from `position` on; with `wanted`, only those whose row number it accepts."""
+        for low in range(position, self.num_units, _WINDOW):
+            high = min(low + _WINDOW, self.num_units)
+            units = self._units[self._unit_at[low:high]]
+            facts = zip(
+                range(low, high),
+                self._index[low:high].tolist(),
+                *(units[name].tolist() for name in ("row", "prompt", "offset", "length", "goal", "samples")),
+                self._staircases(low, high),
+                strict=True,
+            )
+            for place, index, row, prompt, offset, length, goal, samples, last in facts:
+                if wanted is None or wanted(row):
+                    futures = _sample_futures(index, samples, goal, last)
+                    yield Unit(place, index, row, prompt, self._arena.slice(offset, length), samples, futures)
+
+    def future(self, index: int) -> Staircase:
+        """Request.future of the request at `index`: (depth, index) pairs, deepest first."""
+        if not 0 <= index < self.num_requests:
+            raise IndexError(f"request {index} of {self.num_requests}")
+        position = int(np.searchsorted(self._index, index, side="right")) - 1
+        unit = self._units[self._unit_at[position]]
+        first = int(self._index[position])
+        (last,) = self._staircases(position, position + 1)
+        return _sample_futures(first, int(unit["samples"]), int(unit["goal"]), last)[index - first]
+
+    def largest_prefixes(self, most: int = 8) -> list[tuple[int, int, int]]:
+        """(tokens shared, prompts that share them, unit number of one) of the prefixes whose own part saves most."""
+        return self._largest[:most]
+
+    def unit_tokens(self, number: int) -> array[int]:
+        """The tokens of unit `number` in file order, for showing a prefix."""
+        unit = self._units[number]
+        return self._arena.slice(int(unit["offset"]), int(unit["length"]))
+
+    def _staircases(self, low: int, high: int) -> list[Staircase]:
+        """Staircases of the last samples of the units at positions low … high - 1."""
+        start = self._start[low : high + 1].tolist()
+        base = start[0]
+        steps = self._depth[base : start[-1]].tolist(), self._next[base : start[-1]].tolist()
+        pairs = list(zip(*steps, strict=True))
+        return [tuple(pairs[a - base : b - base]) for a, b in zip(start, start[1:], strict=False)]
+
+    def _error(self, number: int) -> RowError:
+        start = int(self._error_end[number - 1]) if number else 0
+        return store.read_error(self.folder / store.ERRORS, start, int(self._error_end[number]))
+
+
+def build_plan(
+    source: Source,
+    encoder: Encoder,
+    folder: Path,
+    order: Order = "prefix",
+    key: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> Plan:
+    """The plan of `source`, made in `folder` unless the one there already is of the same source, order and key.
+
+    `key` must change with everything else that could change a token (tokenizer, template, settings). `progress` is
+    told rows and bytes read so far. A torn or damaged plan is made again.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        plan = _kept(source, folder, order, key)
+        if plan is not None:
+            return plan
+        store.clear(folder)
+        collected = collect(source, encoder, folder, progress or _silent)
+        arrays, totals = arrange(collected.units, Arena(folder / store.ARENA), order)
+        bad = int((collected.rows["error"] >= 0).sum())
+        arrays |= {"rows": collected.rows, "units": collected.units, "error_end": collected.error_end}
+        totals |= {"lines": source.num_lines, "rows": len(collected.rows), "bad": bad}
+        store.save(folder, _key(source, key, order), arrays, totals)
+        return Plan.load(folder)
+
+
+def _kept(source: Source, folder: Path, order: Order, key: str) -> Plan | None:
+    """The plan in `folder` if it is whole and of this job."""
+    try:
+        summary = store.load_summary(folder)
+        if summary is not None and summary["key"] == _key(source, key, order):
+            return Plan.load(folder)
+    except StateError:  # a plan holds nothing that the input does not: damaged is as good as missing
+        return None
+    return None
+
+
+def _key(source: Source, key: str, order: Order) -> dict[str, str]:
+    return {"source": source.fingerprint, "key": key, "order": order}
+
+
+def _sample_futures(index: int, samples: int, goal: int, last: Staircase) -> tuple[Staircase, ...]:
+    """Every sample but the last leaves all that is computed of the prompt to the next one."""
+    return (*(((goal, index + sample),) if goal else () for sample in range(1, samples)), last)
+
+
+def _silent(rows: int, size: int) -> None:
+    """Report no progress."""

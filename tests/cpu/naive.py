@@ -39,7 +39,12 @@ def make_batch(pieces: list[Piece], page_size: int) -> Batch:
 
 @torch.inference_mode()
 def generate(
-    decoder: Decoder, prompts: list[list[int]], num_tokens: int, page_size: int = 16, chunk: int = 1 << 30, seed: int = 0
+    decoder: Decoder,
+    prompts: list[list[int]],
+    num_tokens: int,
+    page_size: int = 16,
+    chunk: int = 1 << 30,
+    seed: int = 0,
 ) -> list[tuple[list[int], torch.Tensor]]:
     """Greedy tokens of each prompt, and the logits [num_tokens, V] they were chosen from.
 

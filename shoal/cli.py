@@ -17,16 +17,9 @@ from rich.console import Console
 from typer.core import TyperGroup, TyperOption
 
 from shoal import __version__
+from shoal.core.config import parse_bytes
 from shoal.core.errors import ShoalError
-from shoal.jobs.options import (
-    Device,
-    FailureBudget,
-    JobOptions,
-    Order,
-    Weights,
-    parse_body,
-    parse_bytes,
-)
+from shoal.jobs.options import FailureBudget, JobOptions, Order, parse_body
 
 INTERRUPTED = 5
 PREFIX = "SHOAL_"
@@ -69,9 +62,9 @@ Body = Annotated[str, typer.Option(help="Request fields for rows that lack them,
 OrderFlag = Annotated[Order, typer.Option(help="plan: share most; input: as the file has them; finish: write at once.")]
 Memory = Annotated[str | None, typer.Option(help="Memory for keys and values: 2GB, 512MiB. Without it, what is free.")]
 StepTokens = Annotated[int | None, typer.Option(help="Most tokens in one step of the model.")]
-DeviceFlag = Annotated[Device, typer.Option(help="Where the model runs; auto takes a CUDA card when there is one.")]
-WeightsFlag = Annotated[Weights, typer.Option(help="Numbers of the weights; auto takes the checkpoint's.")]
-Threads = Annotated[int, typer.Option(help="Threads of the model; 0 is one for each core.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
+Weights = Annotated[str, typer.Option(help="Numbers of the weights: fp32, bf16; auto takes the checkpoint's.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the model. Without it, one for each core.")]
 Seed = Annotated[int, typer.Option(help="Decides the seed of rows that bring none.")]
 MaxFailures = Annotated[str | None, typer.Option(help="End the job after so many failed lines: 100 or 1%.")]
 Strict = Annotated[bool, typer.Option("--strict", help="A malformed line, or another model's name, ends the job.")]
@@ -115,9 +108,9 @@ def run(
     order: OrderFlag = Order.PLAN,
     memory: Memory = None,
     step_tokens: StepTokens = None,
-    device: DeviceFlag = Device.AUTO,
-    weights: WeightsFlag = Weights.AUTO,
-    threads: Threads = 0,
+    device: Device = "cpu",
+    weights: Weights = "auto",
+    threads: Threads = None,
     seed: Seed = 0,
     max_failures: MaxFailures = None,
     strict: Strict = False,

@@ -6,9 +6,9 @@ import json
 import re
 from dataclasses import dataclass, field
 from enum import Enum
-from fractions import Fraction
 from pathlib import Path
 
+from shoal.core.config import EngineConfig
 from shoal.core.errors import UsageError
 
 STDIN = Path("-")
@@ -20,22 +20,6 @@ class Order(Enum):
     PLAN = "plan"  # computed in the order that shares most, written in input order
     INPUT = "input"  # computed and written in input order
     FINISH = "finish"  # computed in the order that shares most, written as they finish
-
-
-class Device(Enum):
-    """Where the model runs."""
-
-    AUTO = "auto"  # a CUDA card when there is one
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class Weights(Enum):
-    """In which numbers the weights are kept and multiplied."""
-
-    AUTO = "auto"  # as the checkpoint has them: fp32 stays fp32, fp16 and bf16 become bf16
-    FP32 = "fp32"
-    BF16 = "bf16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +47,6 @@ class FailureBudget:
         return self.share is not None and failed > self.share * total
 
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from "2GB", "512MiB" or "1000000"; a UsageError for anything else, zero included."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
-    size = int(Fraction(match[1]) * UNITS[match[2] or ""]) if match else 0
-    if size <= 0:
-        raise UsageError(f"--memory {text!r} is not a size: write 2GB, 512MiB or a number of bytes")
-    return size
-
-
 def parse_body(text: str) -> dict[str, object]:
     """Request fields for rows that do not set them, from a JSON object; a UsageError for anything else."""
     try:
@@ -99,9 +71,9 @@ class JobOptions:
     order: Order = Order.PLAN
     memory: int | None = None  # bytes for keys and values; None: what the machine has to spare
     step_tokens: int | None = None  # at most so many tokens in one step; None: the engine's default
-    device: Device = Device.AUTO
-    weights: Weights = Weights.AUTO
-    threads: int = 0  # of the kernels; 0: the cores this process may use
+    device: str = "cpu"  # cpu, cuda or cuda:N
+    weights: str = "auto"  # numbers of the weights: fp32, bf16; auto takes the checkpoint's
+    threads: int | None = None  # of the kernels; None: OMP_NUM_THREADS or the number of cores
     seed: int = 0  # decides the seed of rows that bring none
     max_failures: FailureBudget = FailureBudget()
     strict: bool = False  # a malformed line, or one that names another model, ends the job before it starts
@@ -112,7 +84,17 @@ class JobOptions:
     quiet: bool = False  # nothing on the terminal but errors
 
     def __post_init__(self) -> None:
-        if self.step_tokens is not None and self.step_tokens < 1:
-            raise UsageError(f"--step-tokens {self.step_tokens} is too small: a step holds at least one token")
-        if self.threads < 0:
-            raise UsageError(f"--threads {self.threads} is not a number of threads: leave it out for all cores")
+        self.engine()  # so that a wrong value is refused before anything is read
+
+    def engine(self) -> EngineConfig:
+        """What the engine is told. A UsageError for values that no engine can have."""
+        given = {
+            "model": self.model,
+            "device": self.device,
+            "weights": self.weights,
+            "threads": self.threads,
+            "memory_bytes": self.memory,
+            "step_tokens": self.step_tokens,
+            "seed": self.seed,
+        }
+        return EngineConfig.from_mapping({name: value for name, value in given.items() if value is not None})

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "text": {"core"},
     "models": set(),
     "build": EVERYTHING,
-    "host": {"core", "engine", "build"},
+    "host": {"core", "engine", "build", "client"},
     "client": {"core", "engine"},
     "jobs": JOB_SIDE,
     "llm": EVERYTHING | {"build", "jobs"},

@@ -1,3 +1,28 @@
-"""Large batches of model work on your own hardware. Importing this name alone loads neither torch nor a model."""
+"""Large batches of model work on your own hardware. Importing this name alone loads neither torch nor a model.
+
+It knows the public names and where they live, and must not do any work at import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from shoal.core.config import EngineConfig
+from shoal.core.errors import ShoalError
+
+if TYPE_CHECKING:
+    from shoal.llm import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
+
+__all__ = ["LLM", "CompletionOutput", "EngineConfig", "Logprob", "RequestOutput", "SamplingParams", "ShoalError"]
+
+_LATE = dict.fromkeys(("LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"), "shoal.llm")
+
+
+def __getattr__(name: str) -> object:
+    """Load what needs torch when it is first asked for."""
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
+    raise AttributeError(f"module 'shoal' has no attribute {name!r}")

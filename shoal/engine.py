@@ -34,6 +34,7 @@ class Engine:
 
     def __init__(self, scheduler: Scheduler, executor: Executor, clock: Clock, ahead: int = 0) -> None:
         self.scheduler, self.executor, self.clock, self.ahead = scheduler, executor, clock, ahead
+        self.last: Step | None = None  # the step submitted last
         self.wait_until: float | None = None  # set when the last plan said that nothing can start before
         self.seconds_planning = 0.0
         self._flying: deque[tuple[Step, Pending]] = deque()
@@ -59,6 +60,7 @@ class Engine:
         if step is None or isinstance(step, Wait):
             return None
         self.seconds_planning += self.clock.now() - began
+        self.last = step
         pending = self.executor.submit(step)
         self._flying.append((step, pending))
         return pending

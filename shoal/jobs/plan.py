@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from shoal.core.errors import RowError, StateError
 from shoal.jobs import plan_store as store
@@ -87,6 +88,15 @@ class Plan:
     def saved(self) -> int:
         """Prompt tokens that sharing can save."""
         return self.prompt_tokens - self.bound
+
+    @property
+    def lines(self) -> npt.NDArray[np.int64]:
+        """Line numbers of all rows, ascending."""
+        return self._rows["line"].astype(np.int64)
+
+    def line(self, number: int) -> int:
+        """Line number of row `number`."""
+        return int(self._rows["line"][number])
 
     def row(self, number: int) -> Row:
         """Row `number`, from 0 in file order."""

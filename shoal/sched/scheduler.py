@@ -84,7 +84,10 @@ class Scheduler:
         least = request.goal + (max(request.sampling.min_tokens, 1) - 1 if request.samples else 0)
         holds = self.kv.pool.num_blocks * self.kv.block_size
         if least > holds:
-            return f"needs {least} tokens of KV memory; {holds} are available: shorten the prompt or raise --memory"
+            return (
+                f"kv_exhausted: needs {least} tokens of KV memory; {holds} are available: "
+                "shorten the prompt or raise --memory"
+            )
         return ""
 
     def cancel(self, id: str, now: float) -> Output | None:

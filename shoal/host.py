@@ -1,0 +1,103 @@
+"""The engine process: build what is asked for, step while there is work, end when the parent does.
+
+It knows the pipe and the engine; it must not know what requests are for, nor touch any file but the model's.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+
+from shoal.client import NEWS_EVERY, Begin, Cancel, Failed, InProcess, News, Ready, Submit, connection_of
+from shoal.core.errors import ShoalError
+
+ORPHANED = 70  # exit code when the parent is gone
+
+
+def listen(connection: Connection, inbox: queue.SimpleQueue[object]) -> None:
+    """Pass messages on; when the parent is gone, end at once, in the middle of a step if need be."""
+    while True:
+        try:
+            inbox.put(connection.recv())
+        except (EOFError, OSError):
+            os._exit(ORPHANED)
+
+
+def take(backend: InProcess, message: object) -> None:
+    """Do what a message says."""
+    match message:
+        case Submit():
+            backend.submit(message.requests, message.watched)
+        case Cancel():
+            backend.cancel(message.ids)
+        case _:
+            raise TypeError(f"an engine does not know the message {message!r}")
+
+
+def merge(old: News | None, new: News) -> News:
+    """Two News as one."""
+    if old is None:
+        return new
+    outputs, started, steps = old.outputs + new.outputs, old.started + new.started, old.steps + new.steps
+    return News(outputs, started, steps, new.waiting, new.running, new.used_blocks, new.counters)
+
+
+def serve(backend: InProcess, connection: Connection, inbox: queue.SimpleQueue[object]) -> None:
+    """Step for ever. News goes out when a request has news or started, and a few times a second."""
+    unsent: News | None = None
+    sent = 0.0
+    while True:
+        idle = not backend.engine.busy
+        while idle or not inbox.empty():
+            take(backend, inbox.get())
+            idle = False
+        news = backend.outputs()
+        if news is not None:
+            unsent = merge(unsent, news)
+        now = time.monotonic()
+        if unsent is not None and (
+            unsent.outputs or unsent.started or now - sent > NEWS_EVERY or not backend.engine.busy
+        ):
+            connection.send(unsent)
+            unsent, sent = None, now
+        wait = backend.engine.wait_until
+        if wait is not None:
+            time.sleep(min(max(wait - now, 0.0), 0.01))
+
+
+def main() -> None:
+    """Run as `python -m shoal.host DESCRIPTOR`, by the parent alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C reaches the whole group; the parent decides what it means
+    connection = connection_of(int(sys.argv[1]))
+    from shoal.build import build_engine  # loads torch, while the parent still plans
+
+    try:
+        begin = connection.recv()
+    except (EOFError, OSError):
+        return  # the parent had nothing to do after all
+    assert isinstance(begin, Begin), begin
+    inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+    threading.Thread(target=listen, args=(connection, inbox), daemon=True).start()
+    try:
+        built = build_engine(begin.config, begin.useful_tokens)
+    except ShoalError as error:
+        connection.send(Failed(str(error), error.exit_code))
+        return
+    facts = built.facts
+    connection.send(
+        Ready(
+            device=facts.device, weights=facts.weights, kernels=facts.kernels, threads=facts.threads,
+            num_blocks=facts.memory.num_blocks, block_size=facts.block_size, kv_bytes=facts.memory.total,
+            context=facts.context, load_seconds=facts.load_seconds,
+        )
+    )  # fmt: skip
+    serve(InProcess(built.engine), connection, inbox)
+
+
+if __name__ == "__main__":
+    main()

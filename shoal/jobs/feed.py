@@ -1,0 +1,274 @@
+"""The rows in flight: what goes into the engine next, and what has come back of each row.
+
+It knows the plan, the rows' words and the engine's answers; it must not know where results are kept, nor the engine.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shoal.core.errors import RowError
+from shoal.core.types import TOKEN, Finish, Output, Request, Tokens, TokenScore
+from shoal.jobs.answer import PromptAnswers, Sample
+from shoal.jobs.encode import RowEncoder
+from shoal.jobs.plan import Plan, Unit
+from shoal.jobs.read import Source
+from shoal.jobs.schema import RowSpec
+from shoal.text.detok import Detokenizer
+from shoal.text.tokenizer import Tokenizer
+
+WINDOW = 1024  # requests that wait in the engine: enough to choose from, few enough to look at in every step
+QUARANTINE = 8  # after a death, the rows that were running come back in about so many groups
+
+EXHAUSTED = "kv_exhausted: "
+
+
+@dataclass(slots=True)
+class _Part:
+    """One request in flight, and what has come of it."""
+
+    row: _Row
+    number: int  # of the prompt within the row
+    request: Request
+    detok: Detokenizer
+    started: bool = False
+    cancelled: bool = False  # a stop string ended it; the engine may not know yet
+    text: list[str] = field(default_factory=list)
+    tokens: Tokens = field(default_factory=lambda: array(TOKEN))
+    logprobs: list[TokenScore] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Row:
+    """One row in flight."""
+
+    number: int  # from 0 in the plan
+    line: int
+    raw: bytes | None
+    spec: RowSpec
+    left: int  # requests that have not ended
+    samples: dict[tuple[int, int], Sample] = field(default_factory=dict)  # by prompt number and sample index
+    prompts: dict[int, Tokens] = field(default_factory=dict)
+    scores: dict[int, list[TokenScore]] = field(default_factory=dict)
+    error: RowError | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    cached: int = 0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A row that is over: its answers, or why there are none."""
+
+    line: int
+    raw: bytes | None
+    spec: RowSpec
+    answers: tuple[PromptAnswers, ...]
+    error: RowError | None
+    stats: dict[str, object]
+
+
+class Feed:
+    """Hands out requests in plan order and gathers their outputs into rows. Changed by the job's loop alone."""
+
+    def __init__(
+        self, plan: Plan, source: Source, encoder: RowEncoder, tokenizer: Tokenizer, done: Callable[[int], bool]
+    ) -> None:
+        """`done` says of an input line whether it has ended in an earlier run."""
+        self.plan, self.source, self.encoder, self.tokenizer = plan, source, encoder, tokenizer
+        self._units: Iterator[Unit] = plan.units_from(wanted=lambda number: not done(plan.line(number)))
+        self._rows: dict[int, _Row] = {}
+        self._parts: dict[str, _Part] = {}
+        self._unstarted: set[str] = set()
+        self._first: deque[_Part] = deque()  # to be handed out before anything new
+        self._groups: deque[list[_Part]] = deque()  # suspects: each group runs with nobody else in the engine
+        self._quarantine = False
+        self._exhausted = False
+        self.prompt_tokens = 0  # of requests handed out
+
+    @property
+    def over(self) -> bool:
+        """Whether every row has been handed out and has come back."""
+        return self._exhausted and not self._parts and not self._first and not self._groups
+
+    # -- out ---------------------------------------------------------------------------------------
+
+    def next(self) -> tuple[list[Request], frozenset[str]]:
+        """Requests to hand in now, and which of them to watch because a stop string may end them."""
+        parts = self._take()
+        for part in parts:
+            self._parts[part.request.id] = part
+            self._unstarted.add(part.request.id)
+            self.prompt_tokens += len(part.request.prompt)
+        return [part.request for part in parts], frozenset(p.request.id for p in parts if p.row.spec.stop)
+
+    def _take(self) -> list[_Part]:
+        if self._groups or self._quarantine:
+            if self._parts:
+                return []
+            self._quarantine = bool(self._groups)
+            if self._groups:
+                return self._groups.popleft()
+        parts: list[_Part] = []
+        if len(self._unstarted) > WINDOW // 2:
+            return parts
+        while len(self._unstarted) + len(parts) < WINDOW and (self._first or not self._exhausted):
+            if self._first:
+                parts.append(self._first.popleft())
+                continue
+            unit = next(self._units, None)
+            if unit is None:
+                self._exhausted = True
+            else:
+                parts += self._open(unit)
+        return parts
+
+    def _open(self, unit: Unit) -> list[_Part]:
+        row = self._rows.get(unit.row)
+        if row is None:
+            place = self.plan.row(unit.row)
+            raw = self.source.read(place.offset, place.length)
+            spec = self.encoder.parse(raw)
+            row = self._rows[unit.row] = _Row(unit.row, place.line, raw, spec, place.prompts * spec.n)
+        row.prompts[unit.prompt] = unit.tokens
+        requests = self.encoder.requests(row.line, row.spec, unit.prompt, unit.tokens, unit.index, unit.futures)
+        return [_Part(row, unit.prompt, request, self._detokenizer(row.spec)) for request in requests]
+
+    def _detokenizer(self, spec: RowSpec) -> Detokenizer:
+        body = spec.body
+        keep = bool(body.include_stop_str_in_output)
+        return Detokenizer(
+            self.tokenizer, body.skip_special_tokens is not False, spec.stop, keep, body.min_tokens or 0
+        )
+
+    # -- back --------------------------------------------------------------------------------------
+
+    def started(self, ids: Iterable[str]) -> None:
+        """These requests run now."""
+        for id in ids:
+            self._unstarted.discard(id)
+            if id in self._parts:
+                self._parts[id].started = True
+
+    def take(self, output: Output) -> tuple[Ended | None, list[str]]:
+        """News of one request: the row that it completes, if it does, and requests to cancel."""
+        part = self._parts.get(output.id)
+        if part is None:
+            return None, []  # of an engine that has died since, or of a row that failed
+        stop_token = output.finish is Finish.STOP and bool(output.tokens)
+        self._extend(part, output, stop_token)
+        cancel: list[str] = []
+        if part.detok.stopped is not None and output.finish is None and not part.cancelled:
+            part.cancelled = True
+            cancel.append(output.id)
+        if output.finish is None:
+            return None, cancel
+        del self._parts[output.id]
+        self._unstarted.discard(output.id)
+        return self._end(part, output), cancel
+
+    def _extend(self, part: _Part, output: Output, stop_token: bool) -> None:
+        if part.detok.stopped is not None:
+            return
+        body = part.row.spec.body
+        shown = output.tokens[:-1] if stop_token and not body.include_stop_str_in_output else output.tokens
+        part.text.append(part.detok.push(shown))
+        part.scores += output.scores
+        if part.detok.stopped is not None:
+            used = part.detok.num_tokens - len(part.tokens)
+            part.tokens.extend(output.tokens[:used])
+            part.logprobs += output.logprobs[:used]
+        else:
+            part.tokens.extend(output.tokens)
+            part.logprobs += output.logprobs
+
+    def _end(self, part: _Part, output: Output) -> Ended | None:
+        row = part.row
+        if output.timing is not None:
+            timing = output.timing
+            row.seconds["queue"] = max(row.seconds.get("queue", 0.0), timing["start"] - timing["arrival"])
+            row.seconds["first"] = max(row.seconds.get("first", 0.0), timing["first"] - timing["start"])
+            row.seconds["run"] = max(row.seconds.get("run", 0.0), timing["end"] - timing["start"])
+            row.cached += int(timing["cached"])
+            row.preemptions += int(timing["preemptions"])
+        if output.finish in (Finish.REJECT, Finish.ERROR) and part.detok.stopped is None:
+            row.error = row.error or _row_error(output.error)
+        else:
+            part.text.append(part.detok.finish())
+            row.samples[part.number, part.request.sampling.sample] = _sample(part, output)
+            if part.scores:
+                row.scores[part.number] = part.scores
+        row.left -= 1
+        return self._close(row) if row.left == 0 else None
+
+    def _close(self, row: _Row) -> Ended:
+        del self._rows[row.number]
+        answers: tuple[PromptAnswers, ...] = ()
+        if row.error is None:
+            answers = tuple(
+                PromptAnswers(
+                    row.prompts[number],
+                    [row.samples[number, sample] for sample in range(row.spec.n)],
+                    row.scores.get(number, ()),
+                )
+                for number in sorted(row.prompts)
+            )
+        stats: dict[str, object] = {
+            "prompt_tokens": sum(len(prompt) for prompt in row.prompts.values()),
+            "completion_tokens": sum(len(sample.tokens) for sample in row.samples.values()),
+            "cached_tokens": row.cached,
+            "preemptions": row.preemptions,
+            **{f"{name}_seconds": round(value, 6) for name, value in row.seconds.items()},
+        }
+        return Ended(row.line, row.raw, row.spec, answers, row.error, stats)
+
+    # -- a dead engine -----------------------------------------------------------------------------
+
+    def died(self) -> list[int]:
+        """The engine is gone with all it had. Rows that only waited go again as they were; those that ran come back
+        in small groups without company, so that one which kills the engine is found. Returns the line of the one row
+        that was alone when the engine died."""
+        parts = list(self._parts.values())
+        self._parts.clear()
+        self._unstarted.clear()
+        suspects = [part for part in parts if part.started]
+        self._first.extendleft(self._fresh(part) for part in reversed([p for p in parts if not p.started]))
+        lines = sorted({part.row.line for part in suspects})
+        if suspects:
+            size = max(1, -(-len(lines) // QUARANTINE))
+            for first in range(0, len(lines), size):
+                group = set(lines[first : first + size])
+                self._groups.append([self._fresh(part) for part in suspects if part.row.line in group])
+            self._quarantine = True
+        return lines if len(lines) == 1 else []
+
+    def _fresh(self, part: _Part) -> _Part:
+        return _Part(part.row, part.number, part.request, self._detokenizer(part.row.spec))
+
+    def fail(self, line: int, error: RowError) -> Ended:
+        """Give up on a row that is not in the engine."""
+        self._groups = deque(group for group in self._groups if all(part.row.line != line for part in group))
+        row = next(row for row in self._rows.values() if row.line == line)
+        row.error = error
+        return self._close(row)
+
+
+def _row_error(text: str) -> RowError:
+    if text.startswith(EXHAUSTED):
+        return RowError(text.removeprefix(EXHAUSTED), "kv_exhausted", "max_tokens")
+    return RowError(text, "internal")
+
+
+def _sample(part: _Part, output: Output) -> Sample:
+    finish: Literal["stop", "length"] = "length" if output.finish is Finish.LENGTH else "stop"
+    reason: int | str | None = None
+    if part.detok.stopped is not None:
+        finish, reason = "stop", part.detok.stopped
+    elif output.finish is Finish.STOP and part.tokens and part.tokens[-1] in (part.row.spec.body.stop_token_ids or ()):
+        reason = part.tokens[-1]
+    return Sample("".join(part.text), part.tokens, finish, reason, part.logprobs)

@@ -1,0 +1,208 @@
+"""What a job costs: time, processor seconds, memory, tokens; for the display while it runs, for the report at the end.
+
+It must not decide anything. Numbers of earlier runs of the job are kept in the journal and added.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO
+
+import psutil  # type: ignore[import-untyped]
+
+from shoal import __version__
+from shoal.client import News, Ready
+from shoal.jobs.display import Progress
+from shoal.jobs.feed import Feed
+from shoal.jobs.plan import Plan
+from shoal.jobs.prepare import Prepared
+from shoal.jobs.report import Failures, Report, Rows, Seconds, Tokens
+from shoal.jobs.results import Results
+
+SPENT = "spent"  # key in the journal
+LOOK_EVERY = 0.5  # seconds between looks at the processes' memory
+SAVE_EVERY = 5.0  # seconds between notes of what was spent, for a run that is killed
+STEPS = "steps.jsonl"
+LIBRARIES = ("torch", "tokenizers", "numpy")
+COUNTED = (
+    "steps", "prompt_computed", "prompt_last", "prompt_preempted", "output_computed", "output_preempted",
+    "preemptions", "cached",
+)  # fmt: skip
+
+
+class Meter:
+    """The numbers of one run. Changed by the job's loop alone."""
+
+    def __init__(self, began: float) -> None:
+        """`began` [s, monotonic]: when the run did."""
+        self.began = began
+        self.plan_seconds = self.load_seconds = 0.0
+        self.ready: Ready | None = None
+        self.restarts = 0
+        self._earlier: dict[str, float] = {}  # of earlier runs
+        self._dead: dict[str, int] = dict.fromkeys(COUNTED, 0)  # of engines of this run that died
+        self._counters: Mapping[str, int] = {}  # of the engine that lives
+        self._used_blocks = 0
+        self._peak = 0
+        self._looked = self._saved = began
+        self._processes = [psutil.Process()]
+        self._steps: IO[str] | None = None
+        self._plan: Plan | None = None
+        self._answered = 0  # when this run began
+
+    # -- what happens ------------------------------------------------------------------------------
+
+    def planned(self, plan: Plan) -> None:
+        """The plan is made."""
+        self._plan = plan
+        self.plan_seconds = time.monotonic() - self.began
+
+    def resume(self, results: Results) -> None:
+        """Take over what earlier runs spent."""
+        noted = results.journal.meta(SPENT)
+        self._earlier = json.loads(noted) if noted else {}
+        self._answered = results.status().answered
+
+    def loaded(self, ready: Ready, pid: int) -> None:
+        """An engine is ready, in process `pid`."""
+        self.ready = ready
+        self.load_seconds += ready.load_seconds
+        self._processes = [psutil.Process(), psutil.Process(pid)]
+
+    def died(self) -> None:
+        """The engine is gone, and its counters with it."""
+        self._dead = {name: self.total(name) for name in COUNTED}
+        self._counters = {}
+        self.restarts += 1
+
+    def take(self, news: News, folder: Path) -> None:
+        """Read the engine's counters, and log its steps in the state folder."""
+        if news.counters:
+            self._counters, self._used_blocks = news.counters, news.used_blocks
+        if news.steps:
+            if self._steps is None:
+                self._steps = (folder / STEPS).open("a", encoding="utf-8")
+            for step in news.steps:
+                self._steps.write(
+                    json.dumps(
+                        {
+                            "step": step.index, "tokens": step.tokens, "sequences": step.sequences,
+                            "prompt_tokens": step.prompt_tokens, "used_blocks": step.used_blocks,
+                            "ended": round(step.ended, 6),
+                        }
+                    ) + "\n"
+                )  # fmt: skip
+
+    def tick(self, now: float, results: Results) -> None:
+        """Look at the memory, and note what was spent, when it is time to."""
+        if now - self._looked > LOOK_EVERY:
+            self._looked = now
+            self._look()
+        if now - self._saved > SAVE_EVERY:
+            self._saved = now
+            results.journal.set_meta(SPENT, json.dumps(self._spent()))
+
+    def close(self) -> None:
+        """Close the log of steps."""
+        if self._steps is not None:
+            self._steps.close()
+
+    # -- what it came to ---------------------------------------------------------------------------
+
+    def total(self, name: str) -> int:
+        """A counter over all engines of this run."""
+        return self._dead[name] + self._counters.get(name, 0)
+
+    def progress(
+        self, feed: Feed, rows: int, answered: int, failed: int, written: int, waiting_for: int | None
+    ) -> Progress:
+        """The job at this moment."""
+        plan = feed.plan
+        computed, output = self.total("prompt_computed"), self.total("output_computed")
+        fresh = answered - self._answered
+        each = output / fresh if fresh > 0 else 0.0
+        left = max(plan.bound - computed, 0) if answered < rows else 0
+        block = self.ready.kv_bytes // self.ready.num_blocks if self.ready else 0
+        return Progress(
+            rows_total=rows, rows_done=answered, rows_failed=failed, rows_written=written, waiting_for=waiting_for,
+            tokens_in=computed + self.total("cached"), tokens_out=output, tokens_saved=self.total("cached"),
+            work_done=computed + output, work_left=left + int(each * (rows - answered)),
+            kv_used=self._used_blocks * block, kv_total=self.ready.kv_bytes if self.ready else 0,
+        )  # fmt: skip
+
+    def report(self, job: Prepared, plan: Plan, results: Results, finished: bool, code: int) -> Report:
+        """The final report: rows from the journal, costs of this run and the earlier ones."""
+        spent = self._spent()
+        results.journal.set_meta(SPENT, json.dumps(spent))
+        counts = results.status().counts
+        computed = int(spent["prompt_computed"] - spent["prompt_last"])
+        output, errors = _rows_stats(results)
+        total = results.status().total
+        files = {str(job.options.output): counts["ok"] + (0 if job.errors else total - counts["ok"])}
+        if job.errors is not None and total > counts["ok"]:
+            files[str(job.errors)] = total - counts["ok"]
+        return Report(
+            rows=Rows(total, counts["ok"], counts["failed"], counts["expired"], counts["cancelled"]),
+            tokens=Tokens(
+                prompt=plan.prompt_tokens, prompt_bound=plan.bound, prompt_computed=computed,
+                prompt_recomputed=max(0, computed - plan.bound), prompt_last=int(spent["prompt_last"]), output=output,
+            ),
+            seconds=Seconds(spent["wall"], spent["cpu"], spent["load"], spent["plan"]),
+            steps=int(spent["steps"]), peak_memory_bytes=int(spent["peak"]),
+            versions={"shoal": __version__, **{name: version(name) for name in LIBRARIES}},
+            model=job.name, input=str(job.options.input), output=str(job.options.output),
+            files=files, errors=errors,
+            runs=int(spent["runs"]), engine_restarts=int(spent["restarts"]), finished=finished, exit_code=code,
+        )  # fmt: skip
+
+    def _spent(self) -> dict[str, float]:
+        """All runs so far, this one included."""
+        self._look()
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = time.process_time() + children.ru_utime + children.ru_stime + self._child_seconds()
+        own = {name: float(self.total(name)) for name in COUNTED}
+        own |= {
+            "wall": time.monotonic() - self.began, "cpu": cpu, "load": self.load_seconds, "plan": self.plan_seconds,
+            "restarts": float(self.restarts), "runs": 1.0,
+        }  # fmt: skip
+        spent = {name: value + self._earlier.get(name, 0.0) for name, value in own.items()}
+        spent["peak"] = max(float(self._peak), self._earlier.get("peak", 0.0))
+        return spent
+
+    def _child_seconds(self) -> float:
+        """Processor time of an engine that still lives."""
+        try:
+            times = [process.cpu_times() for process in self._processes[1:]]
+        except psutil.Error:
+            return 0.0  # it has ended: its time is among that of the children
+        return sum(time.user + time.system for time in times)
+
+    def _look(self) -> None:
+        used = 0
+        for process in self._processes:
+            try:
+                used += process.memory_info().rss
+            except psutil.Error:
+                continue  # it has ended
+        self._peak = max(self._peak, used)
+
+
+def _rows_stats(results: Results) -> tuple[int, dict[str, Failures]]:
+    """Output tokens of all rows, and the failed ones by code."""
+    output, errors = 0, dict[str, Failures]()
+    for line, status, stats in results.journal.stats():
+        noted = json.loads(stats)
+        output += noted.get("completion_tokens", 0) if status == "ok" else 0
+        if status != "ok":
+            code = noted.get("code", status)
+            known = errors.get(code)
+            errors[code] = Failures(
+                known.count + 1 if known else 1, known.line if known else line,
+                known.message if known else noted.get("message", ""),
+            )  # fmt: skip
+    return output, errors

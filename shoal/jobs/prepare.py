@@ -1,0 +1,120 @@
+"""From what the user asked to everything a job stands on: model folder, words, input, locked state, manifest.
+
+It must not plan, start an engine, or load a tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from shoal import __version__
+from shoal.jobs.encode import RowEncoder
+from shoal.jobs.files import Files
+from shoal.jobs.options import JobOptions
+from shoal.jobs.prompt import PromptTemplate
+from shoal.jobs.read import Source
+from shoal.jobs.settings import JobSettings, parse_defaults
+from shoal.jobs.spool import open_source
+from shoal.jobs.state import HASHES, Begin, Manifest, StateFolder, hash_files, open_state
+from shoal.jobs.tables import Form, form_of
+from shoal.text.chat import ChatTemplate
+from shoal.text.checkpoint import ModelInfo, resolve_model
+from shoal.text.tokenizer import Tokenizer
+
+EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "i8mm")
+LIBRARIES = ("torch", "numpy", "tokenizers", "jinja2")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job ready to be planned. Close `state` and `source` when done."""
+
+    options: JobOptions
+    errors: Path | None  # None: failed lines go into the output
+    form: Form
+    state: StateFolder
+    begin: Begin
+    manifest: Manifest
+    source: Source
+    folder: Path  # of the model
+    name: str  # of the model
+    tokenizer: Tokenizer
+    encoder: RowEncoder
+    info: ModelInfo
+    created: int  # Unix time in answers
+
+
+def errors_path(output: Path) -> Path:
+    """Where failed lines go: o.errors.jsonl for o.jsonl, o.csv or o.parquet."""
+    stem = output.with_suffix("") if output.suffix in (".jsonl", ".csv", ".parquet", ".pq", ".json") else output
+    return stem.with_name(stem.name + ".errors.jsonl")
+
+
+def prepare(options: JobOptions, files: Files) -> Prepared:
+    """Check and open everything. ShoalErrors say what is wrong before anything was changed, the lock apart."""
+    folder = resolve_model(options.model)
+    tokenizer = Tokenizer.load(folder)
+    info = ModelInfo.load(folder, tokenizer)
+    name = options.model or folder.name
+    form = form_of(options.output)
+    errors = None if options.one_file and form == "jsonl" else errors_path(options.output)
+    settings = JobSettings(
+        model=name,
+        strict=options.strict,
+        seed=options.seed,
+        prompt=None if options.prompt is None else PromptTemplate.parse(options.prompt),
+        chat=options.chat,
+        defaults=parse_defaults(options.body),
+    )
+    encoder = RowEncoder(tokenizer, ChatTemplate.load(folder), info, settings)
+    state = open_state(options.output, errors, files, restart=options.restart, overwrite=options.overwrite)
+    opened = False
+    try:
+        source = open_source(options.input, state.path, files, sys.stdin.buffer)
+        manifest = _manifest(options, state.path, files, folder, source, encoder)
+        begin = state.begin(manifest)
+        opened = True
+    finally:
+        if not opened:
+            state.close()
+    created = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
+    return Prepared(
+        options, errors, form, state, begin, manifest, source, folder, name, tokenizer, encoder, info, created
+    )
+
+
+def _manifest(
+    options: JobOptions, state: Path, files: Files, folder: Path, source: Source, encoder: RowEncoder
+) -> Manifest:
+    model = [path for pattern in ("*.safetensors", "config.json", "generation_config.json") for path in folder.glob(pattern)]
+    template = encoder.template.hash if encoder.template is not None else ""
+    return Manifest(
+        input=source.fingerprint,
+        model=hash_files(model, state / HASHES, files),
+        tokenizer=encoder.tokenizer.hash,
+        template=template,
+        parameters={
+            "settings": repr(encoder.settings),
+            "order": options.order.value,
+            "openai": options.openai,
+            "one_file": options.one_file,
+            "context": encoder.model.context,
+        },
+        weight_mode=options.weights,
+        instruction_set=f"{options.device} {instruction_set()}",
+        versions={"shoal": __version__, **{name: version(name) for name in LIBRARIES}},
+    )
+
+
+def instruction_set() -> str:
+    """The processor's architecture with the extensions that arithmetic may use, as /proc/cpuinfo has them."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        words = set()  # not Linux: the architecture alone has to do
+    return " ".join([platform.machine(), *(name for name in EXTENSIONS if name in words)])

@@ -1,0 +1,300 @@
+"""The main job: plan, feed, gather, keep, write, report. It knows every part of a job and does the work of none.
+
+It must not know tensors: the engine is a process of its own, or whatever backend it is given.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import FrameType
+
+from rich.console import Console
+
+from shoal.client import Backend, Begin, EngineProcess, News, Ready
+from shoal.core.config import EngineConfig
+from shoal.core.errors import EngineDied, RowError, ShoalError, UsageError
+from shoal.jobs.answer import AnswerWriter
+from shoal.jobs.display import Display, PlanFacts, Progress
+from shoal.jobs.feed import Ended, Feed
+from shoal.jobs.files import DiskFiles, Files
+from shoal.jobs.meter import Meter
+from shoal.jobs.options import JobOptions, Order
+from shoal.jobs.plan import Plan, build_plan
+from shoal.jobs.prepare import Prepared, prepare
+from shoal.jobs.report import print_report, read_report, write_report
+from shoal.jobs.results import Results, open_results
+from shoal.jobs.state import Begin as JobBegin
+from shoal.jobs.state import row_key
+
+INTERRUPTED, BUDGET_HIT, SOME_FAILED = 5, 4, 3
+POLL = 0.1  # seconds to wait for news before looking after the files and the display
+DEATHS = 8  # engine deaths in a row without any row completed, after which the job gives up
+
+
+
+class WallClock:
+    """Seconds since the computer started; never goes back."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+
+@dataclass(slots=True)
+class Stop:
+    """Set by a signal: end after what is under way."""
+
+    asked: bool = False
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """The first SIGINT or SIGTERM asks the job to stop; the second acts as it always does."""
+    stop = Stop()
+    before = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.asked = True
+        signal.signal(number, before[number])
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handle)
+    except ValueError:
+        pass  # not the main thread: signals are somebody else's
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_job(options: JobOptions, backend: Backend | None = None, console: Console | None = None) -> int:
+    """Run the job, or go on with it, to its end. Returns the exit code; ShoalErrors carry theirs.
+
+    `backend` replaces the engine process: it is used as it is, and not started again when it dies.
+    """
+    files, began = DiskFiles(), time.monotonic()
+    console = console or Console(stderr=True)
+    with stopping() as stop:
+        # The process loads its libraries while we read, check and plan.
+        engine = EngineProcess(options.threads or 0) if backend is None else None
+        try:
+            job = prepare(options, files)
+            try:
+                if job.begin is JobBegin.FINISHED:
+                    return _again(job, console)
+                return _Job(job, files, console, stop, began, engine, backend).run()
+            finally:
+                job.source.close()
+                job.state.close()
+        finally:
+            if engine is not None:
+                engine.close()
+
+
+def _again(job: Prepared, console: Console) -> int:
+    """The job had ended before: say what came of it."""
+    report = read_report(job.options.output)
+    if not job.options.quiet:
+        print_report(report, console)
+    return report.status
+
+
+class _Job:
+    """One run of one job."""
+
+    def __init__(
+        self, job: Prepared, files: Files, console: Console, stop: Stop, began: float,
+        engine: EngineProcess | None, backend: Backend | None,
+    ) -> None:  # fmt: skip
+        self.job, self.files, self.console, self.stop = job, files, console, stop
+        self.engine, self.backend = engine, backend
+        self.clock = WallClock()
+        self.display = Display(console, self.clock, job.options.quiet)
+        self.writer = AnswerWriter(
+            job.tokenizer, job.manifest.answers, job.name, job.created, job.options.openai
+        )
+        self.meter = Meter(began)
+        self.deaths = 0  # since a row was last completed
+        self.budget_hit = False
+
+    def run(self) -> int:
+        """Everything from the plan to the report."""
+        options = self.job.options
+        plan = self._plan()
+        self.meter.planned(plan)
+        if options.strict and plan.num_bad:
+            number, row = next(plan.bad_rows())
+            raise UsageError(f"--strict: line {row.line} cannot be run: {row.error}")
+        results = self._open(plan)
+        try:
+            self.meter.resume(results)
+            self._refuse_bad_rows(plan, results)
+            feed = Feed(plan, self.job.source, self.job.encoder, self.job.tokenizer, results.done)
+            with self.display:
+                if results.status().answered < results.status().total:
+                    self._start(plan)
+                    self._say_plan(plan, results)
+                    self._loop(feed, results)
+            return self._end(plan, feed, results)
+        finally:
+            results.close()
+            self.meter.close()
+
+    def _plan(self) -> Plan:
+        job, order = self.job, "input" if self.job.options.order is Order.INPUT else "prefix"
+        return build_plan(job.source, job.encoder, job.state.path, order, job.encoder.fingerprint)
+
+    def _open(self, plan: Plan) -> Results:
+        job = self.job
+        order = "finish" if job.options.order is Order.FINISH else "input"
+        lines = array("q", plan.lines.tobytes())
+        return open_results(
+            job.state.path, job.options.output, job.errors, lines, order, self.files, self.clock, job.form
+        )
+
+    def _refuse_bad_rows(self, plan: Plan, results: Results) -> None:
+        for _, row in plan.bad_rows():
+            if not results.done(row.line):
+                assert row.error is not None
+                raw = self.job.source.read(row.offset, row.length)
+                self._fail(results, row.line, raw, row.error, {})
+
+    def _fail(
+        self, results: Results, line: int, raw: bytes | None, error: RowError, stats: dict[str, object]
+    ) -> None:
+        payload = self.writer.failure(line, raw, error)
+        noted = {**stats, "code": error.code, "message": str(error)[:500]}
+        results.put(line, row_key(self.job.manifest, raw or b""), "failed", payload, noted)
+
+    # -- the engine --------------------------------------------------------------------------------
+
+    def _config(self) -> EngineConfig:
+        return replace(self.job.options.engine(), model=str(self.job.folder))
+
+    def _start(self, plan: Plan) -> None:
+        if self.backend is not None:
+            return
+        config = self._config()
+        if self.engine is None:
+            self.engine = EngineProcess(self.job.options.threads or 0)
+        useful = plan.bound + min(plan.num_requests, config.max_sequences) * self.job.info.context
+        self.engine.begin(Begin(config, useful))
+        ready = self.engine.ready()
+        self.meter.loaded(ready, self.engine.pid)
+        self.backend = self.engine
+
+    def _say_plan(self, plan: Plan, results: Results) -> None:
+        ready: Ready | None = self.meter.ready
+        options, done = self.job.options, results.status().answered - plan.num_bad
+        name = "standard input" if str(options.input) == "-" else str(options.input)
+        self.display.plan(
+            PlanFacts(
+                input=name, model=self.job.name + ("" if options.model else " (the embedded model)"),
+                rows=plan.num_rows, bad=plan.num_bad, prompt_tokens=plan.prompt_tokens, prompt_bound=plan.bound,
+                kv_bytes=ready.kv_bytes if ready else 0,
+                kv_tokens=ready.num_blocks * ready.block_size if ready else 0,
+                seconds=self.meter.plan_seconds, resumed=max(done, 0), device=ready.device if ready else "a backend",
+            )
+        )  # fmt: skip
+
+    def _revive(self, plan: Plan, feed: Feed, results: Results, death: EngineDied) -> None:
+        """Start another engine in place of a dead one, and give up on a row that has killed it twice alone."""
+        if self.engine is None:
+            raise death
+        self.deaths += 1
+        self.meter.died()
+        if self.deaths >= DEATHS:
+            raise ShoalError(
+                f"{death}, {self.deaths} times without completing a row; what was answered is kept: see what it "
+                "printed, give it more memory or a smaller --memory, and run the same command again"
+            )
+        self.display.warn(f"{death}; starting another, its unfinished rows run again")
+        for line in results.died(feed.died()):
+            error = RowError("the engine died twice while it ran this row alone", "engine_died")
+            self._put(results, feed.fail(line, error))
+        self.engine, self.backend = None, None
+        self._start(plan)
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    def _loop(self, feed: Feed, results: Results) -> None:
+        plan = feed.plan
+        while not self.stop.asked and not self.budget_hit:
+            try:
+                assert self.backend is not None
+                requests, watched = feed.next()
+                if requests:
+                    self.backend.submit(requests, watched)
+                if feed.over:
+                    break
+                news = self.backend.outputs(POLL)
+                if news is not None:
+                    self._take(news, feed, results)
+            except EngineDied as death:
+                self._revive(plan, feed, results, death)
+            now = self.clock.now()
+            results.tick(now)
+            self.meter.tick(now, results)
+            self.display.show(self._progress(feed, results))
+        self.display.show(self._progress(feed, results), last=True)
+
+    def _take(self, news: News, feed: Feed, results: Results) -> None:
+        feed.started(news.started)
+        cancel: list[str] = []
+        for output in news.outputs:
+            ended, stopped = feed.take(output)
+            cancel += stopped
+            if ended is not None:
+                self.deaths = 0
+                self._put(results, ended)
+        if cancel:
+            assert self.backend is not None
+            self.backend.cancel(cancel)
+        self.meter.take(news, self.job.state.path)
+
+    def _put(self, results: Results, ended: Ended) -> None:
+        if ended.error is not None:
+            self._fail(results, ended.line, ended.raw, ended.error, ended.stats)
+        else:
+            payload = self.writer.answer(ended.spec, ended.answers)
+            key = row_key(self.job.manifest, ended.raw or b"")
+            results.put(ended.line, key, "ok", payload, ended.stats)
+        status = results.status()
+        self.budget_hit = self.job.options.max_failures.exceeded(status.counts["failed"], status.total)
+
+    def _progress(self, feed: Feed, results: Results) -> Progress:
+        status = results.status()
+        return self.meter.progress(
+            feed, status.total, status.answered, status.counts["failed"], status.written, status.waiting_for
+        )
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def _end(self, plan: Plan, feed: Feed, results: Results) -> int:
+        status = results.status()
+        finished = status.answered == status.total
+        failed = status.counts["failed"]
+        if finished:
+            results.finish()
+            code = SOME_FAILED if failed else 0
+        else:
+            code = INTERRUPTED if self.stop.asked else BUDGET_HIT
+        if self.job.options.max_failures.exceeded(failed, status.total):
+            code = BUDGET_HIT
+        if self.engine is not None:
+            self.engine.close()
+        report = self.meter.report(self.job, plan, results, finished, code)
+        write_report(report, self.job.state.path, self.files)
+        if finished:
+            self.job.state.finish(report.status)
+        if not self.job.options.quiet:
+            print_report(report, self.console)
+        return report.status
+
+

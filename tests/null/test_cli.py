@@ -13,7 +13,7 @@ import shoal.cli
 from shoal.cli import build_command
 from shoal.core.config import parse_bytes
 from shoal.core.errors import EngineDied, ModelError, StateError, UsageError
-from shoal.jobs.files import Files
+from shoal.jobs.files import DiskFiles
 from shoal.jobs.options import FailureBudget, JobOptions, Order
 from shoal.jobs.report import Failures, Report, Rows, write_report
 from shoal.jobs.state import folder_of
@@ -173,12 +173,12 @@ def test_report_shows_what_the_job_left(tmp_path: Path, capsys: pytest.CaptureFi
     assert call("report", str(output)) == 2
     folder_of(output).mkdir()
     rows = Rows(total=3, ok=2, failed=1)
-    write_report(Report(rows, errors={"x": Failures(1, 3, "why")}, exit_code=3), folder_of(output), Files())
+    write_report(Report(rows, errors={"x": Failures(1, 3, "why")}, exit_code=3), folder_of(output), DiskFiles())
     assert call("report", str(output)) == 0
     assert "3 rows: 2 ok, 1 failed" in capsys.readouterr().out
     assert call("report", str(output), "--json") == 0
     assert '"problems": []' in capsys.readouterr().out
-    write_report(Report(Rows(total=3)), folder_of(output), Files())
+    write_report(Report(Rows(total=3)), folder_of(output), DiskFiles())
     assert call("report", str(output)) == 1
 
 

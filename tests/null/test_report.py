@@ -16,7 +16,7 @@ from rich.console import Console
 from shoal.core.clock import SimClock
 from shoal.core.errors import ShoalError, StateError
 from shoal.jobs.display import PLAIN_EVERY, Display, PlanFacts, Progress, Rates, Window, plain_line
-from shoal.jobs.files import Files
+from shoal.jobs.files import DiskFiles
 from shoal.jobs.report import (
     Failures,
     Report,
@@ -119,7 +119,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     folder.mkdir()
     with pytest.raises(StateError, match="has not ended"):
         read_report(output)
-    write_report(GOOD, folder, Files())
+    write_report(GOOD, folder, DiskFiles())
     assert read_report(output) == GOOD
     (folder / "report.json").write_bytes(b"{")
     with pytest.raises(ShoalError, match="not a report"):

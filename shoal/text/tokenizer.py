@@ -1,0 +1,132 @@
+"""Text to token ids and back, by a checkpoint's own rules.
+
+Knows the tokenizer library and the ids with a role (begin, end, special); it must not know about chats, jobs or
+tensors. `Tokenizer` equals what transformers produces for the same folder.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+
+from shoal.core.errors import RowError
+from shoal.core.types import TOKEN, Tokens
+from shoal.text import files, words
+from shoal.text.decoding import Decoding
+
+BATCH_TEXTS = 2048  # texts the library encodes at once, and the characters in them: both bound its memory, about
+BATCH_CHARACTERS = 1 << 18  # 150 bytes a token while a batch is being encoded
+
+
+class Tokenizer:
+    """A tokenizer and the ids with a role. Encoding keeps a cache of words; no method's answer depends on it."""
+
+    def __init__(self, source: files.TokenizerFiles) -> None:
+        backend = files.build(source)
+        self.backend = backend
+        self.decoding = Decoding(backend)
+        self.hash = source.digest()
+        named = {name: token.content for name, token in source.named_tokens().items()}
+        self.named: dict[str, str] = named
+        """Texts of the tokens with a role: bos_token, eos_token, …; chat templates see them under these names."""
+        self.bos: int | None = backend.token_to_id(named["bos_token"]) if "bos_token" in named else None
+        ends = {backend.token_to_id(named["eos_token"])} if "eos_token" in named else set()
+        self.eos: frozenset[int] = frozenset(ends | set(source.eos_ids()))
+        added = backend.get_added_tokens_decoder()
+        self.special_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
+        ends_of_text = _ends(backend)
+        self._before, self._after = ends_of_text or (array(TOKEN), array(TOKEN))
+        self._words = words.word_encoder(backend) if ends_of_text is not None else None
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Tokenizer:
+        """The tokenizer of a checkpoint folder. ModelError says what is missing and how to make it."""
+        return cls(files.TokenizerFiles.read(Path(folder)))
+
+    def encode(self, text: str, special: bool = True) -> Tokens:
+        """The token ids of a text, with the begin and end tokens the model expects where `special`.
+
+        Added tokens written in the text are recognised either way. RowError for a text that is not valid Unicode.
+        """
+        return self.encode_batch([text], special)[0]
+
+    def encode_batch(self, texts: Sequence[str], special: bool = True) -> list[Tokens]:
+        """`encode` of every text; faster than one by one. RowError names the first text that is not valid Unicode."""
+        fast = self._words.encode if self._words is not None else None
+        before, after = (self._before, self._after) if special else (None, None)
+        results: list[Tokens] = []
+        slow: list[int] = []
+        for text in texts:
+            ids = fast(text) if fast is not None else None
+            if ids is None:
+                slow.append(len(results))
+                ids = array(TOKEN)
+            elif before or after:
+                ids = before + ids + after
+            results.append(ids)
+        for part in _batches(texts, slow):
+            for i, ids in zip(part, self._by_library([texts[i] for i in part], special), strict=True):
+                results[i] = ids
+        return results
+
+    def _by_library(self, texts: list[str], special: bool) -> Iterator[Tokens]:
+        for number, text in enumerate(texts):
+            if not text.isascii():
+                check(text, number if len(texts) > 1 else None)
+        for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=special):
+            yield array(TOKEN, encoding.ids)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of tokens; ids outside the vocabulary say nothing. No spaces are cleaned up."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes one token stands for, exactly: it may be part of a character. b'' outside the vocabulary."""
+        return self.decoding.bytes(token)
+
+    def token_text(self, token: int) -> str:
+        """One token for display; U+FFFD where it is only a part of a character."""
+        return self.decoding.bytes(token).decode("utf-8", "replace")
+
+
+def check(text: str, number: int | None = None) -> None:
+    """RowError for a text that cannot be written as UTF-8 (lone surrogates); `number` names it among several."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        which = "the text" if number is None else f"text {number}"
+        code = ord(text[error.start])
+        raise RowError(
+            f"{which} has a lone surrogate U+{code:04X} at character {error.start}: it is not valid Unicode; "
+            "write the character itself or a whole surrogate pair",
+            code="invalid_unicode",
+        ) from error
+
+
+def _batches(texts: Sequence[str], chosen: list[int]) -> Iterator[list[int]]:
+    """Cut the chosen texts into batches of bounded number and size; a text longer than the bound goes alone."""
+    part: list[int] = []
+    size = 0
+    for i in chosen:
+        if part and (len(part) >= BATCH_TEXTS or size + len(texts[i]) > BATCH_CHARACTERS):
+            yield part
+            part, size = [], 0
+        part.append(i)
+        size += len(texts[i])
+    if part:
+        yield part
+
+
+def _ends(backend: tokenizers.Tokenizer) -> tuple[Tokens, Tokens] | None:
+    """The ids that post-processing puts before and after every text; None when it does more than that."""
+    bare = list(backend.encode("0", add_special_tokens=False).ids)
+    full = list(backend.encode("0", add_special_tokens=True).ids)
+    for start in range(len(full) - len(bare) + 1):
+        if bare and full[start : start + len(bare)] == bare:
+            return array(TOKEN, full[:start]), array(TOKEN, full[start + len(bare) :])
+    return None

@@ -83,7 +83,10 @@ class AnswerWriter:
         `x_shoal` holds the request, as text where it is not JSON, so that the line is a valid input.
         """
         request, first = (None, None) if raw is None else unwrap(raw)
-        mark = self._mark(b"%d" % line if request is None else request)
+        line = first or line
+        custom_id, embedded = _embed(request)
+        shown = embedded.encode() if isinstance(embedded, str) else embedded
+        mark = self._mark(b"%d" % line if shown is None else bytes(shown))
         reply: dict[str, Any] | None = None
         inner: dict[str, Any] | None = None
         if error.code in NOT_EXECUTED:
@@ -93,14 +96,13 @@ class AnswerWriter:
             kind = "server_error" if status >= 500 else "invalid_request_error"
             detail = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
             reply = {"status_code": status, "request_id": f"req_{mark}", "body": {"error": detail}}
-        custom_id, embedded = _embed(request)
         return msgspec.json.encode(
             {
                 "id": f"batch_req_{mark}",
                 "custom_id": custom_id,
                 "response": reply,
                 "error": inner,
-                "x_shoal": {"line": first or line, "request": embedded},
+                "x_shoal": {"line": line, "request": embedded},
             }
         )
 
@@ -201,15 +203,23 @@ def _plain(row: RowSpec, answers: Sequence[PromptAnswers]) -> dict[str, Any]:
     return columns
 
 
-def _embed(request: bytes | None) -> tuple[str | None, Any]:
+def _embed(request: bytes | None) -> tuple[str | None, msgspec.Raw | str | None]:
     """A failed request's custom_id, and the request as JSON holds it: itself, else its text, else nothing."""
     if request is None:
         return None, None
+    found = _decoded(request)
+    if isinstance(found, dict):
+        custom_id = found.get("custom_id")
+        return custom_id if isinstance(custom_id, str) else None, msgspec.Raw(request)
+    text = request.decode("utf-8", "backslashreplace")
+    if text.encode() != request and _decoded(text.encode()) is not None:
+        return None, None  # bytes that are not UTF-8 must not become another request when this line is run again
+    return None, text
+
+
+def _decoded(request: bytes) -> Any:
+    """What the JSON says; None where it says nothing."""
     try:
-        found = msgspec.json.decode(request)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # whatever is wrong, its text says it
-        return None, request.decode("utf-8", "replace")
-    if not isinstance(found, dict):
-        return None, request.decode()
-    custom_id = found.get("custom_id")
-    return custom_id if isinstance(custom_id, str) else None, msgspec.Raw(request)
+        return msgspec.json.decode(request)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None

@@ -329,6 +329,8 @@ def explain(error: msgspec.ValidationError, inside: str = "") -> RowError:
     what, path = match["what"], (match["path"] or "").strip("`").replace("key` in `", "")
     param = path.replace("$", "").lstrip(".")
     unknown = _UNKNOWN.match(what)
+    if unknown is not None and unknown[1] in FIELDS:
+        return RowError(f"{unknown[1]!r} is not a field of this url: remove it", "unknown_field", unknown[1])
     if unknown is not None:
         near = difflib.get_close_matches(unknown[1], FIELDS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ", or correct its name"

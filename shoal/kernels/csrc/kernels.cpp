@@ -15,17 +15,18 @@ namespace {
 // Sums in an order that depends on the number of columns alone, so a row's result is its own.
 template <class T>
 void rms_norm(const T *x, const T *weight, T *y, int64_t rows, int64_t columns, float eps) {
-  const int64_t whole = columns - columns % LANES;
+  const int64_t whole = columns - columns % BLOCK;
   for (int64_t row = 0; row < rows; row++, x += columns, y += columns) {
-    vf squares = {};
-    for (int64_t k = 0; k < whole; k += LANES) {
-      vf v = load(x + k);
-      squares += v * v;
-    }
+    vf squares[BLOCK / WIDTH] = {};
+    for (int64_t k = 0; k < whole; k += BLOCK)
+      for (int64_t j = 0; j < BLOCK / WIDTH; j++) {
+        vf v = load(x + k + j * WIDTH);
+        squares[j] += v * v;
+      }
     float total = sum(squares);
     for (int64_t k = whole; k < columns; k++) total += load_one(x + k) * load_one(x + k);
     const float scale = 1.0f / __builtin_sqrtf(total / (float)columns + eps);
-    for (int64_t k = 0; k < whole; k += LANES) store(y + k, load(x + k) * splat(scale) * load(weight + k));
+    for (int64_t k = 0; k < whole; k += WIDTH) store(y + k, load(x + k) * splat(scale) * load(weight + k));
     for (int64_t k = whole; k < columns; k++) store_one(y + k, load_one(x + k) * scale * load_one(weight + k));
   }
 }

@@ -1,15 +1,23 @@
 #pragma once
-// Sixteen floats at a time with the compiler's own vectors: it splits them into ymm or xmm below AVX-512.
+// The compiler's own vectors, as wide as a register of the instruction set: a wider type would live in memory.
 // Included by kernels.cpp alone, inside its anonymous namespace: a function with external linkage would be
 // compiled three times under one name, and the linker would keep one copy for all instruction sets.
 
-constexpr int64_t LANES = 16;
+#if defined(__AVX512F__)
+#define WIDTH 16
+#elif defined(__AVX2__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
 
-typedef float vf __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef float vf_any __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2)));
+constexpr int64_t BLOCK = 16;  // numbers added side by side, whatever the width: so all sets add in one order
+
+typedef float vf __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t vu __attribute__((vector_size(4 * WIDTH)));
+typedef float vf_any __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef uint16_t vh __attribute__((vector_size(2 * WIDTH)));
+typedef uint16_t vh_any __attribute__((vector_size(2 * WIDTH), aligned(2)));
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -46,11 +54,11 @@ INLINE void store(bf16 *p, vf v) {
 INLINE void store_one(float *p, float x) { *p = x; }
 INLINE void store_one(bf16 *p, float x) { *p = round_one(x); }
 
-// Adds the lanes in one order for every instruction set: a tree of halves.
-INLINE float sum(vf v) {
-  float lane[LANES];
-  __builtin_memcpy(lane, &v, sizeof lane);
-  for (int64_t width = LANES / 2; width > 0; width /= 2)
+// Adds a block's numbers as a tree of halves.
+INLINE float sum(const vf *block) {
+  float lane[BLOCK];
+  __builtin_memcpy(lane, block, sizeof lane);
+  for (int64_t width = BLOCK / 2; width > 0; width /= 2)
     for (int64_t i = 0; i < width; i++) lane[i] += lane[i + width];
   return lane[0];
 }

@@ -33,7 +33,9 @@ prove: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.prove
 
 gpu: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/cuda -q -rs
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	then $(BIN)/python -m pytest tests/cuda -q -rs; \
+	else echo "No CUDA card that torch can use: tests/cuda skipped."; fi
 
 $(VENV)/.installed: $(BUILT)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -141,27 +141,6 @@ class Stream(io.RawIOBase):
 
 
 @contextmanager
-def whole(files: Files, path: Path) -> Iterator[File]:
-    """Give an empty file that takes the name `path` at the end: after a crash there is the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    files.remove(part)
-    file = files.open(part)
-    try:
-        yield file
-        file.sync()
-    finally:
-        file.close()
-    files.replace(part, path)
-    files.sync_folder(path.parent)
-
-
-def write_whole(files: Files, path: Path, data: bytes) -> None:
-    """Put `data` into `path`: after a crash there is the old content or the new one, never a mixture."""
-    with whole(files, path) as file:
-        file.write(0, data)
-
-
-@contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals about `path` into errors that say what to do."""
     try:
@@ -180,6 +159,28 @@ def disk_errors(path: Path) -> Iterator[None]:
             f"the disk refused {name}: {reason}; every answer committed so far is kept: "
             "when the disk is well again, run the same command again to continue"
         ) from error
+
+
+@contextmanager
+def whole(files: Files, path: Path) -> Iterator[File]:
+    """Give an empty file that takes the name `path` at the end: after a crash there is the old file or the new one."""
+    part = path.with_name(path.name + ".part")
+    with disk_errors(path):
+        files.remove(part)
+        file = files.open(part)
+        try:
+            yield file
+            file.sync()
+        finally:
+            file.close()
+        files.replace(part, path)
+        files.sync_folder(path.parent)
+
+
+def write_whole(files: Files, path: Path, data: bytes) -> None:
+    """Put `data` into `path`: after a crash there is the old content or the new one, never a mixture."""
+    with whole(files, path) as file:
+        file.write(0, data)
 
 
 _NETWORK = frozenset(

@@ -105,6 +105,11 @@ class Journal:
         """Whether the folder is on a network file system, so that a rollback journal is used."""
         return self._network
 
+    @property
+    def committed(self) -> int:
+        """How many rows are durable."""
+        return self.counts.total() - len(self._pending)
+
     def done(self, line: int) -> bool:
         """Whether the line has ended (committed or about to be)."""
         byte = line >> 3

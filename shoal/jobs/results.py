@@ -14,7 +14,7 @@ from types import TracebackType
 
 from shoal.core.clock import Clock
 from shoal.core.errors import ShoalError, StateError
-from shoal.jobs.files import Files, disk_errors, whole
+from shoal.jobs.files import Files, whole
 from shoal.jobs.journal import Journal, Status
 from shoal.jobs.tables import Form, write_table
 from shoal.jobs.write import Order, Target, Writer
@@ -92,13 +92,11 @@ class Results:
                 raise ShoalError(f"the job cannot be finished: {progress} of {progress.total} rows; run it again")
             self._writer.checkpoint()
             if self._form != "jsonl":
-                with disk_errors(self._out):
-                    rows = self._writer.ended
-                    write_table(
-                        self._form, self._files, self._out, lambda: (r.payload for r in rows() if r.status == "ok")
-                    )
-            with disk_errors(self.journal.path):
-                self._write_rows()
+                ended = self._writer.ended
+                write_table(
+                    self._form, self._files, self._out, lambda: (r.payload for r in ended() if r.status == "ok")
+                )
+            self._write_rows()
             return progress
 
     def close(self) -> None:

@@ -123,8 +123,7 @@ class StateFolder:
         """Say whether the job starts, goes on or is finished; a job that is not the folder's is a StateError."""
         old = self.manifest()
         if old is None:
-            with disk_errors(self.path):
-                write_whole(self._files, self.path / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+            write_whole(self._files, self.path / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
             return Begin.FRESH
         differences = compare(old, manifest)
         if differences:
@@ -142,7 +141,7 @@ class StateFolder:
         """Note that the job has ended with all its files complete."""
         with disk_errors(self.path):
             sizes = {path.name: self._files.size(path) for path in self._outputs}
-            write_whole(self._files, self.path / FINISHED, msgspec.json.encode(Finished(exit_code, sizes)))
+        write_whole(self._files, self.path / FINISHED, msgspec.json.encode(Finished(exit_code, sizes)))
 
     def exit_code(self) -> int | None:
         """Return how the finished job ended; None when it is not finished. Outputs of other sizes are a StateError."""
@@ -269,8 +268,12 @@ def _take(path: Path) -> int:
             "choose an output on a file system with locks"
         ) from error
     began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime())
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {began}\n".encode(), 0)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {began}\n".encode(), 0)
+    except OSError:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
@@ -291,8 +294,7 @@ def hash_files(paths: Iterable[Path], cache: Path, files: Files) -> dict[str, st
         found[path.name] = digest
         entries[str(path.resolve())] = [*mark, digest]
     if entries != known:
-        with disk_errors(cache):
-            write_whole(files, cache, json.dumps(entries).encode())
+        write_whole(files, cache, json.dumps(entries).encode())
     return found
 
 

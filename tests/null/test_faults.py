@@ -1,0 +1,150 @@
+"""Whatever moment a job is stopped at, and whatever the disk forgets, running it again ends in the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+import syscall_faults
+from durable_job import Job, payload, shuffled, status
+from faulty import LOSSES, Crash, FaultyFiles, Loss
+
+from shoal.core.errors import ShoalError
+from shoal.jobs.files import DiskFiles
+
+LINES = tuple(line for line in range(1, 27) if line % 11)  # lines 11, 22, … are blank
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Memory where there is any, for these tests sync thousands of times."""
+    memory = Path("/dev/shm")
+    path = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
+    yield path
+    shutil.rmtree(path)
+
+
+def make(folder: Path, name: str, **options: object) -> Job:
+    root = folder / name
+    root.mkdir()
+    return Job(root, LINES, shuffled(LINES, seed=1), seconds=0.4, **options)  # type: ignore[arg-type]
+
+
+def unbroken(folder: Path, **options: object) -> dict[str, bytes]:
+    job = make(folder, "unbroken", **options)
+    assert job.run(DiskFiles()) == 3
+    return job.final()
+
+
+def points(folder: Path, **options: object) -> int:
+    """Return how many operations a whole job asks of its files."""
+    files = FaultyFiles()
+    make(folder, "counted", **options).run(files)
+    return files.count
+
+
+def test_the_unbroken_run_is_what_the_answers_say(folder: Path) -> None:
+    final = unbroken(folder)
+    ok = [payload(line) for line in LINES if status(line) == "ok"]
+    bad = [payload(line) for line in LINES if status(line) != "ok"]
+    assert final["answers.jsonl"] == b"".join(line + b"\n" for line in ok)
+    assert final["answers.errors.jsonl"] == b"".join(line + b"\n" for line in bad)
+    assert final["rows.jsonl"].count(b"\n") == len(LINES)
+
+
+@pytest.mark.parametrize(
+    ("loss", "form"), [*((loss, "jsonl") for loss in LOSSES), ("scattered", "csv"), ("lost", "parquet")]
+)
+def test_a_crash_at_every_point_changes_no_byte(folder: Path, loss: Loss, form: str) -> None:
+    wanted = unbroken(folder, form=form)
+    for at in range(points(folder, form=form)):
+        job = make(folder, f"crash{at}", form=form)
+        files = FaultyFiles(at)
+        with pytest.raises(Crash):
+            job.run(files)
+        files.crash(loss, Random(at))
+        assert job.run(DiskFiles()) == 3
+        assert job.final() == wanted, f"crash at operation {at}"
+        assert max(job.generated.values()) <= 2
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_crash_while_mending_a_crash_changes_no_byte(folder: Path, loss: Loss) -> None:
+    wanted = unbroken(folder)
+    total = points(folder)
+    random = Random(7)
+    for number in range(10):
+        job = make(folder, f"again{number}")
+        for _ in range(12):
+            files = FaultyFiles(random.randrange(total // 2))
+            try:
+                job.run(files)
+            except Crash:
+                files.crash(loss, random)
+                continue
+            break
+        job.run(DiskFiles())
+        assert job.final() == wanted, f"number {number}"
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("sticky", [True, False])
+def test_a_refusal_at_every_point_can_be_resumed(folder: Path, error: int, sticky: bool) -> None:
+    wanted = unbroken(folder)
+    for at in range(points(folder)):
+        job = make(folder, f"refused{at}")
+        with pytest.raises(ShoalError, match="again to continue") as raised:
+            job.run(FaultyFiles(at, error, sticky))
+        assert raised.value.exit_code == 1
+        assert job.run(DiskFiles()) == 3
+        assert job.final() == wanted, f"refused at operation {at}"
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_finish_order_doubles_nothing(folder: Path, loss: Loss) -> None:
+    wanted = unbroken(folder, order="finish")
+    for at in range(points(folder, order="finish")):
+        job = make(folder, f"crash{at}", order="finish")
+        files = FaultyFiles(at)
+        with pytest.raises(Crash):
+            job.run(files)
+        files.crash(loss, Random(at))
+        job.run(DiskFiles())
+        final = job.final()
+        for name, data in wanted.items():
+            assert sorted(final[name].splitlines()) == sorted(data.splitlines()), f"crash at operation {at}: {name}"
+
+
+@pytest.fixture
+def library(folder: Path) -> Path:
+    if syscall_faults.compiler() is None:
+        pytest.skip("needs a C compiler on Linux")
+    return syscall_faults.build(folder)
+
+
+@pytest.mark.parametrize(("network", "rows"), [(False, 12), (True, 7)])
+def test_a_power_cut_between_any_two_system_calls_changes_no_byte(
+    folder: Path, library: Path, network: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if network:
+        monkeypatch.setattr("shoal.jobs.journal.read_mounts", lambda: syscall_faults.NETWORK)
+    operations = syscall_faults.record(library, folder, rows, network)
+    assert any(one.path.name.startswith("journal.db-journal" if network else "journal.db-wal") for one in operations)
+    assert syscall_faults.replay(operations, folder, rows) == (len(operations) + 1) * len(LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("error", "sticky", "network"),
+    [(errno.ENOSPC, True, False), (errno.EIO, False, False), (errno.ENOSPC, False, True)],
+)
+def test_a_refused_system_call_is_told_and_can_be_resumed(
+    folder: Path, library: Path, error: int, sticky: bool, network: bool
+) -> None:
+    found = syscall_faults.refuse(library, folder, 8, network, error, sticky)
+    assert found["told"] + found["tolerated"] == found["operations"] > 50
+    assert found["tolerated"] == 0 or not sticky  # what SQLite does without, it does without for good reason

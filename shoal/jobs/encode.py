@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import threading
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import msgspec
@@ -19,11 +19,11 @@ from shoal.core.types import TOKEN, Request, Sampling, Tokens
 from shoal.jobs.body import ChatBody, Message
 from shoal.jobs.schema import RowSpec, parse_line
 from shoal.jobs.settings import JobSettings
-from shoal.text.model_info import ModelInfo
+from shoal.text.checkpoint import ModelInfo
 
 GREEDY_BELOW = 1e-5  # a temperature below this is greedy, as in vLLM
 
-Future = tuple[tuple[int, int], ...]
+Staircase = tuple[tuple[int, int], ...]
 
 
 class TokenizerLike(Protocol):
@@ -31,9 +31,6 @@ class TokenizerLike(Protocol):
 
     @property
     def hash(self) -> str: ...
-
-    @property
-    def eos(self) -> frozenset[int]: ...
 
     def encode(self, text: str, special: bool = True) -> Tokens: ...
 
@@ -65,11 +62,11 @@ class Encoded(msgspec.Struct, frozen=True, gc=False):
     expect: float | None  # tokens each answer will have, where the row fixes it
     root: str  # rows with different roots share nothing
     score_from: int  # as in Request
-    custom_id: str | None  # None for a plain row
+    key: int  # hash of its custom_id within this process; 0 for a plain row
 
 
 class RowEncoder:
-    """Turns lines into tokens (once) and into requests (when they are fed). Any thread may call."""
+    """Turns lines into tokens (once) and into requests (when they are fed). One thread may encode."""
 
     def __init__(
         self, tokenizer: TokenizerLike, template: TemplateLike | None, model: ModelInfo, settings: JobSettings
@@ -78,7 +75,6 @@ class RowEncoder:
         self.template = template
         self.model = model
         self.settings = settings
-        self._reading = threading.Lock()
 
     @property
     def fingerprint(self) -> str:
@@ -93,9 +89,19 @@ class RowEncoder:
 
     def encode(self, raws: Sequence[bytes | None]) -> list[Encoded | RowError]:
         """One result for each line, in order. Nothing but a RowError comes of a bad line."""
-        with self._reading:
-            batch = self._read(raws)
-        return self._finish(batch)
+        return self._finish(self._read(raws))
+
+    def stream(self, batches: Iterable[Sequence[bytes | None]]) -> Iterator[list[Encoded | RowError]]:
+        """`encode` of each batch in order; while one is tokenized, the next is read and rendered."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead: Future[list[Encoded | RowError]] | None = None
+            for raws in batches:
+                begun = pool.submit(self._finish, self._read(raws))
+                if ahead is not None:
+                    yield ahead.result()
+                ahead = begun
+            if ahead is not None:
+                yield ahead.result()
 
     def requests(
         self,
@@ -104,7 +110,7 @@ class RowEncoder:
         number: int,
         prompt: Tokens,
         index: int = -1,
-        futures: Sequence[Future] | None = None,
+        futures: Sequence[Staircase] | None = None,
     ) -> list[Request]:
         """The n requests of a row's prompt `number`, whose tokens are given; `line` is the row's in this input.
 
@@ -128,7 +134,7 @@ class RowEncoder:
         ]
 
     def _read(self, raws: Sequence[bytes | None]) -> _Batch:
-        """Parse and render, one thread at a time: templates keep count of their work, and it is all Python's."""
+        """Parse and render: all that is Python's own work."""
         batch = _Batch([], ([], []), ([], []))
         for place, raw in enumerate(raws):
             try:
@@ -207,7 +213,7 @@ class RowEncoder:
             expect=float(answer) if body.ignore_eos and not body.stop and not body.stop_token_ids else None,
             root=f"\0{body.cache_salt}" if body.cache_salt else "",
             score_from=1 if row.score_top >= 0 else -1,
-            custom_id=row.custom_id,
+            key=0 if row.custom_id is None else hash(row.custom_id) or 1,
         )
 
     def _given_tokens(self, ids: list[int]) -> Tokens:
@@ -246,17 +252,17 @@ class RowEncoder:
         model = self.model
         room = model.context - length
         stop = frozenset(body.stop_token_ids or ())
-        temperature = _first(body.temperature, model.defaults.temperature, 1.0)
+        temperature = _first(body.temperature, model.sampling.get("temperature"), 1.0)
         greedy = temperature < GREEDY_BELOW
         return Sampling(
             max_tokens=room if row.max_tokens is None else min(row.max_tokens, room),
             min_tokens=body.min_tokens or 0,
-            stop=stop if body.ignore_eos else stop | model.eos | self.tokenizer.eos,
+            stop=stop if body.ignore_eos else stop | model.eos,
             temperature=0.0 if greedy else temperature,
-            top_k=0 if greedy else max(0, int(_first(body.top_k, model.defaults.top_k, 0))),
-            top_p=1.0 if greedy else _first(body.top_p, model.defaults.top_p, 1.0),
-            min_p=0.0 if greedy else _first(body.min_p, model.defaults.min_p, 0.0),
-            repetition_penalty=_first(body.repetition_penalty, model.defaults.repetition_penalty, 1.0),
+            top_k=0 if greedy else max(0, int(_first(body.top_k, model.sampling.get("top_k"), 0))),
+            top_p=1.0 if greedy else _first(body.top_p, model.sampling.get("top_p"), 1.0),
+            min_p=0.0 if greedy else _first(body.min_p, model.sampling.get("min_p"), 0.0),
+            repetition_penalty=_first(body.repetition_penalty, model.sampling.get("repetition_penalty"), 1.0),
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             logit_bias=tuple(sorted((body.logit_bias or {}).items())),

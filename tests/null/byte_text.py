@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from shoal.core.errors import RowError
 from shoal.core.types import TOKEN
 from shoal.jobs.encode import RowEncoder
 from shoal.jobs.settings import JobSettings
-from shoal.text.model_info import GenerationDefaults, ModelInfo
+from shoal.text.checkpoint import ModelInfo
 
 BOS, EOS, FIRST = 0, 1, 2
 VOCAB_SIZE = FIRST + 256
@@ -57,12 +58,11 @@ class PlainTemplate:
         return text[:-1] if continue_final_message else text + "assistant: " * add_generation_prompt
 
 
-def model_info(context: int = 512, **defaults: float) -> ModelInfo:
+def model_info(context: int = 512, **sampling: float) -> ModelInfo:
     """A model's description that fits ByteTokenizer."""
-    chosen = GenerationDefaults(**defaults)  # type: ignore[arg-type]
-    return ModelInfo("test", context, VOCAB_SIZE, BOS, frozenset((EOS,)), None, "", 0, chosen)
+    return ModelInfo(Path("."), context, VOCAB_SIZE, frozenset((EOS,)), sampling)
 
 
-def row_encoder(settings: JobSettings | None = None, context: int = 512, **defaults: float) -> RowEncoder:
+def row_encoder(settings: JobSettings | None = None, context: int = 512, **sampling: float) -> RowEncoder:
     """An encoder over bytes."""
-    return RowEncoder(ByteTokenizer(), PlainTemplate(), model_info(context, **defaults), settings or JobSettings())
+    return RowEncoder(ByteTokenizer(), PlainTemplate(), model_info(context, **sampling), settings or JobSettings())

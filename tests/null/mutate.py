@@ -278,9 +278,9 @@ def _result_line(rng: Random, number: int) -> Mutant:
     line: dict[str, Any] = {"id": "batch_req_1", "custom_id": f"row-{number}", "response": failed, "error": None}
     kind = rng.randrange(4)
     if kind == 0:
-        line["x_shoal"] = {"line": 7, "request": request}
+        line["x_shoal"] = {"line": number + 1, "request": request}
     elif kind == 1:
-        line["x_shoal"] = {"line": 7, "request": rng.choice((None, "{", 5, [], '{"a":'))}
+        line["x_shoal"] = {"line": number + 1, "request": rng.choice((None, "{", 5, [], '{"a":'))}
     elif kind == 2:
         line["x_shoal"] = rng.choice(WRONG)
     else:

@@ -273,3 +273,12 @@ def test_a_fingerprint_changes_with_what_changes_tokens() -> None:
         row_encoder(JobSettings(defaults=parse_defaults({"max_tokens": 3}))).fingerprint,
     }
     assert len(prints) == 4 and row_encoder().fingerprint in prints
+
+
+def test_a_stream_of_batches_is_encoded_like_each_batch() -> None:
+    batches = [[line(prompt="a" * n), b"{}", None] for n in range(1, 6)]
+    streamed = list(row_encoder().stream(batches))
+    for got, batch in zip(streamed, batches, strict=True):
+        for one, other in zip(got, row_encoder().encode(batch), strict=True):
+            assert one == other if isinstance(one, Encoded) else str(one) == str(other)
+    assert list(row_encoder().stream([])) == []

@@ -16,7 +16,7 @@ import transformers as hf
 COMMON: Mapping[str, Any] = {
     "vocab_size": 199, "hidden_size": 64, "intermediate_size": 144, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": None,
-    "pad_token_id": None, "attn_implementation": "eager",
+    "pad_token_id": None, "rms_norm_eps": 1e-3, "attn_implementation": "eager",
 }  # fmt: skip
 WINDOW = 40  # crosses pages, and ends inside a tile of 256
 

@@ -6,6 +6,7 @@ It knows prefixes, who computes them and which plan index needs them next; it mu
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ class KVCache:
         self.in_use = 0  # blocks that sequences hold; the rest is free, or idle in the tree
         self._users = [0] * num_blocks  # sequences that hold the block
         self._worth = worth
+        self._expiring: list[tuple[int, int, Node]] = []  # idle nodes by next use and version; lazy deletion
         self._nodes: dict[Sequence, list[Node]] = {}  # node i spells block i of the sequence, as far as nodes go
         self._copies: dict[Sequence, tuple[Node, int]] = {}  # sources held until the Move is planned
 
@@ -61,11 +63,11 @@ class KVCache:
         rest = seq.tokens[at : at + size].tobytes()
         source, common = self.tree.nearest(node, rest)
         copied = min(common, limit - at)
+        whole = at + common >= len(seq.tokens) > limit
         if source is None or copied <= 0:
-            return Match(tuple(path), None, 0, at, False)
+            return Match(tuple(path), None, 0, at, whole)
         if source.readable_before(step) < copied:
             return None
-        whole = at + common >= len(seq.tokens) > limit
         return Match(tuple(path), source, copied, at + copied, whole)
 
     def _reusable(self, seq: Sequence) -> int:
@@ -102,9 +104,9 @@ class KVCache:
         for start in range(len(nodes) * size, end, size):
             key = seq.tokens[start : min(start + size, end)].tobytes()
             node = self.tree.promise(parent, key, seq.number)
-            if node is None:  # there already: a row that may not reuse computes it again and goes on below it
+            if node is None:  # there already: we compute it again, whole or its last token, and go on below it
                 node = parent.children[key]
-                if node.planned < size:
+                if node.planned < node.num_tokens:
                     return
             nodes.append(node)
             parent = node
@@ -198,12 +200,22 @@ class KVCache:
         for node in reversed(nodes):
             self._settle(node, horizon)
 
+    def expire(self, horizon: int) -> None:
+        """Free idle blocks whose last user has started without them: it found the same tokens elsewhere."""
+        heap = self._expiring
+        while heap and heap[0][0] < horizon:
+            _, version, node = heapq.heappop(heap)
+            if node.queued == version:
+                self._settle(node, horizon)
+
     def _settle(self, node: Node | None, horizon: int) -> None:
         """Queue a node that has become idle for eviction, or free it at once if nobody will need it."""
         while node is not None and self.tree.is_idle(node):
             node.next_use = next((use for use in node.uses or () if use >= horizon), NEVER)
             if node.uses is None or node.next_use < NEVER:
                 self.tree.enqueue(node, self._worth(node))
+                if node.next_use < NEVER:
+                    heapq.heappush(self._expiring, (node.next_use, node.queued, node))
                 return
             parent = node.parent
             self.tree.forget(node)
@@ -217,10 +229,10 @@ class KVCache:
             if i < len(nodes) and nodes[i].num_tokens == size:
                 continue
             if i < len(nodes):  # the prompt's tail: the full block says more
-                tail = nodes.pop()
+                tail = nodes[i]
                 if tail.writer != seq.number or tail.block != seq.blocks[i]:
                     return
-                self.tree.forget(tail)
+                self.tree.forget(nodes.pop())
             if i != len(nodes) or (nodes and nodes[-1].parent is None):
                 return  # the node above is somebody else's and has been forgotten
             parent = nodes[-1] if nodes else self.tree.root(seq.request.root)

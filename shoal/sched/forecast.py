@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LAG = 1  # steps between a sequence's last token and the release of its blocks, when steps overlap
+
 
 @dataclass(frozen=True, slots=True)
 class Growth:
@@ -22,7 +24,7 @@ class MemoryForecast:
 
     With the sequences ordered by remaining steps, longest first, the memory just before the i-th ends is
     base + sum over the first i of (tokens + remaining_i) - shared: those that end earlier are gone, the others have
-    all grown by remaining_i. The maximum over i is the peak. Prompts count whole from the start (conservative while
+    all grown by remaining_i (and by a step more, for the end of a step is learnt late). The maximum over i is the peak. Prompts count whole from the start (conservative while
     they are prefilled), shared blocks as never freed, and each sequence is rounded up to whole blocks.
     """
 
@@ -36,6 +38,6 @@ class MemoryForecast:
         for alive, growth in enumerate(growths, 1):
             tokens += growth.tokens
             shared += growth.shared_blocks
-            blocks = (tokens + alive * (growth.remaining + size - 1)) / size - shared
+            blocks = (tokens + alive * (growth.remaining + LAG + size - 1)) / size - shared
             worst = max(worst, base + blocks)
         return worst

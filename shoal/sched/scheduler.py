@@ -122,6 +122,7 @@ class Scheduler:
 
     def plan(self, now: float) -> Step | Wait | None:
         """The next step; None when everything there is awaits a step in flight, or nothing is there."""
+        self.kv.expire(self.horizon)
         work = _Plan(self, self.view(now))
         work.hand_out()
         if not work.slices and not self.in_flight and (self.waiting or self.running):

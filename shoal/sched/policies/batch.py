@@ -31,6 +31,8 @@ class BatchPolicy(Policy):
         self._base = 0
         self._growths: list[Growth] = []
         self._certain = True
+        self._backlog = 0  # prompt tokens of running sequences that are not computed yet
+        self._pace = 1  # prompt tokens a step has room for beside the decodes
         self._fresh = False
 
     def budget(self, view: View) -> Budget:
@@ -52,7 +54,9 @@ class BatchPolicy(Policy):
         deepest = -(-future[0][0] // view.block_size) if future else 0
         shared = max(reach.blocks, deepest)
         expected = self._expect(seq)
-        growth = Growth(expected - seq.produced, len(seq.tokens), shared)
+        prefill = self._backlog + len(seq.tokens) - reach.tokens
+        remaining = expected - seq.produced + prefill // self._pace
+        growth = Growth(remaining, len(seq.tokens), shared)
         base = self._base + reach.idle_blocks + shared - reach.blocks
         forecast = MemoryForecast(view.block_size)
         certain = self._certain and not seq.request.sampling.stop
@@ -60,21 +64,29 @@ class BatchPolicy(Policy):
         if forecast.peak(base, [*self._growths, growth]) > room:
             return math.inf
         self._growths.append(growth)
-        self._base, self._certain = base, certain
+        self._base, self._certain, self._backlog = base, certain, prefill
         return -math.inf
 
     def _look(self, view: View) -> None:
         """Describe the running sequences to the forecast."""
-        private = 0
+        private = backlog = 0
+        decodes = sum(seq.pending <= 1 for seq in view.running)
+        self._pace = max(self.limit.tokens - decodes, 1)
         growths, certain = [], True
         for seq in view.running:
             expected = self._expected.get(seq.number, 0)
             produced = len(seq.tokens) - seq.num_prompt
             if expected <= produced:
                 expected = self._expect(seq)
-            growths.append(Growth(max(expected - produced, 0), len(seq.tokens), seq.private_from))
+            remaining = max(expected - produced, 0)
+            pending = seq.pending
+            if pending > 1:  # it decodes only when its prompt, and those before it, are computed
+                backlog += pending
+                remaining += backlog // self._pace
+            growths.append(Growth(remaining, len(seq.tokens), seq.private_from))
             private += max(len(seq.blocks) - seq.private_from, 0)
             certain = certain and not seq.request.sampling.stop
+        self._backlog = backlog
         self._base = max(view.used_blocks - private, 0)
         self._growths, self._certain, self._fresh = growths, certain, True
 

@@ -54,7 +54,7 @@ class Seconds:
 
     wall: float = 0.0
     cpu: float = 0.0  # of all processes and threads
-    load: float = 0.0  # until the engine was ready
+    load: float = 0.0  # of the model, while rows are read and planned
     plan: float = 0.0  # reading, checking, tokenizing, ordering
 
 
@@ -186,7 +186,10 @@ def facts(report: Report) -> list[tuple[str, str]]:
     if report.runs > 1 or report.engine_restarts:
         pairs.append(("runs", f"{report.runs}, with {report.engine_restarts} restarts of the engine"))
     pairs += [(f"error {code}", f"{count(g.count)}, as line {g.line}: {g.message}") for code, g in errors(report)]
-    pairs += [("written", f"{path} ({count(lines)} lines)") for path, lines in report.files.items()]
+    pairs += [
+        ("written", f"{path}: {count(lines)} {'line' if lines == 1 else 'lines'}")
+        for path, lines in report.files.items()
+    ]
     return pairs
 
 

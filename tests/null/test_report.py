@@ -95,7 +95,7 @@ def test_the_text_names_what_people_ask_for() -> None:
         "108 tokens/s",
         "3.5 GB",
         "line 4 is not JSON",
-        "o.errors.jsonl (3 lines)",
+        "o.errors.jsonl: 3 lines",
     ):
         assert words in text
 

@@ -142,10 +142,21 @@ class KVCache:
         self.in_use += self._users[block] == 0
         self._users[block] += 1
 
-    def num_idle(self, match: Match) -> int:
+    def reserved(self, index: int) -> set[int]:
+        """Idle blocks that rows up to plan index `index` need: in planned order, the open branches of the walk."""
+        found: set[int] = set()
+        for use, version, leaf in self._expiring:
+            node: Node | None = leaf
+            if use <= index and leaf.queued == version:
+                while node is not None and node.block >= 0 and self._users[node.block] == 0 and node.block not in found:
+                    found.add(node.block)
+                    node = node.parent
+        return found
+
+    def idle(self, match: Match) -> set[int]:
         """Blocks of the match that no sequence holds now and that it would take back into use."""
-        source = match.source is not None and self._users[match.source.block] == 0
-        return sum(self._users[node.block] == 0 for node in match.path) + source
+        nodes = match.path if match.source is None else (*match.path, match.source)
+        return {node.block for node in nodes if self._users[node.block] == 0}
 
     def copy(self, seq: Sequence, horizon: int) -> Move | None:
         """The Move that a sequence which has just started and grown needs, once."""

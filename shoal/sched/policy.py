@@ -44,7 +44,8 @@ class Reach:
 
     tokens: int
     blocks: int  # whole blocks it would share
-    idle_blocks: int  # blocks of its reuse that no running sequence holds now
+    idle_blocks: int  # blocks of its reuse that no running sequence holds now, reserved ones apart
+    reserved_blocks: int  # idle blocks that unstarted rows before the furthest started one, and the next, will reuse
 
 
 class Policy:

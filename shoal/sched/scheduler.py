@@ -46,7 +46,7 @@ class Scheduler:
         self._ended: list[Output] = []  # found out while planning
         self._drops: list[int] = []
         self._numbers = self._tickets = 0
-        self._top_index = -1  # highest plan index seen
+        self._top_index = self.top_started = -1  # highest plan index seen, and started
         self._unstarted: list[int] = []  # heap of plan indices, with some that have started since
         self._waiting_indices: set[int] = set()
         self._furthest: dict[int, int] = {}  # number -> positions computed before its preemption
@@ -200,6 +200,7 @@ class Scheduler:
 
     def _start(self, seq: Sequence, match: Match, now: float) -> Start:
         self._dequeue(seq)
+        self.top_started = max(self.top_started, seq.request.index)
         self._tickets += 1
         seq.ticket = self._tickets
         self.running[seq.ticket] = seq
@@ -278,6 +279,7 @@ class _Plan:
         self.forced = False  # the next to be served gets at least one token, whatever the policy says
         self.waits = 0
         self.wait_until = math.inf
+        self.reserved: set[int] | None = None  # looked up when the first candidate asks
 
     def hand_out(self) -> None:
         """Serve sequences in rank order until the budget is spent."""
@@ -324,7 +326,10 @@ class _Plan:
             self.waits += 1
             self.closed = self.waits >= WAITS
             return
-        when = self.policy.admit(seq, Reach(match.tokens, len(match.path), self.kv.num_idle(match)), self.view)
+        if self.reserved is None:
+            self.reserved = self.kv.reserved(self.scheduler.top_started + 1)
+        idle = len(self.kv.idle(match) - self.reserved)
+        when = self.policy.admit(seq, Reach(match.tokens, len(match.path), idle, len(self.reserved)), self.view)
         if when > self.view.now:
             self.closed = True
             self.wait_until = min(self.wait_until, when)

@@ -49,7 +49,7 @@ class BatchPolicy(Policy):
     def admit(self, seq: Sequence, reach: Reach, view: View) -> float:
         """Now, if the predicted peak with it fits in memory; else when something has changed."""
         if not self._fresh:
-            self._look(view)
+            self._look(view, reach.reserved_blocks)
         future = seq.request.future
         deepest = -(-future[0][0] // view.block_size) if future else 0
         shared = max(reach.blocks, deepest)
@@ -67,7 +67,7 @@ class BatchPolicy(Policy):
         self._base, self._certain, self._backlog = base, certain, prefill
         return -math.inf
 
-    def _look(self, view: View) -> None:
+    def _look(self, view: View, reserved: int) -> None:
         """Describe the running sequences to the forecast."""
         private = backlog = 0
         decodes = sum(seq.pending <= 1 for seq in view.running)
@@ -87,7 +87,7 @@ class BatchPolicy(Policy):
             private += max(len(seq.blocks) - seq.private_from, 0)
             certain = certain and not seq.request.sampling.stop
         self._backlog = backlog
-        self._base = max(view.used_blocks - private, 0)
+        self._base = max(view.used_blocks - private, 0) + reserved
         self._growths, self._certain, self._fresh = growths, certain, True
 
     def _expect(self, seq: Sequence) -> int:

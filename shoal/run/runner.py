@@ -133,10 +133,8 @@ class ModelRunner:
                 result.errors[part.ticket] = state.problem
                 continue
             if request.score_from >= 1:
-                begin = max(end - part.want, request.score_from - 1)
-                tokens = request.prompt[begin + 1 : end + 1]
-                at = first + begin - (end - part.want)
-                wishes.score_rows += range(at, at + len(tokens))
+                tokens = request.prompt[end - part.want + 1 : end + 1]  # none where the prompt is over
+                wishes.score_rows += range(first, first + len(tokens))
                 wishes.score_tokens += tokens
                 wishes.score_tickets += [part.ticket] * len(tokens)
             if part.want and end == state.known:

@@ -229,6 +229,16 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     assert run_mixed([4, 1, 8, 0, 2, 7, 3, 6, 5], groups=3, threads=2) == expected
 
 
+def test_a_draw_is_the_inverse_of_the_cumulated_weights_at_a_place_that_the_row_decides() -> None:
+    sampler = started([Sampling(temperature=0.8, seed=41, sample=2)], prompt=[3, 4, 9])
+    for position in range(3, 40):
+        logits = noise(1, seed=position)
+        z = (logits - logits.max()) / torch.tensor(0.8)
+        weights = np.floor(np.exp(z[0].numpy()).astype(np.float64) * 2**40)
+        place = draw(41, 2, position, 0) / 2**64 * weights.sum()
+        assert sampler.sample(logits, [0]).tokens[0] == np.searchsorted(weights.cumsum(), place, side="right")
+
+
 def test_a_resumed_row_is_an_undisturbed_row() -> None:
     expected = run_mixed(list(range(len(MIXED))), groups=1)
     for cut in (1, 5, 11):

@@ -1,1 +1,1 @@
-"""Text to tokens and back: tokenizer, chat templates, incremental detokenizer. It must not know about tensors or jobs."""
+"""Text to tokens and back: tokenizer, chat templates, detokenizer. It must not know about tensors or jobs."""

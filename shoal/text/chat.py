@@ -49,6 +49,7 @@ class ChatTemplate:
                     f"the chat template {name!r} of {where or 'the model'} is not valid jinja2: {error}. "
                     "Correct chat_template.jinja (or chat_template in tokenizer_config.json)"
                 ) from error
+        self.globals = dict(self.environment.globals)  # jinja2 would copy its own layered mapping for every rendering
         content = json.dumps([self.sources, self.variables, date.isoformat()], sort_keys=True)
         self.hash = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -117,7 +118,7 @@ class ChatTemplate:
         size = 0
         self.environment.reset()
         try:
-            for part in template.root_render_func(template.new_context(names)):
+            for part in template.root_render_func(template.new_context({**self.globals, **names}, shared=True)):
                 size += len(part)
                 if size > MAX_CHARACTERS:
                     raise TooMuch(f"the template makes a prompt of more than {MAX_CHARACTERS:,} characters")
@@ -190,7 +191,9 @@ def _join_parts(parts: list[Any], index: int) -> str:
         name = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
         if name is None:
             raise RowError(
-                f"{where} is of type {kind!r}: this model takes text parts only", code="unsupported_content", param=where
+                f"{where} is of type {kind!r}: this model takes text parts only",
+                code="unsupported_content",
+                param=where,
             )
         if not isinstance(part.get(name), str):
             raise RowError(f"{where}.{name} is not a text", param=f"{where}.{name}")
@@ -207,9 +210,9 @@ def _as_list(value: Any, index: int) -> list[Any]:
 def _plain_call(call: Any, index: int) -> Any:
     """A tool call whose arguments are an object: clients send them as JSON text, templates expect them parsed."""
     function = call.get("function") if isinstance(call, dict) else None
-    arguments = function.get("arguments") if isinstance(function, dict) else None
-    if not isinstance(arguments, str):
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
+    arguments: str = function["arguments"]
     try:
         parsed = json.loads(arguments) if arguments.strip() else {}
     except (ValueError, RecursionError) as error:
@@ -219,7 +222,7 @@ def _plain_call(call: Any, index: int) -> Any:
 
 
 def _sources(files: TokenizerFiles) -> dict[str, str]:
-    """The templates of a folder by name: chat_template.jinja and additional_chat_templates/ before the configuration."""
+    """The templates of a folder by name: the .jinja files, else what the configuration holds."""
     folder = files.folder
     found = {}
     single = folder / "chat_template.jinja"

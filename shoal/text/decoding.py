@@ -63,7 +63,7 @@ class Decoding:
         self.strip, self.replacements = strip, replacements
         return Kind.PIECES
 
-    def bytes(self, token: int) -> bytes:
+    def bytes_of(self, token: int) -> bytes:
         """The bytes of a token, a leading space included; b'' for an id outside the vocabulary."""
         piece = self.piece(token)
         if isinstance(piece, int):

@@ -169,8 +169,6 @@ class Detokenizer:
             if token not in self.skipped:
                 text = self._reader.add(token)
                 out.append(self._take(text) if self.stop else text)
-            if self.num_tokens <= self.min_tokens:
-                self._close()
         return "".join(out)
 
     def finish(self) -> str:
@@ -181,18 +179,16 @@ class Detokenizer:
         self._held = ""
         return rest
 
-    def _close(self) -> None:
-        """Nothing up to here may end a stop string: it belongs to the first `min_tokens` tokens."""
-        self._closed = len(self._held) + len(self._reader.ahead())
-
     def _take(self, text: str) -> str:
         """Add certain text; give out all of it that no stop string can reach."""
         held = self._held + text
-        found = self._find(held + self._reader.ahead())
+        whole = held + self._reader.ahead()
+        if self.num_tokens <= self.min_tokens:
+            self._closed = len(whole)
+        found = self._find(whole)
         if found is not None:
             start, self.stopped = found
             end = start + len(self.stopped)
-            whole = held + self._reader.ahead()
             return whole[: end if self.include_stop else start]
         keep = max(_overlap(held, s) for s in self.stop)
         self._held = held[len(held) - keep :]

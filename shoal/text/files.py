@@ -78,7 +78,7 @@ class TokenizerFiles:
         return total.hexdigest()
 
     def named_tokens(self) -> dict[str, AddedToken]:
-        """The tokens with a role (bos_token, eos_token, …): tokenizer_config.json first, then special_tokens_map.json."""
+        """The tokens with a role (bos_token, …): of tokenizer_config.json, else special_tokens_map.json."""
         found = {}
         for name in NAMED_TOKENS:
             value = self.config.get(name) if name in self.config else self.special_map.get(name)
@@ -101,15 +101,20 @@ class TokenizerFiles:
     def listed_tokens(self) -> list[tuple[int, AddedToken]]:
         """(id, token) of `added_tokens_decoder` and added_tokens.json, by id."""
         listed: dict[int, AddedToken] = {}
-        for text, token_id in self.added.items():
-            listed[int(token_id)] = AddedToken(text, normalized=False, special=False)
-        for key, value in (self.config.get("added_tokens_decoder") or {}).items():
-            listed[int(key)] = added_token(value, special=False)
-        return sorted(listed.items())
+        try:
+            for text, token_id in self.added.items():
+                listed[int(token_id)] = AddedToken(text, normalized=False, special=False)
+            for key, value in (self.config.get("added_tokens_decoder") or {}).items():
+                listed[int(key)] = added_token(value, special=False)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{self.folder}: added_tokens.json or added_tokens_decoder gives a token no number: {error}"
+            ) from error
+        return sorted(listed.items(), key=lambda item: item[0])
 
     @property
     def style(self) -> str:
-        """"qwen2" or "gpt2": whose rules split the words of a vocab.json with merges.txt."""
+        """ "qwen2" or "gpt2": whose rules split the words of a vocab.json with merges.txt."""
         name = self.config.get("tokenizer_class")
         if name is None:
             kind = str(self.model_config.get("model_type") or "gpt2")
@@ -187,11 +192,11 @@ def _nothing_to_load(folder: Path) -> str:
 def _from_merges(files: TokenizerFiles) -> tokenizers.Tokenizer:
     """Byte-level BPE from vocab.json and merges.txt, split in GPT-2's or Qwen2's way."""
     qwen = files.style == "qwen2"
+    listed = {token.content: token_id for token_id, token in files.listed_tokens()}
     try:
         vocab, merges = models.BPE.read_file(str(files.folder / "vocab.json"), str(files.folder / "merges.txt"))
         # Listed tokens enter with their own ids: added afterwards they would be numbered without gaps.
-        vocab = {**vocab, **{token.content: token_id for token_id, token in files.listed_tokens()}}
-        backend = tokenizers.Tokenizer(models.BPE(vocab, merges, fuse_unk=False))
+        backend = tokenizers.Tokenizer(models.BPE({**vocab, **listed}, merges, fuse_unk=False))
     except Exception as error:  # the library raises bare Exception for every malformed file
         raise ModelError(f"vocab.json and merges.txt in {files.folder} do not fit together: {error}") from error
     space = bool(files.config.get("add_prefix_space", False))

@@ -16,9 +16,10 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_TICKS = 1_000_000  # loop rounds and calls in one rendering
 MAX_CHARACTERS = 32_000_000  # of a rendering, and of any text or list made on the way
@@ -217,11 +218,11 @@ def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _replace(text: Any, old: Any, new: Any, count: int = -1) -> str:
+def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
     """jinja2's `replace` for texts without markup."""
-    text, old, new = str(text), str(old), str(new)
-    _check_size(len(text) + text.count(old) * len(new))
-    return text.replace(old, new, -1 if count is None else count)
+    text = str(value)
+    _check_size(len(text) + text.count(str(old)) * len(str(new)))
+    return text.replace(str(old), str(new), -1 if count is None else count)
 
 
 def _checked_join(function: Callable[..., Any]) -> Callable[..., Any]:

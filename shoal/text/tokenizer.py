@@ -32,9 +32,10 @@ class Tokenizer:
         named = {name: token.content for name, token in source.named_tokens().items()}
         self.named: dict[str, str] = named
         """Texts of the tokens with a role: bos_token, eos_token, …; chat templates see them under these names."""
-        self.bos: int | None = backend.token_to_id(named["bos_token"]) if "bos_token" in named else None
-        ends = {backend.token_to_id(named["eos_token"])} if "eos_token" in named else set()
-        self.eos: frozenset[int] = frozenset(ends | set(source.eos_ids()))
+        roles = {name: backend.token_to_id(text) for name, text in named.items()}
+        self.bos: int | None = roles.get("bos_token")
+        eos = roles.get("eos_token")
+        self.eos: frozenset[int] = frozenset(source.eos_ids() if eos is None else (eos, *source.eos_ids()))
         added = backend.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -58,7 +59,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], special: bool = True) -> list[Tokens]:
         """`encode` of every text; faster than one by one. RowError names the first text that is not valid Unicode."""
         fast = self._words.encode if self._words is not None else None
-        before, after = (self._before, self._after) if special else (None, None)
+        before, after = (self._before, self._after) if special else (array(TOKEN), array(TOKEN))
         results: list[Tokens] = []
         slow: list[int] = []
         for text in texts:
@@ -69,17 +70,14 @@ class Tokenizer:
             elif before or after:
                 ids = before + ids + after
             results.append(ids)
+        for i in slow:
+            if not texts[i].isascii():
+                check(texts[i], i if len(texts) > 1 else None)
         for part in _batches(texts, slow):
-            for i, ids in zip(part, self._by_library([texts[i] for i in part], special), strict=True):
-                results[i] = ids
+            encodings = self.backend.encode_batch_fast([texts[i] for i in part], add_special_tokens=special)
+            for i, encoding in zip(part, encodings, strict=True):
+                results[i] = array(TOKEN, encoding.ids)
         return results
-
-    def _by_library(self, texts: list[str], special: bool) -> Iterator[Tokens]:
-        for number, text in enumerate(texts):
-            if not text.isascii():
-                check(text, number if len(texts) > 1 else None)
-        for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=special):
-            yield array(TOKEN, encoding.ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of tokens; ids outside the vocabulary say nothing. No spaces are cleaned up."""
@@ -87,11 +85,11 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes one token stands for, exactly: it may be part of a character. b'' outside the vocabulary."""
-        return self.decoding.bytes(token)
+        return self.decoding.bytes_of(token)
 
     def token_text(self, token: int) -> str:
         """One token for display; U+FFFD where it is only a part of a character."""
-        return self.decoding.bytes(token).decode("utf-8", "replace")
+        return self.decoding.bytes_of(token).decode("utf-8", "replace")
 
 
 def check(text: str, number: int | None = None) -> None:

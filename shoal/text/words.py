@@ -26,10 +26,10 @@ _NUMBER = "0-9\xb2\xb3\xb9\xbc-\xbe"
 _SPACE = "\t-\r \x85\xa0"
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CL100K = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-PATTERNS = (GPT2_PATTERN, _CL100K % r"\p{N}", _CL100K % r"\p{N}{1,3}")  # GPT-2; Qwen 2 and 3; Llama 3, OLMo 2
+_DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# GPT-2; GPT-2 with single digits, as the embedded model; Qwen 2 and 3; Llama 3 and OLMo 2. All cover every character.
+PATTERNS = (GPT2_PATTERN, _DIGITS, _CL100K % r"\p{N}", _CL100K % r"\p{N}{1,3}")
 
 MAX_WORDS = 1 << 17  # remembered words, about 30 MB
 MAX_SEGMENTS = 1 << 12  # remembered whole segments: the fixed parts of chat templates come first and stay
@@ -47,8 +47,8 @@ def byte_letters() -> dict[int, str]:
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """The Python form of a word-splitting pattern, right for texts of safe characters only."""
     for old, new in ((r"\p{L}", _LETTER), (r"\p{N}", _NUMBER), (r"\s", _SPACE)):
-        pattern = re.sub(r"(\[[^\]]*?)" + re.escape(old), lambda m, new=new: m[1] + new, pattern)  # inside a class
-        pattern = pattern.replace(old, f"[{new}]")
+        inside_class = re.compile(r"(\[[^\]]*?)" + re.escape(old))
+        pattern = inside_class.sub(rf"\g<1>{new}", pattern).replace(old, f"[{new}]")
     return re.compile(pattern.replace(r"\S", f"[^{_SPACE}]"))
 
 

@@ -68,7 +68,7 @@ class Progress:
     tokens_out: int = 0
     tokens_saved: int = 0  # of tokens_in, those that were shared instead of computed
     work_done: int = 0  # tokens computed: prompts and answers
-    work_left: int = 0  # tokens still to compute: planned prompts and predicted answers
+    work_left: int | None = None  # tokens still to compute: planned prompts and predicted answers; None: unknown
     kv_used: int = 0  # bytes
     kv_total: int = 0  # bytes
 
@@ -97,9 +97,11 @@ class Window:
         begin, first = self._seen[0]
         passed = now - begin
         if passed <= 0:
-            return Rates(seconds_left=0.0 if not progress.work_left else math.inf)
+            return Rates(seconds_left=0.0 if progress.work_left == 0 else math.inf)
         work = (progress.work_done - first.work_done) / passed
-        left = 0.0 if not progress.work_left else progress.work_left / work if work > 0 else math.inf
+        left = math.inf
+        if progress.work_left is not None:
+            left = progress.work_left / work if work > 0 else 0.0 if progress.work_left == 0 else math.inf
         return Rates(
             (progress.tokens_in - first.tokens_in) / passed, (progress.tokens_out - first.tokens_out) / passed, left
         )

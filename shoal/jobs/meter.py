@@ -53,7 +53,7 @@ class Meter:
         self._processes = [psutil.Process()]
         self._steps: IO[str] | None = None
         self._plan: Plan | None = None
-        self._answered = 0  # when this run began
+        self._ended = self._ended_tokens = 0  # rows of this run, and the output tokens they came to
 
     # -- what happens ------------------------------------------------------------------------------
 
@@ -66,13 +66,19 @@ class Meter:
         """Take over what earlier runs spent."""
         noted = results.journal.meta(SPENT)
         self._earlier = json.loads(noted) if noted else {}
-        self._answered = results.status().answered
 
     def loaded(self, ready: Ready, pid: int) -> None:
         """An engine is ready, in process `pid`."""
         self.ready = ready
         self.load_seconds += ready.load_seconds
         self._processes = [psutil.Process(), psutil.Process(pid)]
+
+    def ended(self, stats: Mapping[str, object]) -> None:
+        """A row of this run has ended."""
+        tokens = stats.get("completion_tokens", 0)
+        assert isinstance(tokens, int)
+        self._ended += 1
+        self._ended_tokens += tokens
 
     def died(self) -> None:
         """The engine is gone, and its counters with it."""
@@ -124,16 +130,21 @@ class Meter:
         """The job at this moment."""
         plan = feed.plan
         computed, output = self.total("prompt_computed"), self.total("output_computed")
-        fresh = answered - self._answered
-        each = output / fresh if fresh > 0 else 0.0
-        left = max(plan.bound - computed, 0) if answered < rows else 0
         block = self.ready.kv_bytes // self.ready.num_blocks if self.ready else 0
         return Progress(
             rows_total=rows, rows_done=answered, rows_failed=failed, rows_written=written, waiting_for=waiting_for,
             tokens_in=computed + self.total("cached"), tokens_out=output, tokens_saved=self.total("cached"),
-            work_done=computed + output, work_left=left + int(each * (rows - answered)),
+            work_done=computed + output,
+            work_left=self._work_left(max(plan.bound - computed, 0), output, rows - answered),
             kv_used=self._used_blocks * block, kv_total=self.ready.kv_bytes if self.ready else 0,
         )  # fmt: skip
+
+    def _work_left(self, prompts: int, output: int, rows: int) -> int | None:
+        """Tokens that `rows` will still cost: `prompts`, and answers as long as those that have ended were."""
+        if not rows or not self._ended:
+            return None if rows else 0
+        under_way = max(output - self._ended_tokens, 0)
+        return prompts + max(round(self._ended_tokens / self._ended * rows) - under_way, rows)
 
     def report(self, job: Prepared, plan: Plan, results: Results, finished: bool, code: int) -> Report:
         """The final report: rows from the journal, costs of this run and the earlier ones."""
@@ -180,7 +191,7 @@ class Meter:
             times = [process.cpu_times() for process in self._processes[1:]]
         except psutil.Error:
             return 0.0  # it has ended: its time is among that of the children
-        return sum(time.user + time.system for time in times)
+        return float(sum(time.user + time.system for time in times))
 
     def _look(self) -> None:
         used = 0

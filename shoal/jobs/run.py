@@ -8,10 +8,11 @@ from __future__ import annotations
 import signal
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 
@@ -24,17 +25,18 @@ from shoal.jobs.feed import Ended, Feed
 from shoal.jobs.files import DiskFiles, Files
 from shoal.jobs.meter import Meter
 from shoal.jobs.options import JobOptions, Order
+from shoal.jobs.plan import Order as PlanOrder
 from shoal.jobs.plan import Plan, build_plan
 from shoal.jobs.prepare import Prepared, prepare
 from shoal.jobs.report import print_report, read_report, write_report
 from shoal.jobs.results import Results, open_results
 from shoal.jobs.state import Begin as JobBegin
 from shoal.jobs.state import row_key
+from shoal.jobs.write import Order as WriteOrder
 
 INTERRUPTED, BUDGET_HIT, SOME_FAILED = 5, 4, 3
 POLL = 0.1  # seconds to wait for news before looking after the files and the display
 DEATHS = 8  # engine deaths in a row without any row completed, after which the job gives up
-
 
 
 class WallClock:
@@ -55,7 +57,7 @@ class Stop:
 def stopping() -> Iterator[Stop]:
     """The first SIGINT or SIGTERM asks the job to stop; the second acts as it always does."""
     stop = Stop()
-    before = {}
+    before: dict[signal.Signals, Any] = {}  # whatever stood there: a function, a number, None
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop.asked = True
@@ -116,9 +118,7 @@ class _Job:
         self.engine, self.backend = engine, backend
         self.clock = WallClock()
         self.display = Display(console, self.clock, job.options.quiet)
-        self.writer = AnswerWriter(
-            job.tokenizer, job.manifest.answers, job.name, job.created, job.options.openai
-        )
+        self.writer = AnswerWriter(job.tokenizer, job.manifest.answers, job.name, job.created, job.options.openai)
         self.meter = Meter(began)
         self.deaths = 0  # since a row was last completed
         self.budget_hit = False
@@ -141,18 +141,23 @@ class _Job:
                     self._start(plan)
                     self._say_plan(plan, results)
                     self._loop(feed, results)
-            return self._end(plan, feed, results)
+                finished = results.status().answered == results.status().total
+                if finished:
+                    results.finish()
+                self.display.show(self._progress(feed, results), last=True)
+            return self._end(plan, results, finished)
         finally:
             results.close()
             self.meter.close()
 
     def _plan(self) -> Plan:
-        job, order = self.job, "input" if self.job.options.order is Order.INPUT else "prefix"
+        job = self.job
+        order: PlanOrder = "input" if job.options.order is Order.INPUT else "prefix"
         return build_plan(job.source, job.encoder, job.state.path, order, job.encoder.fingerprint)
 
     def _open(self, plan: Plan) -> Results:
         job = self.job
-        order = "finish" if job.options.order is Order.FINISH else "input"
+        order: WriteOrder = "finish" if job.options.order is Order.FINISH else "input"
         lines = array("q", plan.lines.tobytes())
         return open_results(
             job.state.path, job.options.output, job.errors, lines, order, self.files, self.clock, job.form
@@ -165,9 +170,7 @@ class _Job:
                 raw = self.job.source.read(row.offset, row.length)
                 self._fail(results, row.line, raw, row.error, {})
 
-    def _fail(
-        self, results: Results, line: int, raw: bytes | None, error: RowError, stats: dict[str, object]
-    ) -> None:
+    def _fail(self, results: Results, line: int, raw: bytes | None, error: RowError, stats: dict[str, object]) -> None:
         payload = self.writer.failure(line, raw, error)
         noted = {**stats, "code": error.code, "message": str(error)[:500]}
         results.put(line, row_key(self.job.manifest, raw or b""), "failed", payload, noted)
@@ -242,7 +245,6 @@ class _Job:
             results.tick(now)
             self.meter.tick(now, results)
             self.display.show(self._progress(feed, results))
-        self.display.show(self._progress(feed, results), last=True)
 
     def _take(self, news: News, feed: Feed, results: Results) -> None:
         feed.started(news.started)
@@ -259,6 +261,7 @@ class _Job:
         self.meter.take(news, self.job.state.path)
 
     def _put(self, results: Results, ended: Ended) -> None:
+        self.meter.ended(ended.stats)
         if ended.error is not None:
             self._fail(results, ended.line, ended.raw, ended.error, ended.stats)
         else:
@@ -276,12 +279,10 @@ class _Job:
 
     # -- the end -----------------------------------------------------------------------------------
 
-    def _end(self, plan: Plan, feed: Feed, results: Results) -> int:
+    def _end(self, plan: Plan, results: Results, finished: bool) -> int:
         status = results.status()
-        finished = status.answered == status.total
         failed = status.counts["failed"]
         if finished:
-            results.finish()
             code = SOME_FAILED if failed else 0
         else:
             code = INTERRUPTED if self.stop.asked else BUDGET_HIT
@@ -296,5 +297,3 @@ class _Job:
         if not self.job.options.quiet:
             print_report(report, self.console)
         return report.status
-
-

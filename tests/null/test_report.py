@@ -169,6 +169,7 @@ def test_a_job_that_stands_still_promises_nothing() -> None:
     window.add(0.0, at(100))
     assert window.add(1.0, at(100)).seconds_left == math.inf
     assert window.add(2.0, at(1000)).seconds_left == 0.0
+    assert window.add(3.0, replace(at(1000), work_left=None)).seconds_left == math.inf
 
 
 def test_a_line_says_all_of_it() -> None:

@@ -57,7 +57,7 @@ class Stop:
 def stopping() -> Iterator[Stop]:
     """The first SIGINT or SIGTERM asks the job to stop; the second acts as it always does."""
     stop = Stop()
-    before: dict[signal.Signals, Any] = {}  # whatever stood there: a function, a number, None
+    before: dict[int, Any] = {}  # whatever stood there: a function, a number, None
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop.asked = True

@@ -10,6 +10,7 @@ import re
 from typing import Annotated, Any, Literal
 
 import msgspec
+import numpy as np
 
 from shoal.core.errors import RowError
 from shoal.jobs.body import FIELDS, UNSUPPORTED, ChatBody, CompletionBody, Message
@@ -17,6 +18,7 @@ from shoal.jobs.prompt import DEFAULT_PROMPT
 from shoal.jobs.settings import JobSettings
 
 LINE_LIMIT = 8 << 20  # bytes: a longer line is refused without being read into memory
+DEPTH_LIMIT = 256  # levels of nested JSON
 SEQUENCE_LIMIT = 16_384  # prompts times n of one row: one line must not become the whole job
 
 CHAT_URL = "/v1/chat/completions"
@@ -120,6 +122,8 @@ _ADVICE = {
     ".role": "this version reads the roles system, developer, user and assistant",
     ".type": "this version reads parts of text only",
 }
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
@@ -136,13 +140,23 @@ def parse_line(raw: bytes | None, settings: JobSettings) -> RowSpec:
     try:
         if not raw.isascii():
             raw.decode()  # the parts that nobody reads too: they may be given back
+        _check_depth(raw)
         return _plain_row(raw, settings) if settings.plain else _request_row(raw, settings)
     except msgspec.ValidationError as error:
         raise explain(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise _not_json(raw, error) from None
-    except RecursionError:  # raised by the decoder alone: it counts the depth of what it reads
-        raise RowError("the JSON is nested too deeply: flatten it", "invalid_json_line") from None
+
+
+def _check_depth(raw: bytes) -> None:
+    """Refuse deep JSON by a limit of our own: the decoder's depends on how deep its caller already is."""
+    if raw.count(b"[") + raw.count(b"{") <= DEPTH_LIMIT:
+        return
+    brackets = np.frombuffer(_STRING.sub(b"", raw).translate(None, _NO_BRACKETS), dtype=np.uint8)
+    opens = (brackets == ord("[")) | (brackets == ord("{"))
+    depth = np.cumsum(np.where(opens, np.int8(1), np.int8(-1)), dtype=np.int32)
+    if depth.max(initial=0) > DEPTH_LIMIT:
+        raise RowError("the JSON is nested too deeply: flatten it", "invalid_json_line")
 
 
 def _request_row(raw: bytes, settings: JobSettings, line: int | None = None) -> RowSpec:
@@ -151,7 +165,9 @@ def _request_row(raw: bytes, settings: JobSettings, line: int | None = None) -> 
     except msgspec.ValidationError as error:
         envelope = _lenient_envelope(raw, error)
     if envelope.x_shoal is not None and line is None:
-        return _request_row(_inner(envelope.x_shoal), settings, envelope.x_shoal.line or 0)
+        inner = _inner(envelope.x_shoal)
+        _check_depth(inner)
+        return _request_row(inner, settings, envelope.x_shoal.line or 0)
     if envelope.body is msgspec.UNSET and (
         envelope.response is not msgspec.UNSET or envelope.error is not msgspec.UNSET
     ):
@@ -240,6 +256,7 @@ def _plain_row(raw: bytes, settings: JobSettings) -> RowSpec:
         failed = _failed_row.decode(raw).x_shoal
         if failed is not None:
             raw, line = _inner(failed), failed.line
+            _check_depth(raw)
     if raw.startswith(b"["):
         raise RowError(
             "this row has another number of fields than the header, or cannot be read: correct it in the input",

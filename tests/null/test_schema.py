@@ -124,6 +124,21 @@ def test_the_context_is_a_limit_with_both_numbers() -> None:
     assert refusal(line(prompt="a", max_tokens=10**9)).code == "context_length_exceeded"
 
 
+def test_depth_has_a_limit_that_depends_on_nothing_else() -> None:
+    def nested(depth: int) -> bytes:
+        return line(prompt='a [[[ {{{ \\" [', metadata={"text": "[" * 5000}, user="[").replace(
+            b'"user": "["', b'"user": ' + b"[" * depth + b"]" * depth
+        )
+
+    def deeper(frames: int, raw: bytes) -> Encoded | RowError:
+        return deeper(frames - 1, raw) if frames else row_encoder().encode([raw])[0]
+
+    for frames in (0, 500):
+        assert isinstance(deeper(frames, nested(254)), Encoded)  # the envelope and the body are two levels more
+        error = deeper(frames, nested(255))
+        assert isinstance(error, RowError) and "nested" in str(error)
+
+
 def test_no_row_may_become_the_whole_job() -> None:
     assert refusal(line(prompt=["x"] * 200, n=128)).code == "too_many_tasks"
 

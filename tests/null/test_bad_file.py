@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from array import array
 from pathlib import Path
@@ -76,3 +77,8 @@ def test_results_are_json_for_every_reader(job: dict[str, Any]) -> None:
     for name in ("output", "errors"):
         for line in job[name].read_bytes().splitlines():
             json.loads(line.decode("utf-8"))
+
+
+def test_every_code_of_an_error_is_in_the_document(job: dict[str, Any]) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/formats.md").read_text(encoding="utf-8")
+    assert not set(check(**job)["error_codes"]) - set(re.findall(r"`(\w+)`", text))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from byte_text import BOS, EOS, FIRST, row_encoder
 
 from shoal.core.errors import RowError, UsageError
+from shoal.jobs.body import FIELDS
 from shoal.jobs.encode import Encoded
 from shoal.jobs.prompt import PromptTemplate
 from shoal.jobs.schema import RowSpec, parse_line
@@ -297,3 +300,8 @@ def test_a_stream_of_batches_is_encoded_like_each_batch() -> None:
         for one, other in zip(got, row_encoder().encode(batch), strict=True):
             assert one == other if isinstance(one, Encoded) else str(one) == str(other)
     assert list(row_encoder().stream([])) == []
+
+
+def test_the_document_of_formats_names_every_field() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/formats.md").read_text(encoding="utf-8")
+    assert not set(FIELDS) - set(re.findall(r"`(\w+)`", text))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -116,3 +118,14 @@ def shuffled(lines: Sequence[int], seed: int, window: int = 8) -> list[int]:
     """Return the lines in an order in which a batch could finish them: at most about `window` out of place."""
     random = Random(seed)
     return sorted(lines, key=lambda line: line + random.random() * window)
+
+
+@contextmanager
+def memory_folder() -> Iterator[Path]:
+    """Give a folder in memory where there is any: these tests sync thousands of times."""
+    memory = Path("/dev/shm")
+    path = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import errno
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
 import pytest
 import syscall_faults
-from durable_job import Job, payload, shuffled, status
+from durable_job import Job, memory_folder, payload, shuffled, status
 from faulty import LOSSES, Crash, FaultyFiles, Loss
 
 from shoal.core.errors import ShoalError
@@ -22,11 +20,8 @@ LINES = tuple(line for line in range(1, 27) if line % 11)  # lines 11, 22, … a
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Memory where there is any, for these tests sync thousands of times."""
-    memory = Path("/dev/shm")
-    path = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
-    yield path
-    shutil.rmtree(path)
+    with memory_folder() as path:
+        yield path
 
 
 def make(folder: Path, name: str, **options: object) -> Job:

@@ -59,7 +59,6 @@ class ModelConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of each branch before it is added
     logit_divisor: float = 1.0
-    dtype: str = ""  # type the checkpoint was saved in, such as "bfloat16"; '' when it does not say
 
     @property
     def num_layers(self) -> int:
@@ -215,7 +214,6 @@ def make_config(values: Mapping[str, object], context: int | None = None) -> Mod
         embedding_scale=math.sqrt(width) if family.scaled_embedding else raw.number("embedding_multiplier", 1.0),
         residual_scale=raw.number("residual_multiplier", 1.0),
         logit_divisor=raw.number("logits_scaling", 1.0),
-        dtype=str(values.get("dtype") or values.get("torch_dtype") or ""),
     )
 
 

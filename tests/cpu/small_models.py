@@ -81,7 +81,10 @@ def make_model(name: str, seed: int = 0) -> Any:
     offset = 0.0 if name.startswith("gemma") else 1.0
     with torch.no_grad():
         for path, weight in model.named_parameters():
-            if weight.ndim == 1 and path.endswith("norm.weight"):
+            if path == "model.norm.weight":
+                # Of both signs: with tied embeddings a positive one would make every token predict itself.
+                weight.normal_().add_(offset - 1.0)
+            elif weight.ndim == 1 and path.endswith("norm.weight"):
                 weight.uniform_(-0.4, 0.4).add_(offset)
             elif weight.ndim == 1:
                 weight.normal_(std=0.3)

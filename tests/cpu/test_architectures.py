@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from naive import generate
 from small_models import CONFIGS, reference, save_model
 
@@ -16,6 +17,8 @@ from shoal.kernels import load
 from shoal.nn.arch import make_config, read_config
 from shoal.nn.decoder import Decoder
 from shoal.nn.weights import load_weights
+from shoal.text.checkpoint import resolve_model
+from shoal.text.tokenizer import Tokenizer
 
 LENGTHS = (1, 15, 38, 100, 250, 290)  # below and across a page, the window of 40 and the tile of 256
 NUM_TOKENS = 12
@@ -71,6 +74,19 @@ def test_stories260k_tells_its_published_story() -> None:
     assert [tokens for tokens, _ in answers] == [case["greedy_ids"] for case in cases]
 
 
+def test_the_embedded_model_is_what_transformers_makes_of_it() -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        resolve_model(), dtype=torch.float32, attn_implementation="eager"
+    )
+    model.generation_config = transformers.GenerationConfig()
+    tokenizer = Tokenizer.load(resolve_model())
+    prompts = [list(tokenizer.encode(text)) for text in ("Once upon a time", "It was the best of times, " * 30, "2+2=")]
+    for prompt, (tokens, logits) in zip(prompts, generate(open_decoder(resolve_model()), prompts, 12), strict=True):
+        expected_tokens, expected_logits = reference(model, prompt, 12)
+        assert tokens == expected_tokens
+        assert (logits.log_softmax(-1) - expected_logits.log_softmax(-1)).abs().max() < 1e-4
+
+
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 64,
     "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 4096,
@@ -79,8 +95,8 @@ LLAMA = {
 
 def test_both_generations_of_configuration_files_mean_the_same() -> None:
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
-    old = {**LLAMA, "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **scaling}, "torch_dtype": "bfloat16"}
-    new = {**LLAMA, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **scaling}, "dtype": "bfloat16"}
+    old = {**LLAMA, "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **scaling}}
+    new = {**LLAMA, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **scaling}}
     assert make_config(old) == make_config(new)
     gemma = {**LLAMA, "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 7}
     old = {**gemma, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6,

@@ -16,7 +16,6 @@ from shoal.kernels import load
 from shoal.nn.arch import read_config
 from shoal.nn.decoder import Decoder
 from shoal.nn.weights import DTYPES, expected_shapes, load_weights
-from shoal.text.model_info import ModelInfo
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -124,28 +123,3 @@ def test_half_precision_answers_are_near(folder: Path) -> None:
         decoder = Decoder(config, load_weights(folder, config, dtype), load("ref"))
         answers.append(generate(decoder, [list(range(50))], 1)[0][1].log_softmax(-1))
     assert (answers[0] - answers[1]).abs().max() < 0.3
-
-
-def test_model_info_knows_limits_and_defaults_without_tensors(tmp_path: Path) -> None:
-    config = {
-        "model_type": "qwen2", "max_position_embeddings": 32768, "vocab_size": 100, "eos_token_id": 5,
-        "bos_token_id": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64,
-        "num_hidden_layers": 3, "torch_dtype": "bfloat16",
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    info = ModelInfo.load(tmp_path)
-    assert (info.context, info.vocab_size, info.bos, info.eos, info.pad) == (32768, 100, 4, frozenset({5}), None)
-    assert (info.dtype, info.kv_numbers_per_token, info.defaults.temperature) == ("bfloat16", 2 * 3 * 2 * 8, None)
-    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "rope_scaling": yarn}))
-    generation = {"do_sample": True, "temperature": 0.7, "top_k": 20, "eos_token_id": [5, 7], "pad_token_id": 9}
-    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    info = ModelInfo.load(tmp_path)
-    assert (info.context, info.eos, info.pad) == (131072, frozenset({5, 7}), 9)
-    assert (info.defaults.do_sample, info.defaults.temperature, info.defaults.top_k) == (True, 0.7, 20)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ModelError, match="must hold a JSON object"):
-        ModelInfo.load(tmp_path)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(ModelError, match="config.json: cannot be read"):
-        ModelInfo.load(tmp_path)

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from shoal.core.errors import RowError, StateError
 from shoal.jobs.arena import PAD
 from shoal.jobs.plan import Plan, Unit, build_plan
+from shoal.jobs.plan_future import staircases
+from shoal.jobs.plan_order import NO_LIMIT, build_tree
 from shoal.jobs.plan_sort import Prompts, overlaps, sort_prompts
 from shoal.jobs.plan_store import ARENA, ARRAYS, ERRORS, SUMMARY
 
@@ -463,6 +465,27 @@ def test_long_shared_prefixes_cost_no_more_than_their_tokens() -> None:
     assert time.process_time() - started < 5.0  # a tenth of this on a quiet machine
     assert (shared >= 4000).sum() == n - 10
     assert order.tolist() == np.lexsort(tokens[:, [4003, 4002, 4001, 4000, 1, 0]].T).tolist()
+
+
+def test_a_long_chain_of_prefixes_costs_no_more_than_n_log_n() -> None:
+    """Prompt i is the first i + 1 tokens of one text, served in random order: every path is as deep as can be."""
+    n = 30_000
+    rng = np.random.default_rng(4)
+    started = time.process_time()
+    tree = build_tree(np.arange(n, dtype=np.int64))
+    served = rng.permutation(n)
+    found = staircases(tree, served, np.arange(n), np.full(n, NO_LIMIT))
+    assert time.process_time() - started < 5.0
+    for p in (0, 17, n // 2, n - 30):
+        expected: list[tuple[int, int]] = []
+        reached = 0
+        for later in range(p + 1, n):  # the nearest first: each step must reach deeper than those before it
+            depth = int(min(served[p], served[later])) + 1
+            if depth > reached:
+                expected.append((depth, later))
+                reached = depth
+        steps = slice(found.start[p], found.start[p + 1])
+        assert list(zip(found.depth[steps], found.index[steps], strict=True)) == expected[::-1]
 
 
 def test_a_unit_is_plain_data(tmp_path: Path) -> None:

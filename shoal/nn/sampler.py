@@ -4,7 +4,7 @@ It knows what each ticket's request asked and produced. It must not know steps, 
 A row's token is a function of its logits, its request and its own earlier tokens: every reduction over the vocabulary
 is a maximum, a comparison or a sum of integers, so it has one value whatever stands beside it in the batch.
 
-R = rows of logits, S = rows that draw, K = best values looked at first, V = vocabulary.
+R = rows of logits, S = rows that draw, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import torch
 
 from shoal.core.types import TOKEN, Sampling, Start, TokenScore
 from shoal.nn.random import draw
-from shoal.nn.scores import exponential, integer_weights, score
+from shoal.nn.scores import descending, exponential, integer_weights, score
 
 _MINUS_INFINITY = float("-inf")
-_HEAD = 1024  # best values looked at before a whole row is sorted for top-p
 _DRAW_BYTES = 16 << 20  # logits drawn from at a time; the draw needs about six times as much beside them
 
 
@@ -202,9 +201,7 @@ def _draw(logits_RV: torch.Tensor, part: list[int], rows: list[_Row]) -> list[in
     s = [row.sampling for row in rows]
     heat_S1 = torch.tensor([each.temperature for each in s], dtype=torch.float32, device=x_SV.device)[:, None]
     z_SV = (x_SV - x_SV.max(dim=1, keepdim=True).values) / heat_S1
-    e_SV = exponential(z_SV)
-    weight_SV = integer_weights(e_SV)
-    _truncate(z_SV, e_SV, weight_SV, s)
+    weight_SV = integer_weights(_truncated(z_SV, s))
     sum_SV = weight_SV.cumsum(dim=1)
     places = [
         draw(row.sampling.seed, row.sampling.sample, row.position, 0) * total >> 64
@@ -215,46 +212,36 @@ def _draw(logits_RV: torch.Tensor, part: list[int], rows: list[_Row]) -> list[in
     return found
 
 
-def _truncate(z_SV: torch.Tensor, e_SV: torch.Tensor, weight_SV: torch.Tensor, s: list[Sampling]) -> None:
-    """Set the weights outside top-k, top-p and min-p to 0, in place. Tokens equal to the last one kept are kept."""
-    vocab_size = z_SV.shape[1]
-    by_k = [i for i, each in enumerate(s) if 0 < each.top_k < vocab_size]
-    if by_k:
-        k_S = torch.tensor([s[i].top_k for i in by_k], device=z_SV.device)
-        value_SK = torch.topk(_take(z_SV, by_k), int(k_S.max()), dim=1).values
-        _forget(weight_SV, z_SV, by_k, value_SK.gather(1, k_S[:, None] - 1))
-    by_p = [i for i, each in enumerate(s) if each.top_p < 1]
-    head = min(_HEAD, vocab_size)
-    while by_p:
-        edge_S1, reached = _edge(_take(z_SV, by_p), _take(weight_SV, by_p), [s[i].top_p for i in by_p], head)
-        done = [n for n in range(len(by_p)) if reached[n]]
-        if done:
-            _forget(weight_SV, z_SV, [by_p[n] for n in done], _take(edge_S1, done))
-        by_p, head = [by_p[n] for n in range(len(by_p)) if not reached[n]], min(head * 16, vocab_size)
-    by_min = [i for i, each in enumerate(s) if each.min_p > 0]
-    if by_min:
-        least_S1 = torch.tensor([s[i].min_p for i in by_min], dtype=torch.float32, device=z_SV.device)[:, None]
-        _forget(weight_SV, e_SV, by_min, least_S1)
+def _truncated(z_SV: torch.Tensor, s: list[Sampling]) -> torch.Tensor:
+    """exp of the values, 0 for tokens outside top-k, top-p or min-p. Tokens equal to the last one kept are kept."""
+    sorting = [i for i, each in enumerate(s) if 0 < each.top_k < z_SV.shape[1] or each.top_p < 1]
+    if sorting:
+        edge_S1 = torch.full((len(s), 1), _MINUS_INFINITY, device=z_SV.device)
+        edge_S1[sorting] = _edge(_take(z_SV, sorting), [s[i] for i in sorting])
+        z_SV = z_SV.masked_fill(z_SV < edge_S1, _MINUS_INFINITY)
+    e_SV = exponential(z_SV)
+    if any(each.min_p > 0 for each in s):
+        least_S1 = torch.tensor([each.min_p for each in s], dtype=torch.float32, device=z_SV.device)[:, None]
+        e_SV = e_SV.masked_fill(e_SV < least_S1, 0.0)
+    return e_SV
 
 
-def _forget(weight_SV: torch.Tensor, value_SV: torch.Tensor, rows: list[int], edge_S1: torch.Tensor) -> None:
-    """Set the weights of tokens whose value is below their row's edge to 0, in place."""
-    index = torch.tensor(rows, dtype=torch.int64, device=weight_SV.device)
-    weight_SV[index] = weight_SV[index].masked_fill(value_SV[index] < edge_S1, 0)
+def _edge(z_SV: torch.Tensor, s: list[Sampling]) -> torch.Tensor:
+    """The smallest value within each row's top-k and, of what that leaves, top-p, as [S, 1].
 
-
-def _edge(
-    z_SV: torch.Tensor, weight_SV: torch.Tensor, top_p: list[float], head: int
-) -> tuple[torch.Tensor, list[bool]]:
-    """The smallest value within each row's nucleus, and whether the `head` best values were enough to find it.
-
-    The nucleus is the shortest run of best tokens whose weight reaches top_p of the whole; the best is always in it.
+    top-p is the shortest run of best tokens whose weight reaches that share of the whole; the best is always in it.
     """
-    value_SK, id_SK = torch.topk(z_SV, head, dim=1)
-    sum_SK = weight_SV.gather(1, id_SK).cumsum(dim=1)
-    totals: list[int] = weight_SV.sum(dim=1).tolist()
-    limits = [min(math.ceil(p * total), total) for p, total in zip(top_p, totals, strict=True)]
+    value_SV, last = descending(z_SV), z_SV.shape[1] - 1
+    rank_S1 = torch.tensor([min(each.top_k - 1, last) if each.top_k > 0 else last for each in s], device=z_SV.device)
+    edge_S1 = value_SV.gather(1, rank_S1[:, None])
+    weight_SV = integer_weights(exponential(value_SV)).masked_fill_(value_SV < edge_S1, 0)
+    sum_SV = weight_SV.cumsum(dim=1)
+    totals: list[int] = sum_SV[:, -1].tolist()
+    limits = [
+        min(math.ceil(each.top_p * total), total) if each.top_p < 1 else total
+        for each, total in zip(s, totals, strict=True)
+    ]
     limit_S1 = torch.tensor(limits, dtype=torch.int64, device=z_SV.device)[:, None]
-    short_S1 = (sum_SK < limit_S1).sum(dim=1, keepdim=True)
-    reached: list[bool] = (short_S1[:, 0] < head).tolist()
-    return value_SK.gather(1, short_S1.clamp(max=head - 1)), reached
+    short_S1 = (sum_SV < limit_S1).sum(dim=1, keepdim=True)
+    # where top-p keeps all, its run ends at the last token of any weight, and lighter ones are nobody's anyway
+    return torch.maximum(edge_S1, value_SV.gather(1, short_S1))

@@ -29,6 +29,13 @@ def exponential(z_RV: torch.Tensor) -> torch.Tensor:
     return torch.exp(z_RV)
 
 
+def descending(x_RV: torch.Tensor) -> torch.Tensor:
+    """The values of each row, largest first. On a host numpy sorts many times faster than torch."""
+    if x_RV.device.type == "cpu":
+        return torch.from_numpy(-np.sort(-x_RV.numpy(), axis=1))
+    return torch.sort(x_RV, dim=1, descending=True).values
+
+
 def integer_weights(e_RV: torch.Tensor) -> torch.Tensor:
     """Relative probabilities as int64, 2**40 for 1.0: their sum has one value whatever the order of adding."""
     return (e_RV * float(1 << SCALE_BITS)).to(torch.int64)

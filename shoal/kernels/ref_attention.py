@@ -3,9 +3,10 @@
 It knows which pages hold which positions, and must not know what the keys and values mean.
 
 The rows of a sequence are its (token, head of the group) pairs for one key/value head; they are cut into tiles of 16,
-the last one filled up. Each pair of a row tile and a position tile is one product of fixed shape, whose rows do not
-depend on each other. So neither the company of a row nor its place in the tile can change its bits. A position tile
-that a row cannot see leaves the row's fold exactly as it was, so it makes no difference whether it is visited.
+the last one filled up. A position tile is four quarters of 64; each pair of a row tile and a quarter is one product of
+fixed shape, whose rows do not depend on each other. So neither the company of a row nor its place in the tile can
+change its bits. Sums over quarters and over tiles run from left to right, and what a row cannot see adds an exact zero
+to them, so it makes no difference whether it is visited.
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ from torch import Tensor
 from shoal.kernels.api import Batch
 
 TILE = 256  # positions of one partial
+QUARTER = 64  # positions of one product
 ROWS = 16  # query rows of one product
-GATHER = 16  # row tiles handled at once, so that their keys and values stay in a core's cache
+GATHER = 64  # pairs of row tile and quarter handled at once, so that keys and values stay in a core's cache
 PRODUCTS = 32  # products of one call on a GPU, where the library chooses its method by their number
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Row tiles that meet one position tile."""
+    """Row tiles that meet the first C quarters of one position tile. A unit is a page, or a quarter of a larger one."""
 
     tiles_Q: Tensor  # which row tiles
-    pages_B: Tensor  # the pages of the position tile, for each row tile in turn
-    hidden_QRP: Tensor | None  # True where a row may not see a position; None when all is seen
+    units: Tensor  # where the keys are, quarter by quarter, for each row tile in turn
+    num_quarters: int
+    hidden_QCRP: Tensor | None  # True where a row may not see a position; None when all is seen
     unwritten: Tensor  # positions where nothing has been written, counted over all row tiles
 
 
@@ -41,10 +44,11 @@ class TilePlan:
         self.starts = batch.start_N1.tolist()
         self.lengths = batch.length_N.tolist()
         self.positions_T = batch.pos_T
-        per_tile = TILE // page_size
-        table = batch.table_NB
-        self.table_NB = torch.nn.functional.pad(table, (0, -table.shape[1] % per_tile)).long()
-        self.per_tile = per_tile
+        self.unit = min(page_size, QUARTER)
+        per_page = page_size // self.unit
+        parts = torch.arange(per_page, device=self.device)
+        table_NU = (batch.table_NB.long()[..., None] * per_page + parts).flatten(1)
+        self.table_NU = torch.nn.functional.pad(table_NU, (0, -table_NU.shape[1] % (TILE // self.unit)))
         self._rows: dict[int, _Rows] = {}
         self._parts: dict[tuple[int, int], list[_Part]] = {}
 
@@ -91,34 +95,38 @@ def _cut_rows(plan: TilePlan, group: int) -> _Rows:
 
 
 def _find_parts(plan: TilePlan, rows: _Rows, window: int) -> list[_Part]:
-    parts = []
+    parts: list[_Part] = []
     for j in range(-(-max(plan.lengths) // TILE)):
-        seen = [
-            tile
-            for tile, (first, last) in enumerate(rows.span)
-            if last >= j * TILE and not (window and first - window >= (j + 1) * TILE - 1)
-        ]
-        parts.extend(_make_part(plan, rows, seen[i : i + GATHER], j, window) for i in range(0, len(seen), GATHER))
+        by_quarters: dict[int, list[int]] = {}
+        for tile, (first, last) in enumerate(rows.span):
+            if last >= j * TILE and not (window and first - window >= (j + 1) * TILE - 1):
+                quarters = min(last - j * TILE, TILE - 1) // QUARTER + 1
+                by_quarters.setdefault(quarters, []).append(tile)
+        for quarters, tiles in by_quarters.items():
+            step = GATHER // quarters
+            for i in range(0, len(tiles), step):
+                parts.append(_make_part(plan, rows, tiles[i : i + step], j, quarters, window))
     return parts
 
 
-def _make_part(plan: TilePlan, rows: _Rows, tiles: list[int], j: int, window: int) -> _Part:
-    begin, end = j * TILE, (j + 1) * TILE
+def _make_part(plan: TilePlan, rows: _Rows, tiles: list[int], j: int, quarters: int, window: int) -> _Part:
+    begin, end = j * TILE, j * TILE + quarters * QUARTER
     device = plan.device
     tiles_Q = torch.tensor(tiles, device=device)
     owners = [rows.sequence[tile] for tile in tiles]
-    pages_QB = plan.table_NB[torch.tensor(owners, device=device), j * plan.per_tile : (j + 1) * plan.per_tile]
+    units = plan.table_NU[torch.tensor(owners, device=device), begin // plan.unit : end // plan.unit]
     position_P = torch.arange(begin, end, device=device)
     hidden = None
     low, high = min(rows.span[t][0] for t in tiles), max(rows.span[t][1] for t in tiles)
     if low < end - 1 or (window and high - window >= begin):
-        position_QR1 = rows.position_QR[tiles_Q][..., None]
-        hidden = position_P > position_QR1
+        position_C1P = position_P.view(quarters, 1, QUARTER)
+        position_Q1R1 = rows.position_QR[tiles_Q][:, None, :, None]
+        hidden = position_C1P > position_Q1R1
         if window:
-            hidden |= position_P <= position_QR1 - window
+            hidden |= position_C1P <= position_Q1R1 - window
     length_Q1 = torch.tensor([plan.lengths[owner] for owner in owners], device=device)[:, None]
     unwritten = (position_P >= length_Q1).flatten().nonzero()[:, 0]
-    return _Part(tiles_Q, pages_QB.flatten(), hidden, unwritten)
+    return _Part(tiles_Q, units.flatten(), quarters, hidden, unwritten)
 
 
 def attend(q_THE: Tensor, k: Tensor, v: Tensor, plan: TilePlan, scale: float, window: int, softcap: float) -> Tensor:
@@ -147,30 +155,43 @@ def attend(q_THE: Tensor, k: Tensor, v: Tensor, plan: TilePlan, scale: float, wi
 
 
 def _partial(
-    q: Tensor, k: Tensor, v: Tensor, part: _Part, scale: float, softcap: float
+    q_GQRE: Tensor, k: Tensor, v: Tensor, part: _Part, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Largest score, sum of weights and weighted values of each row over one position tile."""
-    keys = _gather(k, part.pages_B)
-    values = _gather(v, part.pages_B)
-    values.flatten(1, 2).index_fill_(1, part.unwritten, 0.0)  # 0 * NaN would be NaN
-    scores = _products(q, keys.transpose(2, 3)).mul_(scale)
+    num_kv, num_tiles, _, width = q_GQRE.shape
+    split = (num_kv, num_tiles, part.num_quarters, ROWS, -1)
+    keys, values = _gather(k, part.units), _gather(v, part.units)
+    values.view(num_kv, -1, width).index_fill_(1, part.unwritten, 0.0)  # 0 * NaN would be NaN
+    q = q_GQRE[:, :, None].expand(-1, -1, part.num_quarters, -1, -1).flatten(1, 2)
+    scores_GQCRP = _products(q, keys.transpose(2, 3)).mul_(scale).view(split)
     if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
-    if part.hidden_QRP is not None:
-        scores.masked_fill_(part.hidden_QRP, -torch.inf)
-    top = scores.amax(-1)
-    weights = torch.exp(scores - torch.where(top == -torch.inf, 0.0, top)[..., None])
-    return top, fold_sum(weights), _products(weights, values)
+        scores_GQCRP = torch.tanh(scores_GQCRP / softcap) * softcap
+    if part.hidden_QCRP is not None:
+        scores_GQCRP.masked_fill_(part.hidden_QCRP, -torch.inf)
+    top = scores_GQCRP.amax((2, 4))
+    base = torch.where(top == -torch.inf, 0.0, top)
+    weights = torch.exp(scores_GQCRP - base[:, :, None, :, None])
+    mixed = _products(weights.flatten(1, 2), values).view(split)
+    return top, _left_to_right(fold_sum(weights)), _left_to_right(mixed)
 
 
-def _gather(pages: Tensor, index_B: Tensor) -> Tensor:
-    """Rows of pages as float32 [G, Q, 256, E]."""
-    found = pages.index_select(1, index_B)
-    return found.view(pages.shape[0], -1, TILE, pages.shape[-1]).float()
+def _left_to_right(x_GQC: Tensor) -> Tensor:
+    """Sum over the third axis, in order."""
+    total = x_GQC[:, :, 0]
+    for quarter in range(1, x_GQC.shape[2]):
+        total = total + x_GQC[:, :, quarter]
+    return total
+
+
+def _gather(pages: Tensor, units: Tensor) -> Tensor:
+    """Keys or values of the units as float32 [G, quarters, 64, E]."""
+    num_kv, _, page_size, width = pages.shape
+    found = pages.view(num_kv, -1, min(page_size, QUARTER), width).index_select(1, units)
+    return found.view(num_kv, -1, QUARTER, width).float()
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
-    """[G, Q, 16, X] by [G, Q, X, Y]."""
+    """[G, M, 16, X] by [G, M, X, Y]."""
     many_a, many_b = a.flatten(0, 1), b.flatten(0, 1)
     if a.is_cuda:
         pairs = zip(torch.split(many_a, PRODUCTS), torch.split(many_b, PRODUCTS), strict=True)

@@ -16,7 +16,7 @@ WORKERS ?= auto
 run: $(VENV)/.installed
 	@mkdir -p $(DEMO)
 	$(BIN)/shoal run -i examples/reviews.jsonl -o $(DEMO)/answers.jsonl
-	@$(BIN)/python tools/show_answers.py examples/reviews.jsonl $(DEMO)/answers.jsonl
+	@$(BIN)/python tools/show_answers.py examples/reviews.jsonl examples/reviews.answers.jsonl $(DEMO)/answers.jsonl
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -q -rs -n $(WORKERS)

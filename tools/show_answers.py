@@ -1,4 +1,9 @@
-"""Print the first answers of an output file beside their questions. It knows the OpenAI batch shape and plain rows."""
+"""Print the first answers of the example beside their questions, and how many of all are right.
+
+It knows the OpenAI batch shape; it must not know how the answers came about.
+
+    python tools/show_answers.py QUESTIONS.jsonl EXPECTED.jsonl ANSWERS.jsonl
+"""
 
 from __future__ import annotations
 
@@ -8,18 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-
-def question(line: dict[str, Any]) -> str:
-    """The last thing a row says or asks."""
-    body = line.get("body", line)
-    messages = body.get("messages") or [{"content": body.get("prompt", "")}]
-    return str(messages[-1]["content"])
-
-
-def answer(line: dict[str, Any]) -> str:
-    """What came back."""
-    choice = line["response"]["body"]["choices"][0]
-    return str(choice["message"]["content"] if "message" in choice else choice["text"])
+NUMBER = 4
 
 
 def rows_of(path: Path) -> dict[str, dict[str, Any]]:
@@ -28,13 +22,29 @@ def rows_of(path: Path) -> dict[str, dict[str, Any]]:
         return {row["custom_id"]: row for row in map(json.loads, lines)}
 
 
-def main(asked: Path, answered: Path, number: int) -> None:
-    """Print `number` pairs."""
-    questions = rows_of(asked)
+def answer(row: dict[str, Any]) -> str:
+    """What came back."""
+    return str(row["response"]["body"]["choices"][0]["message"]["content"])
+
+
+def same(text: str, expected: str) -> bool:
+    """Whether an answer is the expected one: as JSON where it is JSON, else as text."""
+    try:
+        return bool(json.loads(text) == json.loads(expected))
+    except ValueError:
+        return text.strip() == expected.strip()
+
+
+def main(asked: Path, expected: Path, answered: Path) -> None:
+    """Print a few pairs of question and answer, then the score."""
+    questions, right, answers = rows_of(asked), rows_of(expected), rows_of(answered)
     print(f"\nSome answers, from {answered}:")
-    for custom_id, row in islice(rows_of(answered).items(), number):
-        print(f"\n{custom_id}  {question(questions[custom_id])}\n{'':>{len(custom_id)}}  -> {answer(row)}")
+    for custom_id, row in islice(answers.items(), NUMBER):
+        question = questions[custom_id]["body"]["messages"][-1]["content"]
+        print(f"\n  {question.replace(chr(10), chr(10) + '  ')}\n    -> {answer(row)}")
+    score = sum(same(answer(row), right[custom_id]["answer"]) for custom_id, row in answers.items())
+    print(f"\n{score} of {len(answers)} answers are right; the embedded model is small and knows a few tasks.")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), 4)
+    main(*map(Path, sys.argv[1:]))

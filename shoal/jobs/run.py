@@ -103,6 +103,7 @@ def _again(job: Prepared, console: Console) -> int:
     """The job had ended before: say what came of it."""
     report = read_report(job.options.output)
     if not job.options.quiet:
+        console.print("This job had ended before: here is its report. To run it anew, say --restart.")
         print_report(report, console)
     return report.status
 

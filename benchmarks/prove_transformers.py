@@ -2,8 +2,9 @@
 
 200 prompts for each small random model, for the embedded model and for stories260K, which must also tell its published
 stories. Ours are computed together, in chunks, through shuffled pages whose unwritten memory is NaN; transformers'
-one by one. Beside each result stands the control: the smallest lead of a chosen token over the next, without which
-equal tokens would prove little, and the largest difference of log-probabilities, of which 1e-4 is allowed.
+one by one. Beside each result stands the control: the smallest lead of a chosen token over the next, the number of
+different tokens seen, and the largest difference of log-probabilities, of which 1e-4 is allowed. Where transformers'
+own lead is below TIE, rounding decides; a prompt that parts there is counted apart, and no more than 1 % may.
 
     python -m benchmarks.prove_transformers [--prompts 200] [--only NAME …]
 """
@@ -40,6 +41,7 @@ SEED = 20
 NUM_TOKENS = 16
 LONGEST = 330  # crosses the tile of 256 and every small model's window
 CONTEXTS = {"phi3-long": 512}  # transformers switches frequencies with the length of each text; we settle on one
+TIE = 5e-5
 STORIES = SHARED / "data/models/stories260K"
 
 
@@ -116,20 +118,27 @@ def compare(name: str, decoder: Decoder, model: Any, prompts: list[list[int]]) -
     began = time.perf_counter()
     ours = generate(decoder, prompts, NUM_TOKENS, chunk=100, seed=SEED)
     middle = time.perf_counter()
-    different, largest, lead, kinds = 0, 0.0, float("inf"), set()
+    different, ties, largest, lead, kinds = 0, 0, 0.0, float("inf"), set()
     for prompt, (tokens, logits) in zip(prompts, ours, strict=True):
         expected_tokens, expected_logits = reference(model, prompt, NUM_TOKENS)
-        different += tokens != expected_tokens
         kinds.update(expected_tokens)
-        if tokens == expected_tokens:
-            largest = max(largest, (logits.log_softmax(-1) - expected_logits.log_softmax(-1)).abs().max().item())
         best = expected_logits.topk(2).values
-        lead = min(lead, (best[:, 0] - best[:, 1]).min().item())
+        leads = best[:, 0] - best[:, 1]
+        lead = min(lead, leads.min().item())
+        same = NUM_TOKENS
+        if tokens != expected_tokens:
+            same = next(i for i in range(NUM_TOKENS) if tokens[i] != expected_tokens[i])
+            ties += leads[same].item() < TIE
+            different += leads[same].item() >= TIE
+        known = slice(0, same + 1)  # up to where they part, both saw the same tokens
+        difference = logits[known].log_softmax(-1) - expected_logits[known].log_softmax(-1)
+        largest = max(largest, difference.abs().max().item())
     result = {
-        "equal": not different and largest < 1e-4,
+        "equal": not different and ties <= len(prompts) / 100 and largest < 1e-4,
         "prompts": len(prompts),
         "tokens": len(prompts) * NUM_TOKENS,
         "prompts_that_differ": different,
+        "prompts_that_part_at_a_tie": ties,
         "largest_logprob_difference": largest,
         "smallest_lead": lead,
         "different_tokens_seen": len(kinds),
@@ -137,7 +146,7 @@ def compare(name: str, decoder: Decoder, model: Any, prompts: list[list[int]]) -
         "seconds_transformers": time.perf_counter() - middle,
     }
     print(
-        f"{name}: {len(prompts) - different} of {len(prompts)} prompts equal, largest difference {largest:.1e}, "
+        f"{name}: {len(prompts) - different - ties} of {len(prompts)} prompts equal, largest difference {largest:.1e}, "
         f"smallest lead {lead:.1e}, {len(kinds)} different tokens, {middle - began:.1f} s",
         flush=True,
     )

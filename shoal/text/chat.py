@@ -17,6 +17,7 @@ import jinja2
 from shoal.core.errors import ModelError, RowError
 from shoal.text.files import TokenizerFiles, read_json
 from shoal.text.sandbox import MAX_CHARACTERS, ChatEnvironment, TooMuch
+from shoal.text.unicode import check
 
 DATE = datetime.date(2024, 7, 26)
 """What `strftime_now` shows unless told otherwise: a prompt is a function of its row, not of the day it runs.
@@ -127,7 +128,9 @@ class ChatTemplate:
             raise _refusal(f"it needs too much {'depth' if isinstance(error, RecursionError) else 'memory'}") from error
         except Exception as error:  # a template can raise anything; whatever it is, only this row is at fault
             raise _refusal(str(error) or type(error).__name__) from error
-        return "".join(parts)
+        text = "".join(parts)
+        check(text)
+        return text
 
     @staticmethod
     def _mark_final(chat: list[dict[str, Any]], source: str) -> str:

@@ -84,7 +84,7 @@ class TokenizerFiles:
             value = self.config.get(name) if name in self.config else self.special_map.get(name)
             if value is not None:
                 found[name] = added_token(value, special=True)
-        if not (self.folder / "tokenizer.json").is_file():
+        if not (self.folder / "tokenizer.json").is_file() and (self.folder / "vocab.json").is_file():
             for name in ("bos_token", "eos_token", "unk_token") if self.style == "gpt2" else ("eos_token", "unk_token"):
                 if name not in self.config and name not in self.special_map:
                     found[name] = added_token("<|endoftext|>", special=True)

@@ -2,6 +2,7 @@
 
 Knows jinja2 and what makes a template expensive; it must not know messages or tokenizers. Work is counted in ticks
 (loop rounds and calls), so that a refusal is a function of template and input, never of the machine's speed.
+It stops what templates do by mistake and the well-known tricks; a template is still code of the model's folder.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from jinja2.ext import Extension
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MAX_TICKS = 1_000_000  # loop rounds and calls in one rendering
-MAX_CHARACTERS = 32_000_000  # of a rendering, and of any text or list made on the way
+MAX_TICKS = 300_000  # loop rounds and calls in one rendering
+MAX_CHARACTERS = 10_000_000  # of a rendering, and of any text or list made on the way
 MAX_COUNT = 100_000  # of a width, an indent or a repetition given to a filter or a text's method
 MAX_BITS = 100_000  # of a whole number
 
@@ -75,12 +76,12 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
         self.ticks = 0
         self.filters["tojson"] = _to_json
-        for name in _COUNTED_FILTERS:
-            self.filters[name] = _counted(self.filters[name])
         self.filters["replace"] = _replace
         self.filters["join"] = _checked_join(self.filters["join"])
         self.filters["format"] = _checked_format(self.filters["format"])
         self.filters["sum"] = _sum_of_numbers
+        for name, function in self.filters.items():
+            self.filters[name] = _measured(function, name in _COUNTED_FILTERS)
         now = datetime.datetime(date.year, date.month, date.day)
         self.globals["strftime_now"] = lambda pattern: now.strftime(str(pattern))
         self.globals["raise_exception"] = _raise_exception
@@ -129,8 +130,13 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         if type(__obj) is BuiltinMethodType and type(__obj.__self__) is str:
             _check_method(__obj.__self__, __obj.__name__, args)
             if __obj.__name__ in _TEXT_METHODS:
+                kwargs.pop("_loop_vars", None)  # what compiled templates add for macros
+                kwargs.pop("_block_vars", None)
                 return __obj(*args, **kwargs)
-        return super().call(__context, __obj, *args, **kwargs)
+        result = super().call(__context, __obj, *args, **kwargs)
+        if type(result) is str:
+            _check_size(len(result))
+        return result
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """`* ** + %` after a look at the size of the result."""
@@ -142,7 +148,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
                 _check_size(len(left) + len(right))
         elif operator == "%":
             if isinstance(left, str):
-                _check_format(left)
+                _check_format(left, right if isinstance(right, tuple) else (right,))
         elif operator == "*":
             _check_product(left, right)
         elif isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > MAX_BITS:
@@ -181,9 +187,12 @@ def _check_count(values: Iterable[Any]) -> None:
             raise TooMuch(f"the template gives a width or count of {value:,}; at most {MAX_COUNT:,} is allowed")
 
 
-def _check_format(pattern: str) -> None:
+def _check_format(pattern: str, values: Iterable[Any]) -> None:
     if _WIDE.search(pattern):
         raise TooMuch(f"the template formats with a width that is too great: {pattern!r:.60}")
+    _check_count(values)
+    longest = max((len(value) for value in values if isinstance(value, Sized)), default=0)
+    _check_size(len(pattern) + longest * (pattern.count("%") + pattern.count("{")))
 
 
 def _check_product(left: Any, right: Any) -> None:
@@ -206,16 +215,19 @@ def _check_method(text: str, name: str, args: tuple[Any, ...]) -> None:
         _check_count(args)
 
 
-def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose numbers are checked; jinja2's marks on the function are kept."""
+def _measured(function: Callable[..., Any], counted: bool) -> Callable[..., Any]:
+    """A filter whose result is measured, and whose numbers are where `counted`; jinja2's marks on it are kept."""
 
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        _check_count(args)
-        _check_count(kwargs.values())
-        return function(*args, **kwargs)
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        if counted:
+            _check_count((*args, *kwargs.values()))
+        result = function(*args, **kwargs)
+        if type(result) is str:
+            _check_size(len(result))
+        return result
 
-    checked.__dict__.update(function.__dict__)
-    return checked
+    measured.__dict__.update(getattr(function, "__dict__", {}))
+    return measured
 
 
 def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
@@ -237,9 +249,8 @@ def _checked_join(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _checked_format(function: Callable[..., Any], pattern: str | None = None) -> Callable[..., Any]:
     def formatted(*args: Any, **kwargs: Any) -> Any:
-        _check_format(str(args[0]) if pattern is None else pattern)
-        _check_count(args)
-        _check_count(kwargs.values())
+        template = str(args[0]) if pattern is None else pattern
+        _check_format(template, (*(args[1:] if pattern is None else args), *kwargs.values()))
         return function(*args, **kwargs)
 
     return formatted

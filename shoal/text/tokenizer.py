@@ -12,10 +12,10 @@ from pathlib import Path
 
 import tokenizers
 
-from shoal.core.errors import RowError
 from shoal.core.types import TOKEN, Tokens
 from shoal.text import files, words
 from shoal.text.decoding import Decoding
+from shoal.text.unicode import check
 
 BATCH_TEXTS = 2048  # texts the library encodes at once, and the characters in them: both bound its memory, about
 BATCH_CHARACTERS = 1 << 18  # 150 bytes a token while a batch is being encoded
@@ -71,8 +71,7 @@ class Tokenizer:
                 ids = before + ids + after
             results.append(ids)
         for i in slow:
-            if not texts[i].isascii():
-                check(texts[i], i if len(texts) > 1 else None)
+            check(texts[i], i if len(texts) > 1 else None)
         for part in _batches(texts, slow):
             encodings = self.backend.encode_batch_fast([texts[i] for i in part], add_special_tokens=special)
             for i, encoding in zip(part, encodings, strict=True):
@@ -90,20 +89,6 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """One token for display; U+FFFD where it is only a part of a character."""
         return self.decoding.bytes_of(token).decode("utf-8", "replace")
-
-
-def check(text: str, number: int | None = None) -> None:
-    """RowError for a text that cannot be written as UTF-8 (lone surrogates); `number` names it among several."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        which = "the text" if number is None else f"text {number}"
-        code = ord(text[error.start])
-        raise RowError(
-            f"{which} has a lone surrogate U+{code:04X} at character {error.start}: it is not valid Unicode; "
-            "write the character itself or a whole surrogate pair",
-            code="invalid_unicode",
-        ) from error
 
 
 def _batches(texts: Sequence[str], chosen: list[int]) -> Iterator[list[int]]:

@@ -67,7 +67,9 @@ Weights = Annotated[str, typer.Option(help="Numbers of the weights: fp32, bf16; 
 Threads = Annotated[int | None, typer.Option(help="Threads of the model. Without it, one for each core.")]
 Seed = Annotated[int, typer.Option(help="Decides the seed of rows that bring none.")]
 MaxFailures = Annotated[str | None, typer.Option(help="End the job after so many failed lines: 100 or 1%.")]
-Strict = Annotated[bool, typer.Option("--strict", help="A malformed line, or another model's name, ends the job.")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="A malformed line ends the job; a row that names another model fails.")
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Forget what an earlier run has answered.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that no job of ours has written.")]
 OpenAI = Annotated[bool, typer.Option("--openai", help="Write plain rows in the OpenAI batch shape too.")]

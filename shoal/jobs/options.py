@@ -76,7 +76,7 @@ class JobOptions:
     threads: int | None = None  # of the kernels; None: OMP_NUM_THREADS or the number of cores
     seed: int = 0  # decides the seed of rows that bring none
     max_failures: FailureBudget = FailureBudget()
-    strict: bool = False  # a malformed line, or one that names another model, ends the job before it starts
+    strict: bool = False  # a malformed line ends the job before it starts, and rows must name its model
     restart: bool = False  # forget the state of an earlier run and begin again
     overwrite: bool = False  # an output file without a state folder may be replaced
     openai: bool = False  # plain rows come back in the OpenAI shape too

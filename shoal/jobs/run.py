@@ -34,6 +34,7 @@ from shoal.jobs.state import Begin as JobBegin
 from shoal.jobs.state import row_key
 from shoal.jobs.write import Order as WriteOrder
 
+MALFORMED = frozenset(("invalid_json_line", "missing_field"))  # lines that are no requests at all
 INTERRUPTED, BUDGET_HIT, SOME_FAILED = 5, 4, 3
 POLL = 0.1  # seconds to wait for news before looking after the files and the display
 DEATHS = 8  # engine deaths in a row without any row completed, after which the job gives up
@@ -129,9 +130,8 @@ class _Job:
         options = self.job.options
         plan = self._plan()
         self.meter.planned(plan)
-        if options.strict and plan.num_bad:
-            number, row = next(plan.bad_rows())
-            raise UsageError(f"--strict: line {row.line} cannot be run: {row.error}")
+        if options.strict:
+            self._refuse_malformed(plan)
         results = self._open(plan)
         try:
             self.meter.resume(results)
@@ -163,6 +163,11 @@ class _Job:
         return open_results(
             job.state.path, job.options.output, job.errors, lines, order, self.files, self.clock, job.form
         )
+
+    def _refuse_malformed(self, plan: Plan) -> None:
+        for _, row in plan.bad_rows():
+            if row.error is not None and row.error.code in MALFORMED:
+                raise UsageError(f"--strict: line {row.line} cannot be read: {row.error}")
 
     def _refuse_bad_rows(self, plan: Plan, results: Results) -> None:
         for _, row in plan.bad_rows():

@@ -20,14 +20,17 @@ from random import Random
 from typing import Any
 
 import psutil
-from common import ROOT, write_result
+from common import ROOT, memory_now, write_result
 
 sys.path.insert(0, str(ROOT / "tests" / "null"))
 
 from mutate import good_request, mutants, write_file
 
 HUGE_LINES = 5
-SLACK = 256 << 20  # bytes that broken lines may cost beyond what good lines cost: a few chunks of lines at the limit
+SLACK = 512 << 20  # bytes that broken lines may cost beyond what good lines cost: a few chunks of lines at the limit,
+# and what the memory allocator keeps of them for each of the tokenizer's threads
+LEVEL = 128 << 20  # bytes by which reading twice as many broken lines may differ: half of what the first half costs
+READ_LINES = 30_000
 EXIT_SOME_FAILED = 3
 
 
@@ -106,12 +109,39 @@ def run(source: Path, output: Path, model: str) -> dict[str, Any]:
     return {"exit_code": code, "seconds": time.monotonic() - began, "peak_bytes": peak, "messages": text}
 
 
+def read_only(lines: int, model: str, seed: int) -> int:
+    """Read, check and tokenize mutated lines in batches as a job does; this process's peak memory in bytes."""
+    from shoal.jobs.encode import RowEncoder
+    from shoal.jobs.settings import JobSettings
+    from shoal.text.chat import ChatTemplate
+    from shoal.text.checkpoint import ModelInfo, resolve_model
+    from shoal.text.tokenizer import Tokenizer
+
+    folder = resolve_model(model)
+    tokenizer = Tokenizer.load(folder)
+    encoder = RowEncoder(tokenizer, ChatTemplate.load(folder), ModelInfo.load(folder, tokenizer), JobSettings())
+    batch: list[bytes | None] = []
+    size = 0
+    for mutant in mutants(lines, seed):
+        batch.append(mutant.raw)
+        size += len(mutant.raw)
+        if len(batch) >= 2048 or size >= 8 << 20:
+            encoder.encode(batch)
+            batch, size = [], 0
+    encoder.encode(batch)
+    return memory_now()["peak"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lines", type=int, default=10_000)
     parser.add_argument("--model", default="", help="a checkpoint with a chat template; the embedded one if left out")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--read-only", type=int, help="only read so many lines, and print the peak memory")
     options = parser.parse_args()
+    if options.read_only is not None:
+        print(read_only(options.read_only, options.model, options.seed))
+        return 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         good, bad = folder / "good.jsonl", folder / "bad.jsonl"
@@ -128,11 +158,20 @@ def main() -> int:
         found["wrong"].append(f"the control ended with {control['exit_code']}: {control['messages']}")
     if result["peak_bytes"] > control["peak_bytes"] + SLACK:
         found["wrong"].append("the broken lines cost more memory than a few lines at the limit")
-    data = {"lines": options.lines, "kinds": kinds, "run": result, "control": control, **found}
+    peaks = {str(n): read_in_process(n, options.model, options.seed) for n in (READ_LINES, 2 * READ_LINES)}
+    if peaks[str(2 * READ_LINES)] > peaks[str(READ_LINES)] + LEVEL:
+        found["wrong"].append("memory grows with the number of lines")
+    data = {"lines": options.lines, "kinds": kinds, "run": result, "control": control, "read_only": peaks, **found}
     print(json.dumps(data, indent=1))
     path = write_result("bad_file", data, options.seed)
     print(f"{'FAILED: ' + '; '.join(found['wrong']) if found['wrong'] else 'every line ended exactly once'}: {path}")
     return 1 if found["wrong"] else 0
+
+
+def read_in_process(lines: int, model: str, seed: int) -> int:
+    """`read_only` in a fresh process."""
+    command = [sys.executable, __file__, "--read-only", str(lines), "--model", model, "--seed", str(seed)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def write_good(path: Path, count: int, seed: int) -> None:

@@ -23,7 +23,7 @@ class Row:
     computed: int = 0
 
 
-def make_batch(pieces: list[Piece], page_size: int) -> Batch:
+def make_batch(pieces: list[Piece], page_size: int, device: str | torch.device = "cpu") -> Batch:
     """A step of these pieces; the last position of each is wanted."""
     ids = [token for tokens, _, _ in pieces for token in tokens]
     places = [(start + i, pages) for tokens, start, pages in pieces for i in range(len(tokens))]
@@ -33,8 +33,8 @@ def make_batch(pieces: list[Piece], page_size: int) -> Batch:
     for row, (_, _, pages) in zip(table, pieces, strict=True):
         row[: len(pages)] = torch.tensor(pages)
     length = torch.tensor([start + len(tokens) for tokens, start, _ in pieces])
-    return Batch(torch.tensor(ids), torch.tensor([p for p, _ in places]), torch.tensor(slots), ends, table, length,
-                 ends[1:] - 1)  # fmt: skip
+    tensors = (torch.tensor(ids), torch.tensor([p for p, _ in places]), torch.tensor(slots), ends, table, length)
+    return Batch(*(tensor.to(device) for tensor in (*tensors, ends[1:] - 1)))
 
 
 @torch.inference_mode()
@@ -60,10 +60,10 @@ def generate(
     logits: list[list[torch.Tensor]] = [[] for _ in rows]
     while live := [i for i, row in enumerate(rows) if len(logits[i]) < num_tokens]:
         pieces = [(rows[i].tokens[rows[i].computed :][:chunk], rows[i].computed, rows[i].pages) for i in live]
-        out = decoder.logits(decoder.forward(make_batch(pieces, page_size), kv))
+        out = decoder.logits(decoder.forward(make_batch(pieces, page_size, decoder.kernels.device), kv))
         for i, (tokens, _, _), scores in zip(live, pieces, out, strict=True):
             rows[i].computed += len(tokens)
             if rows[i].computed == len(rows[i].tokens):
-                logits[i].append(scores)
+                logits[i].append(scores.cpu())
                 rows[i].tokens.append(int(scores.argmax()))
     return [(row.tokens[-num_tokens:], torch.stack(found)) for row, found in zip(rows, logits, strict=True)]

@@ -62,7 +62,8 @@ def parse_defaults(fields: Mapping[str, Any]) -> Defaults:
     for name in given:
         if name not in FIELDS or name in OWN:
             raise UsageError(f"{name!r} cannot be a default for all rows: remove it, or correct its name")
-    chat, completions = {}, {}
+    chat: dict[str, Any] = {}
+    completions: dict[str, Any] = {}
     for name, value in given.items():
         complaints = []
         for kind, own, values in (

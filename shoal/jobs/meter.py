@@ -154,9 +154,10 @@ class Meter:
         computed = int(spent["prompt_computed"] - spent["prompt_last"])
         output, errors = _rows_stats(results)
         total = results.status().total
-        files = {str(job.options.output): counts["ok"] + (0 if job.errors else total - counts["ok"])}
-        if job.errors is not None and total > counts["ok"]:
-            files[str(job.errors)] = total - counts["ok"]
+        lost = total - counts["ok"]
+        files = {str(job.options.output): total if job.errors is None else counts["ok"]} if finished else {}
+        if job.errors is not None and lost and finished:
+            files[str(job.errors)] = lost
         return Report(
             rows=Rows(total, counts["ok"], counts["failed"], counts["expired"], counts["cancelled"]),
             tokens=Tokens(

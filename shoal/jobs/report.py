@@ -43,7 +43,7 @@ class Tokens:
     prompt: int = 0  # of all rows that could be run
     prompt_bound: int = 0  # the fewest that can be computed: every shared prefix once, whatever the memory
     prompt_computed: int = 0  # that were, prompt_recomputed included and prompt_last not
-    prompt_recomputed: int = 0  # of them, those computed before and lost to memory
+    prompt_recomputed: int = 0  # of them, those computed before and lost to memory or an interruption
     prompt_last: int = 0  # last tokens of fully shared prompts, computed again because their hidden state is needed
     output: int = 0
 
@@ -151,14 +151,15 @@ def rows_line(rows: Rows) -> str:
     return f"{words[0]}: {', '.join(words[1:])}"
 
 
-def prompt_line(tokens: Tokens) -> str:
+def prompt_line(tokens: Tokens, interrupted: bool = False) -> str:
     """Prompt tokens computed, against all of them and against the bound."""
     saved, could = tokens.prompt - tokens.prompt_computed, tokens.prompt - tokens.prompt_bound
     words = f"{count(tokens.prompt)} in, {count(tokens.prompt_computed)} computed"
     words += f": shared prefixes saved {count(saved)} ({percent(saved, tokens.prompt)})"
     words += f" of the {count(could)} that a memory without limit would"
     if tokens.prompt_recomputed:
-        words += f"; {count(tokens.prompt_recomputed)} computed again for want of memory"
+        why = "after an interruption or for want of memory" if interrupted else "for want of memory"
+        words += f"; {count(tokens.prompt_recomputed)} computed again {why}"
     if tokens.prompt_last:
         words += f"; {count(tokens.prompt_last)} last tokens of fully shared prompts computed again"
     return words
@@ -169,9 +170,10 @@ def facts(report: Report) -> list[tuple[str, str]]:
     tokens, seconds = report.tokens, report.seconds
     decode = max(seconds.wall - seconds.load - seconds.plan, 0.0)
     rate = f", {count((tokens.prompt + tokens.output) / decode)} tokens/s in and out" if decode > 0 else ""
+    interrupted = report.runs > 1 or report.engine_restarts > 0
     pairs = [
         ("rows", rows_line(report.rows)),
-        ("prompt tokens", prompt_line(tokens)),
+        ("prompt tokens", prompt_line(tokens, interrupted)),
         ("output tokens", count(tokens.output)),
         (
             "time",
@@ -183,7 +185,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
     ]
     if report.model:
         pairs.insert(0, ("model", report.model))
-    if report.runs > 1 or report.engine_restarts:
+    if interrupted:
         pairs.append(("runs", f"{report.runs}, with {report.engine_restarts} restarts of the engine"))
     pairs += [(f"error {code}", f"{count(g.count)}, as line {g.line}: {g.message}") for code, g in errors(report)]
     pairs += [

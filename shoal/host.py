@@ -74,15 +74,12 @@ def main() -> None:
     """Run as `python -m shoal.host DESCRIPTOR`, by the parent alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C reaches the whole group; the parent decides what it means
     connection = connection_of(int(sys.argv[1]))
+    inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+    threading.Thread(target=listen, args=(connection, inbox), daemon=True).start()  # first: loading takes seconds
     from shoal.build import build_engine  # loads torch, while the parent still plans
 
-    try:
-        begin = connection.recv()
-    except (EOFError, OSError):
-        return  # the parent had nothing to do after all
+    begin = inbox.get()
     assert isinstance(begin, Begin), begin
-    inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
-    threading.Thread(target=listen, args=(connection, inbox), daemon=True).start()
     try:
         built = build_engine(begin.config, begin.useful_tokens)
     except ShoalError as error:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import string
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +15,9 @@ import torch
 import transformers as hf
 from tokenizers import decoders, models, pre_tokenizers
 
-from shoal.core.errors import ModelError, ShoalError, UsageError
+from shoal.core.errors import ShoalError, UsageError
 from shoal.llm import LLM, SamplingParams
 from shoal.llm.params import default_params
-from shoal.models import embedded_path
-from shoal.text.checkpoint import resolve_model
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 TEMPLATE = (
@@ -353,46 +349,6 @@ def test_token_ids_out_of_range_are_refused_for_the_whole_call(llm: LLM) -> None
             llm.generate("a", SamplingParams(**wrong), use_tqdm=False)
     with pytest.raises(ShoalError, match="lora_request"):
         llm.generate("a", GREEDY, lora_request=object())  # type: ignore[arg-type]
-
-
-# -- models -------------------------------------------------------------------------------------------
-
-
-def test_a_name_is_a_folder_the_embedded_model_or_an_id_of_the_hub(folder: Path, tmp_path: Path) -> None:
-    assert resolve_model(str(folder)) == folder
-    assert resolve_model("") == embedded_path()
-    with pytest.raises(ModelError, match="is not a folder"):
-        resolve_model(str(tmp_path / "nowhere"))
-    script = (
-        "from shoal.text.checkpoint import resolve_model\n"
-        "try: resolve_model('nobody/nothing')\n"
-        "except Exception as e: print(e)"
-    )
-    environment = {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path),
-        "PATH": "",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
-    assert "nobody/nothing is neither a folder nor in the hub's cache" in done.stdout
-
-
-def test_a_model_in_the_hubs_cache_is_found_without_a_network(folder: Path, tmp_path: Path) -> None:
-    cached = tmp_path / "hub" / "models--some--model"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("abc123")
-    (cached / "snapshots").mkdir()
-    (cached / "snapshots" / "abc123").symlink_to(folder)
-    script = "from shoal.text.checkpoint import resolve_model; print(resolve_model('some/model'))"
-    environment = {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path),
-        "PATH": "",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
-    assert Path(done.stdout.strip()).resolve() == folder.resolve()
 
 
 def test_stories_are_told_as_recorded() -> None:

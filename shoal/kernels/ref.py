@@ -23,6 +23,7 @@ from shoal.kernels.ref_attention import TILE, TilePlan, attend, fold_sum
 
 ROWS = 16  # rows of one matrix product
 WIDTH = 16  # K and N are padded to a multiple of this
+ALIGNMENT = 64  # bytes; libraries may begin a row differently elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,6 @@ class RefKernels:
 
 
 def _padded(x: Tensor, num_rows: int, num_columns: int) -> Tensor:
-    if x.shape == (num_rows, num_columns):
-        return x.contiguous()
+    if x.shape == (num_rows, num_columns) and x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0:
+        return x
     return torch.nn.functional.pad(x, (0, num_columns - x.shape[1], 0, num_rows - x.shape[0]))

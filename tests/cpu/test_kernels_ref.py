@@ -49,6 +49,7 @@ def same_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
             assert torch.equal(function(x.roll(shift, 0)).roll(-shift, 0), whole)
         for first, last in ((0, 1), (5, 6), (3, 20), (len(x) - 1, len(x)), (7, len(x))):
             assert torch.equal(function(x[first:last].clone()), whole[first:last])
+            assert torch.equal(function(x[first:last]), whole[first:last])
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -205,6 +206,26 @@ def test_a_row_has_the_same_bits_in_any_company(name: str, dtype: str, kernels: 
     check(generate(decoder, [prompts[1]], 7, chunk=1), (1,))
     torch.set_num_threads(2)
     check(generate(decoder, prompts, 7, chunk=200))
+
+
+def test_a_shared_prefix_may_be_written_in_the_same_step_and_branch_inside_a_page(
+    kernels: Kernels, tmp_path: Path
+) -> None:
+    """Row b has the first 70 tokens of row a: it reads two of a's pages, and six positions copied from the third."""
+    save_model("mistral", tmp_path)
+    config = read_config(tmp_path)
+    decoder = Decoder(config, load_weights(tmp_path, config), kernels)
+    a, b = list(range(100)), [*range(70), *range(150, 190)]
+    kv = decoder.new_kv(9, PAGE)
+    kv.k.fill_(torch.nan)
+    kv.v.fill_(torch.nan)
+    with torch.inference_mode():
+        alone = decoder.forward(make_batch([(b, 0, [5, 6, 7, 8])], PAGE), kv)
+        both = decoder.forward(make_batch([(a, 0, [1, 2, 3, 4]), (b[64:], 64, [1, 2, 7, 8])], PAGE), kv)
+        assert torch.equal(both[1], alone[0])
+        kernels.move_blocks(kv, torch.tensor([[3, 5, 6]]))
+        moved = decoder.forward(make_batch([(b[70:], 70, [1, 2, 5, 6])], PAGE), kv)
+        assert torch.equal(moved, alone)
 
 
 def test_moves_copy_the_first_positions_in_order(kernels: Kernels) -> None:

@@ -25,7 +25,7 @@ from shoal.nn.arch import read_config
 from shoal.nn.decoder import Decoder
 from shoal.nn.weights import load_weights
 from shoal.run.batch import build_batch
-from shoal.run.memory import MemoryPlan, plan_memory
+from shoal.run.memory import MemoryPlan, _control_groups, available_bytes, plan_memory
 from shoal.run.runner import ModelRunner
 from shoal.sched.policies.batch import BatchPolicy
 from shoal.sched.policy import Budget, Policy
@@ -328,6 +328,23 @@ def test_what_cannot_fit_is_refused_with_three_numbers(available: int, asked: fl
     with pytest.raises(UsageError) as caught:
         plan_memory(available * gb, 2 * gb, gb // 100, asked and int(asked * gb), useful_blocks=40, least_blocks=1)
     assert all(word in str(caught.value) for word in [*words, "--memory"])
+
+
+def test_the_tightest_control_group_on_the_way_up_decides(tmp_path: Path) -> None:
+    def group(path: str, **files: object) -> None:
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (tmp_path / path / name.replace("__", ".")).write_text(f"{content}\n")
+
+    group("job", memory__max=1000, memory__current=900, memory__stat="anon 5\ninactive_file 300")
+    group("job/inner", memory__max="max", memory__current=5, memory__stat="")
+    group("memory/old", memory__limit_in_bytes=50, memory__usage_in_bytes=70, memory__stat="total_inactive_file 1")
+    member = tmp_path / "cgroup"
+    member.write_text("4:memory:/old\n2:cpu:/job\n0::/job/inner\n")
+    assert sorted(_control_groups(tmp_path, member)) == [0, 400]
+    member.write_text("0::/nowhere\n")
+    assert list(_control_groups(tmp_path, member)) == list(_control_groups(tmp_path, tmp_path / "none")) == []
+    assert 0 < available_bytes(torch.device("cpu"))
 
 
 def test_a_built_engine_knows_what_it_stands_on(folder: Path) -> None:

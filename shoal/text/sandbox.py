@@ -19,7 +19,7 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_TICKS = 300_000  # loop rounds and calls in one rendering
@@ -106,13 +106,19 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return "".join(found)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """As in the sandbox, with short ways for keys of objects and harmless methods of texts."""
+        """As in the sandbox, with short ways for what templates mostly do."""
         kind = type(obj)
         if kind is dict:
-            if attribute in obj and attribute not in _DICT_NAMES:
-                return obj[attribute]
-        elif kind is str and attribute in _TEXT_METHODS:
-            return getattr(obj, attribute)
+            if attribute not in _DICT_NAMES:
+                return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        elif kind is str:
+            if attribute in _TEXT_METHODS:
+                return getattr(obj, attribute)
+        elif (kind is LoopContext or kind is _Namespace) and not attribute.startswith("_"):
+            try:
+                return getattr(obj, attribute)
+            except AttributeError:
+                return self.undefined(obj=obj, name=attribute)
         return super().getattr(obj, attribute)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -127,10 +133,14 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  # jinja2's own
         """Call from a template, counted; methods of texts with their counts and sizes checked."""
         __self.tick()
+        if __obj is _Namespace:
+            kwargs.pop("_loop_vars", None)  # what compiled templates add for macros
+            kwargs.pop("_block_vars", None)
+            return _Namespace(*args, **kwargs)
         if type(__obj) is BuiltinMethodType and type(__obj.__self__) is str:
             _check_method(__obj.__self__, __obj.__name__, args)
             if __obj.__name__ in _TEXT_METHODS:
-                kwargs.pop("_loop_vars", None)  # what compiled templates add for macros
+                kwargs.pop("_loop_vars", None)
                 kwargs.pop("_block_vars", None)
                 return __obj(*args, **kwargs)
         result = super().call(__context, __obj, *args, **kwargs)

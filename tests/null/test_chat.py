@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ HELLO = [{"role": "user", "content": "Hello there"}]
 PLAIN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 
 
+@cache
 def one(source: str) -> ChatTemplate:
     return ChatTemplate({"default": source}, VARIABLES)
 

@@ -19,7 +19,7 @@ from shoal.core.errors import RowError, StateError
 FORMAT = 1  # of the folder; another number means: make the plan again
 SUMMARY = "plan.json"
 ARENA = "prompts.i32"
-ERRORS = "errors.jsonl"
+ERRORS = "bad_rows.jsonl"
 ARRAYS = ("rows", "units", "order", "index", "future_start", "future_depth", "future_index", "error_end")
 
 ROW = np.dtype([("line", "<i8"), ("offset", "<i8"), ("length", "<i8"), ("prompts", "<i4"), ("error", "<i4")])

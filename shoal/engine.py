@@ -67,8 +67,9 @@ class Engine:
 
     def finish(self) -> list[Output]:
         """Wait for the oldest step in flight and commit it."""
-        step, pending = self._flying.popleft()
-        result = pending.wait()
+        step, pending = self._flying[0]
+        result = pending.wait()  # interrupted or failed, the step stays in flight, and may be waited for again
+        self._flying.popleft()
         return self.scheduler.commit(step, result, self.clock.now())
 
     def step(self) -> list[Output]:

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from shoal.core.errors import ShoalError, UsageError
 from shoal.llm import LLM, SamplingParams
 from shoal.llm.params import default_params
+from shoal.run.runner import StepInFlight
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 TEMPLATE = (
@@ -305,6 +306,24 @@ def test_iterators_may_be_interleaved_and_left(llm: LLM) -> None:
     endless.close()  # type: ignore[attr-defined]
     assert not llm._loop._samples
     assert len(llm.generate(["he"], GREEDY, use_tqdm=False)) == 1
+
+
+def test_an_interrupted_call_leaves_an_engine_that_answers(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = texts(llm.generate(["the hen", "he"], LONG, use_tqdm=False))
+    steps = 0
+
+    def interrupted(self: StepInFlight) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            raise KeyboardInterrupt
+        return waited(self)
+
+    waited = StepInFlight.wait
+    monkeypatch.setattr(StepInFlight, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["the hen", "then"], LONG, use_tqdm=False)
+    assert texts(llm.generate(["the hen", "he"], LONG, use_tqdm=False)) == expected
 
 
 # -- what cannot be had -------------------------------------------------------------------------------

@@ -295,12 +295,17 @@ def faulted(folder: Path, rows: int) -> dict[str, Any]:
 
     library, found = syscall_faults.build(folder), dict[str, Any]()
     local = journal.read_mounts
-    for name, network in (("write_ahead_log", False), ("rollback_journal", True)):
-        journal.read_mounts = (lambda: syscall_faults.NETWORK) if network else local
+    settings = {
+        "write_ahead_log": syscall_faults.Setting(rows),
+        "rollback_journal": syscall_faults.Setting(rows, network=True),
+        "main_job": syscall_faults.Setting(rows // 2, whole=True),
+    }
+    for name, setting in settings.items():
+        journal.read_mounts = (lambda: syscall_faults.NETWORK) if setting.network else local
         place = folder / name
         place.mkdir()
-        operations = syscall_faults.record(library, place, rows, network)
-        restarts = syscall_faults.replay(operations, place, rows)
+        operations = syscall_faults.record(library, place, setting)
+        restarts = syscall_faults.replay(operations, place, setting)
         found[name] = {"operations": len(operations), "restarts": restarts}
         print(f"{name}: stopped after each of {len(operations)} system calls, {restarts} restarts", flush=True)
         for error in (errno.ENOSPC, errno.EIO):
@@ -308,7 +313,7 @@ def faulted(folder: Path, rows: int) -> dict[str, Any]:
                 key = f"{errno.errorcode[error]} {'from then on' if sticky else 'once'}"
                 within = place / key
                 within.mkdir()
-                found[name][key] = syscall_faults.refuse(library, within, rows, network, error, sticky)
+                found[name][key] = syscall_faults.refuse(library, within, setting, error, sticky)
                 print(f"{name}: {key}: {found[name][key]}", flush=True)
     journal.read_mounts = local
     return found

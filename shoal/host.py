@@ -5,6 +5,7 @@ It knows the pipe and the engine; it must not know what requests are for, nor to
 
 from __future__ import annotations
 
+import ctypes
 import os
 import queue
 import signal
@@ -17,6 +18,14 @@ from shoal.client import NEWS_EVERY, Begin, Cancel, Failed, InProcess, News, Rea
 from shoal.core.errors import ShoalError
 
 ORPHANED = 70  # exit code when the parent is gone
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+def end_with_parent() -> None:
+    """Have Linux end this process when its parent ends, even while a library that is being loaded holds the
+    interpreter; `listen` does it elsewhere, and a little later."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def listen(connection: Connection, inbox: queue.SimpleQueue[object]) -> None:
@@ -72,6 +81,7 @@ def serve(backend: InProcess, connection: Connection, inbox: queue.SimpleQueue[o
 
 def main() -> None:
     """Run as `python -m shoal.host DESCRIPTOR`, by the parent alone."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C reaches the whole group; the parent decides what it means
     connection = connection_of(int(sys.argv[1]))
     inbox: queue.SimpleQueue[object] = queue.SimpleQueue()

@@ -2,7 +2,8 @@
  *
  * FAULT_ROOT is the folder. FAULT_LOG, when set, receives one record for each operation, so that a test can build
  * the disk of a machine that stopped between any two of them. fault_arm(n, error, sticky) refuses operation n from
- * now on. SQLite and Python are seen alike. Shared-memory files (-shm) are left out: SQLite makes them anew. */
+ * now on. SQLite and Python are seen alike, but neither mapped memory nor what C's stdio writes. Shared-memory
+ * files (-shm) are left out: SQLite makes them anew. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -78,10 +79,13 @@ static int refused(void) {
 }
 
 static int open_watched(const char *path, int flags, mode_t mode) {
-    int made = (flags & O_CREAT) && path[0] == '/' && watched(path) && syscall(SYS_access, path, F_OK) != 0;
-    if (made && refused()) return -1;
+    int seen = (flags & (O_CREAT | O_TRUNC)) && path[0] == '/' && watched(path);
+    int made = seen && (flags & O_CREAT) && syscall(SYS_access, path, F_OK) != 0;
+    int emptied = seen && (flags & O_TRUNC) && !made;
+    if ((made || emptied) && refused()) return -1;
     int descriptor = syscall(SYS_openat, AT_FDCWD, path, flags, mode);
     if (made && descriptor >= 0) record('O', path, "", 0, "", 0);
+    if (emptied && descriptor >= 0) record('T', path, "", 0, "", 0);
     return descriptor;
 }
 

@@ -14,12 +14,13 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
 from durable_job import Job, shuffled
 from faulty import LOSSES, Disk, Loss
+from whole_job import WholeJob
 
 import shoal.jobs.journal
 from shoal.core.errors import ShoalError
@@ -40,6 +41,22 @@ class Operation:
     data: bytes
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What runs: how many rows, on which kind of file system, and whether it is the main job or its results alone."""
+
+    rows: int
+    network: bool = False
+    whole: bool = False
+    step: int = 1  # every so many operations are tried
+
+    def job(self, root: Path) -> Job | WholeJob:
+        if self.whole:
+            return WholeJob(root, self.rows)
+        lines = tuple(line for line in range(1, self.rows + 1) if line % 11)
+        return Job(root, lines, shuffled(lines, seed=2), seconds=0.4)
+
+
 def compiler() -> str | None:
     """Return a C compiler, if this machine has one and can preload what it makes."""
     return shutil.which("cc") if sys.platform == "linux" else None
@@ -53,29 +70,23 @@ def build(folder: Path) -> Path:
     return library
 
 
-def job(root: Path, rows: int) -> Job:
-    """Return the job that all of these runs are about."""
-    lines = tuple(line for line in range(1, rows + 1) if line % 11)
-    return Job(root, lines, shuffled(lines, seed=2), seconds=0.4)
-
-
-def child(library: Path, root: Path, log: Path | None, arguments: list[str]) -> str:
+def child(library: Path, root: Path, log: Path | None, setting: Setting, *mode: str) -> str:
     """Run this file as a child under the library and return what it printed."""
+    root.mkdir()
     environment = os.environ | {"LD_PRELOAD": str(library), "FAULT_ROOT": str(root)}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent.parent)])
     if log is not None:
         environment["FAULT_LOG"] = str(log)
-    command = [sys.executable, str(HERE / "syscall_faults.py"), str(root), *arguments]
+    command = [sys.executable, str(HERE / "syscall_faults.py"), str(root), json.dumps(asdict(setting)), *mode]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def record(library: Path, folder: Path, rows: int, network: bool) -> list[Operation]:
+def record(library: Path, folder: Path, setting: Setting) -> list[Operation]:
     """Return everything an unbroken run asks of its files."""
-    root, log = folder / "recorded", folder / "log"
-    root.mkdir()
-    child(library, root, log, ["record", str(rows), str(int(network))])
+    log = folder / "log"
+    child(library, folder / "recorded", log, setting, "record")
     return list(_parse(log.read_bytes()))
 
 
@@ -110,18 +121,18 @@ def apply(operation: Operation, disk: Disk) -> None:
             disk.remove(path)
 
 
-def replay(operations: list[Operation], folder: Path, rows: int, losses: tuple[Loss, ...] = LOSSES) -> int:
+def replay(operations: list[Operation], folder: Path, setting: Setting, losses: tuple[Loss, ...] = LOSSES) -> int:
     """Stop the machine after each operation, restart, and hold the files against an unbroken run's.
 
     Returns the number of restarts.
     """
     recorded = folder / "recorded"
-    wanted = job(recorded, rows).final()
+    wanted = setting.job(recorded).final()
     for path in sorted(recorded.rglob("*"), reverse=True):
         path.unlink() if path.is_file() else None  # the model must not take what stands there now for durable
     disk, restarts, promised = Disk(), 0, 0
     for number in range(len(operations) + 1):
-        for loss in losses:
+        for loss in losses if number % setting.step == 0 else ():
             root = folder / f"stopped{number}{loss}"
             root.mkdir()
             for path, data in disk.after(loss, Random(number)).items():
@@ -129,7 +140,7 @@ def replay(operations: list[Operation], folder: Path, rows: int, losses: tuple[L
                     found = root / path.relative_to(recorded)
                     found.parent.mkdir(exist_ok=True)
                     found.write_bytes(data)
-            again = job(root, rows)
+            again = setting.job(root)
             assert len(again.journalled()) >= promised, f"stopped after operation {number}: committed rows are {loss}"
             again.run(DiskFiles())
             assert again.final() == wanted, f"stopped after operation {number}, unsynced writes {loss}"
@@ -142,39 +153,39 @@ def replay(operations: list[Operation], folder: Path, rows: int, losses: tuple[L
     return restarts
 
 
-def refuse(library: Path, folder: Path, rows: int, network: bool, error: int, sticky: bool) -> dict[str, int]:
+def refuse(library: Path, folder: Path, setting: Setting, error: int, sticky: bool) -> dict[str, int]:
     """Refuse each operation with `error`; run again without; return how many refusals were told and tolerated."""
-    root = folder / "refused"
-    root.mkdir()
-    answer = child(library, root, None, ["refuse", str(rows), str(int(network)), str(error), str(int(sticky))])
+    answer = child(library, folder / "refused", None, setting, "refuse", str(error), str(int(sticky)))
     found: dict[str, int] = json.loads(answer)
     return found
 
 
-def _refuse(root: Path, rows: int, error: int, sticky: bool) -> dict[str, int]:
+def _refuse(root: Path, setting: Setting, error: int, sticky: bool) -> dict[str, int]:
     arm = ctypes.CDLL(os.environ["LD_PRELOAD"]).fault_arm
     arm.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int]
     count = ctypes.CDLL(os.environ["LD_PRELOAD"]).fault_count
     count.restype = ctypes.c_long
     (root / "unbroken").mkdir()
-    first = job(root / "unbroken", rows)
+    first = setting.job(root / "unbroken")
     arm(-1, 0, 0)
-    first.run(DiskFiles())
+    code = first.run(DiskFiles())
     total, wanted = count(), first.final()
     found = {"operations": total, "told": 0, "tolerated": 0}
-    for at in range(total):
+    for at in range(0, total, setting.step):
         folder = root / str(at)
         folder.mkdir()
-        one = job(folder, rows)
+        one = setting.job(folder)
         arm(at, error, sticky)
         try:
-            one.run(DiskFiles())
+            assert one.run(DiskFiles()) == code, f"operation {at}"
             found["tolerated"] += 1
         except ShoalError as raised:
             assert raised.exit_code == 1, f"operation {at}: {raised}"
             found["told"] += 1
+        except OSError as raised:
+            raise AssertionError(f"operation {at}: an error that says nothing to the user: {raised}") from raised
         arm(-1, 0, 0)
-        one.run(DiskFiles())
+        assert one.run(DiskFiles()) == code, f"operation {at}, run again"
         assert one.final() == wanted, f"operation {at} refused with {errno.errorcode[error]}"
         shutil.rmtree(folder)
     return found
@@ -182,15 +193,16 @@ def _refuse(root: Path, rows: int, error: int, sticky: bool) -> dict[str, int]:
 
 def main() -> None:
     """Be the child."""
-    root, mode, rows, network, *rest = sys.argv[1:]
-    if int(network):
+    root, setting = Path(sys.argv[1]), Setting(**json.loads(sys.argv[2]))
+    if setting.network:
         shoal.jobs.journal.read_mounts = lambda: NETWORK
-    if mode == "record":
-        told = job(Path(root), int(rows))
-        told.promises = Path(root) / "promises"
-        told.run(DiskFiles())
-    else:
-        print(json.dumps(_refuse(Path(root), int(rows), int(rest[0]), bool(int(rest[1])))))
+    if sys.argv[3] == "refuse":
+        print(json.dumps(_refuse(root, setting, int(sys.argv[4]), bool(int(sys.argv[5])))))
+        return
+    job = setting.job(root)
+    if isinstance(job, Job):
+        job.promises = root / "promises"
+    job.run(DiskFiles())
 
 
 if __name__ == "__main__":

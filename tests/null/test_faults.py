@@ -11,6 +11,7 @@ import pytest
 import syscall_faults
 from durable_job import Job, memory_folder, payload, shuffled, status
 from faulty import LOSSES, Crash, FaultyFiles, Loss
+from syscall_faults import Setting
 
 from shoal.core.errors import ShoalError
 from shoal.jobs.files import DiskFiles
@@ -122,24 +123,38 @@ def library(folder: Path) -> Path:
     return syscall_faults.build(folder)
 
 
-@pytest.mark.parametrize(("network", "rows"), [(False, 12), (True, 7)])
+WAL = Setting(rows=12)
+ROLLBACK = Setting(rows=7, network=True)
+
+
+@pytest.mark.parametrize("setting", [WAL, ROLLBACK], ids=["wal", "rollback"])
 def test_a_power_cut_between_any_two_system_calls_changes_no_byte(
-    folder: Path, library: Path, network: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, library: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if network:
+    if setting.network:
         monkeypatch.setattr("shoal.jobs.journal.read_mounts", lambda: syscall_faults.NETWORK)
-    operations = syscall_faults.record(library, folder, rows, network)
-    assert any(one.path.name.startswith("journal.db-journal" if network else "journal.db-wal") for one in operations)
-    assert syscall_faults.replay(operations, folder, rows) == (len(operations) + 1) * len(LOSSES)
+    operations = syscall_faults.record(library, folder, setting)
+    kind = "journal.db-journal" if setting.network else "journal.db-wal"
+    assert sum(one.path.name == kind for one in operations) > 20
+    assert syscall_faults.replay(operations, folder, setting) == (len(operations) + 1) * len(LOSSES)
 
 
 @pytest.mark.parametrize(
-    ("error", "sticky", "network"),
-    [(errno.ENOSPC, True, False), (errno.EIO, False, False), (errno.ENOSPC, False, True)],
+    ("setting", "error", "sticky"),
+    [(WAL, errno.ENOSPC, True), (WAL, errno.EIO, False), (ROLLBACK, errno.ENOSPC, False)],
+    ids=["wal-full", "wal-broken-once", "rollback-full-once"],
 )
 def test_a_refused_system_call_is_told_and_can_be_resumed(
-    folder: Path, library: Path, error: int, sticky: bool, network: bool
+    folder: Path, library: Path, setting: Setting, error: int, sticky: bool
 ) -> None:
-    found = syscall_faults.refuse(library, folder, 8, network, error, sticky)
+    found = syscall_faults.refuse(library, folder, setting, error, sticky)
     assert found["told"] + found["tolerated"] == found["operations"] > 50
     assert found["tolerated"] == 0 or not sticky  # what SQLite does without, it does without for good reason
+
+
+def test_the_whole_job_survives_power_cuts_and_refusals(folder: Path, library: Path) -> None:
+    setting = Setting(rows=15, whole=True, step=17)
+    operations = syscall_faults.record(library, folder, setting)
+    assert syscall_faults.replay(operations, folder, setting, ("lost", "scattered")) > 10
+    found = syscall_faults.refuse(library, folder, setting, errno.ENOSPC, sticky=True)
+    assert found["told"] > 5

@@ -30,6 +30,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]  # a text, token ids, {"prompt"
 Message = Mapping[str, Any]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
+_PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
 WINDOW = 1024  # prompts in the engine at a time: enough to fill every step, few enough to plan quickly
 
 
@@ -113,7 +114,7 @@ class LLM:
         """
         if window < 1:
             raise UsageError(f"window is {window}; it must be at least 1")
-        params = sampling_params or self.get_default_sampling_params()
+        params = (sampling_params or self.get_default_sampling_params()).clone()
         make_sampling(params, self._info, self._tokenizer, 1, 0)  # what is wrong for every prompt is refused here
         return self._loop.run((self._task(each, self._encode(each, True), params) for each in prompts), window)
 
@@ -179,7 +180,10 @@ class LLM:
 
     def _task(self, prompt: Prompt | RowError, tokens: Tokens | RowError, params: SamplingParams) -> Task:
         number, self._count = self._count, self._count + 1
-        failed = isinstance(tokens, RowError)
+        error = str(tokens) if isinstance(tokens, RowError) else ""
+        unknown = sorted(set(prompt) - _PROMPT_KEYS) if isinstance(prompt, Mapping) else []
+        if unknown:
+            error = f"a prompt has {', '.join(map(repr, unknown))}, which is not available here: leave it out"
         return Task(
             request_id=str(number),
             text=_text(prompt),
@@ -187,7 +191,7 @@ class LLM:
             params=params,
             seed=row_seed(self.config.seed, number) if params.seed is None else params.seed,
             salt=str(prompt.get("cache_salt") or "") if isinstance(prompt, Mapping) else "",
-            error=str(tokens) if failed else "",
+            error=error,
         )
 
     def _with_source(self, template: ChatTemplate, source: str | None) -> ChatTemplate:

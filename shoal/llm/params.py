@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from shoal.core.errors import UsageError
 from shoal.core.types import Sampling
@@ -24,9 +24,12 @@ _UNAVAILABLE = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SamplingParams:
-    """How answers are sampled; the defaults are vLLM's. UsageError names a value out of range or not available."""
+    """How answers are sampled; the defaults are vLLM's. UsageError names a value out of range or not available.
+
+    It may be changed until it is used, as vLLM's callers do with the model's defaults.
+    """
 
     n: int = 1  # answers for each prompt
     presence_penalty: float = 0.0
@@ -66,6 +69,10 @@ class SamplingParams:
     best_of: object = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise UsageError for the first value that cannot be had."""
         for name in _UNAVAILABLE:
             if getattr(self, name) not in (None, False):
                 raise UsageError(f"SamplingParams: {name} is not available in this engine; leave it out")
@@ -98,8 +105,8 @@ class SamplingParams:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def clone(self) -> SamplingParams:
-        """Itself: it cannot be changed. vLLM's callers expect the method."""
-        return self
+        """A copy that may be changed."""
+        return replace(self)
 
     @classmethod
     def from_optional(cls, **values: object) -> SamplingParams:
@@ -121,7 +128,8 @@ def default_params(info: ModelInfo) -> SamplingParams:
 def make_sampling(
     params: SamplingParams, info: ModelInfo, tokenizer: Tokenizer, num_prompt: int, seed: int
 ) -> Sampling:
-    """The engine's form, for sample 0 of a prompt of that many tokens. UsageError for a token id out of range."""
+    """The engine's form, for sample 0 of a prompt of that many tokens. UsageError for a value out of range."""
+    params.check()
     greedy = params.temperature < GREEDY_BELOW
     room = info.context - num_prompt
     stop = frozenset(_ids("stop_token_ids", params.stop_token_ids, info))

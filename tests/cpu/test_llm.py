@@ -134,6 +134,11 @@ def test_without_parameters_the_model_decides(llm: LLM) -> None:
     assert (default.temperature, default.top_k, default.max_tokens) == (0.7, 40, 16)
     output = llm.generate("the hen", use_tqdm=False)[0].outputs[0]
     assert len(output.token_ids) == 16 or output.finish_reason == "stop"
+    default.max_tokens, default.ignore_eos = 3, True  # as vLLM's own example does
+    assert len(llm.generate("the hen", default, use_tqdm=False)[0].outputs[0].token_ids) == 3
+    default.top_p = 7.0
+    with pytest.raises(UsageError, match="top_p is 7.0"):
+        llm.generate("the hen", default, use_tqdm=False)
 
 
 def test_a_model_that_is_not_to_be_sampled_from_is_not() -> None:
@@ -261,11 +266,11 @@ def test_bad_words_and_allowed_tokens_are_obeyed(llm: LLM, long: Any) -> None:
 
 
 def test_a_prompt_that_cannot_be_run_is_an_error_output(llm: LLM) -> None:
-    prompts: list[Any] = ["the", "lone \ud800", "", "x" * 500, [1, 2, 9999], {"nothing": 1}, ["no"], "hen"]
+    prompts: list[Any] = ["the", "lone \ud800", "", "x" * 500, [1, 2, 9999], {"prompt": "a", "image": 1}, ["no"], "hen"]
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     reasons = [each.outputs[0].finish_reason for each in outputs]
     assert reasons == [reasons[0], *["error"] * 6, reasons[-1]] and "error" not in (reasons[0], reasons[-1])
-    words = ["surrogate", "empty", "160", "vocabulary of 259", "text or a list", "text or a list"]
+    words = ["surrogate", "empty", "160", "vocabulary of 259", "'image'", "text or a list"]
     assert all(word in str(each.error) for word, each in zip(words, outputs[1:-1], strict=True))
     assert texts(outputs[::7]) == texts(llm.generate(["the", "hen"], GREEDY, use_tqdm=False))
 

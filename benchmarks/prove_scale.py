@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-from common import ROOT, SHARED, memory_now, write_result
+from benchmarks.common import ROOT, SHARED, memory_now, write_result
 
 SECONDS = 90.0
 MEMORY = 1_500_000_000
@@ -28,7 +28,7 @@ RATIO = 5.5
 SEED = 11
 WORDS = 31  # words of prose in a row: about 40 tokens
 
-sys.path.insert(0, str(ROOT))
+PROVES = ("shoal/core", "shoal/jobs", "shoal/text", "constraints.txt")
 
 
 def write_rows(path: Path, rows: int) -> None:
@@ -115,8 +115,8 @@ def run(rows: int, scratch: Path) -> dict[str, float]:
     write_rows(path, rows)
     busy = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        command = [sys.executable, __file__, "--measure", str(path), "--folder", folder]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "benchmarks.prove_scale", "--measure", str(path), "--folder", folder]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     path.unlink()
     found: dict[str, float] = json.loads(done.stdout)
     found["load_average_before"] = busy

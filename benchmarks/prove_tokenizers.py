@@ -2,8 +2,8 @@
 
 It knows the shared tokenizers and corpora; it must not know models' weights. Claims: 47 of 47 vectors for gpt2, qwen2
 and gpt_neox_20b; no difference from transformers on a corpus of odd texts; 1,000,000 texts of about 40 tokens through
-the Qwen2 tokenizer within 60 s of one core and 400 MB; a short chat rendered within 15 µs by the usual templates; a detokenizer
-whose time per token does not grow with the answer and whose text is the full decode.
+the Qwen2 tokenizer within 60 s of one core and 400 MB; a short chat rendered within 15 µs by the usual templates; a
+detokenizer whose time per token does not grow with the answer and whose text is the full decode.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ class KVCache:
         self.in_use = 0  # blocks that sequences hold; the rest is free, or idle in the tree
         self._users = [0] * num_blocks  # sequences that hold the block
         self._worth = worth
+        self._horizon = 0  # lowest plan index that had not started when somebody last said
         self._expiring: list[tuple[int, int, Node]] = []  # idle nodes by next use and version; lazy deletion
         self._nodes: dict[Sequence, list[Node]] = {}  # node i spells block i of the sequence, as far as nodes go
         self._copies: dict[Sequence, tuple[Node, int]] = {}  # sources held until the Move is planned
@@ -117,6 +118,7 @@ class KVCache:
         if future is None or index < node.stamped_by:
             return
         node.uses = tuple(sorted(later for depth, later in future if depth > node.start))
+        node.branches = bool(future) and future[0][0] < node.start + self.block_size
         node.stamped_by = index
 
     # -- running -----------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ class KVCache:
         if short <= 0:
             return True
         lack = short - self.pool.num_free
-        if lack > 0 and self.tree.evict(lack, self._worth) < lack:
+        if lack > 0 and self.tree.evict(lack, self._expose) < lack and short > self.pool.num_free:
             return False
         nodes = self._nodes[seq]
         for i in range(len(seq.blocks), len(seq.blocks) + short):
@@ -152,6 +154,20 @@ class KVCache:
                     found.add(node.block)
                     node = node.parent
         return found
+
+    def loss(self, num_blocks: int, kept: set[int]) -> int:
+        """The soonest plan index that would miss a whole block if `num_blocks` idle blocks beside `kept` were forgotten,
+        those needed last first; NEVER if nobody is known to miss any."""
+        uses: dict[int, int] = {}
+        for _, version, leaf in self._expiring:
+            node: Node | None = leaf if leaf.queued == version else None
+            while node is not None and node.block >= 0 and self._users[node.block] == 0 and node.block not in uses:
+                known = NEVER if node.branches else leaf.next_use
+                uses[node.block] = min((use for use in node.uses or () if use >= known), default=NEVER)
+                node = node.parent
+        last_first = sorted((use for block, use in uses.items() if block not in kept), reverse=True)
+        lost = last_first[:num_blocks]
+        return min(lost, default=NEVER)
 
     def idle(self, match: Match) -> set[int]:
         """Blocks of the match that no sequence holds now and that it would take back into use."""
@@ -213,11 +229,15 @@ class KVCache:
 
     def expire(self, horizon: int) -> None:
         """Free idle blocks whose last user has started without them: it found the same tokens elsewhere."""
+        self._horizon = horizon
         heap = self._expiring
         while heap and heap[0][0] < horizon:
             _, version, node = heapq.heappop(heap)
             if node.queued == version:
                 self._settle(node, horizon)
+
+    def _expose(self, node: Node) -> None:
+        self._settle(node, self._horizon)
 
     def _settle(self, node: Node | None, horizon: int) -> None:
         """Queue a node that has become idle for eviction, or free it at once if nobody will need it."""

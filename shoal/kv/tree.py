@@ -28,7 +28,7 @@ class Node:
 
     __slots__ = (
         "key", "block", "parent", "children", "order", "start", "writer", "planned", "before", "step",
-        "last_use", "number", "uses", "next_use", "stamped_by", "queued",
+        "last_use", "number", "uses", "next_use", "branches", "stamped_by", "queued",
     )  # fmt: skip
 
     def __init__(self, key: bytes, parent: Node | None, start: int, writer: int, number: int) -> None:
@@ -46,6 +46,7 @@ class Node:
         self.number = number  # order of birth, so that ties do not depend on memory addresses
         self.uses: tuple[int, ...] | None = None  # plan indices of rows that need it, ascending; None: nobody knows
         self.next_use = NEVER  # the first of them that had not started when the node was last looked at
+        self.branches = False  # all who need it branch off inside it: it saves them less than a block
         self.stamped_by = -1  # plan index of the row that said so
         self.queued = 0  # version of its entry in the eviction queue; 0: not idle
 
@@ -145,8 +146,11 @@ class PrefixTree:
             self._queue = [entry for entry in self._queue if entry[3] == entry[4].queued]
             heapq.heapify(self._queue)
 
-    def evict(self, count: int, worth: Callable[[Node], float]) -> int:
-        """Forget up to `count` idle leaves, least worth first. Returns how many blocks came free."""
+    def evict(self, count: int, exposed: Callable[[Node], None]) -> int:
+        """Forget up to `count` idle leaves, least worth first. Returns how many blocks came free by that.
+
+        `exposed` is told of each node that has become an idle leaf itself, to enqueue it.
+        """
         freed = 0
         while self._queue and freed < count:
             *_, version, node = heapq.heappop(self._queue)
@@ -159,7 +163,7 @@ class PrefixTree:
             self.forget(node)
             freed += 1
             if parent is not None and self.is_idle(parent):
-                self.enqueue(parent, worth(parent))
+                exposed(parent)
         return freed
 
     def num_idle(self) -> int:

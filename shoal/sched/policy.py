@@ -7,6 +7,7 @@ length, the wall clock or a tensor. Override what you study and leave the rest.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -40,12 +41,13 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """What a waiting sequence would reuse if it started now."""
+    """What a waiting sequence would reuse if it started now, and what the cache would lose."""
 
     tokens: int
     blocks: int  # whole blocks it would share
     idle_blocks: int  # blocks of its reuse that no running sequence holds now, reserved ones apart
     reserved_blocks: int  # idle blocks that unstarted rows before the furthest started one, and the next, will reuse
+    loss: Callable[[int], int]  # forgetting so many other idle blocks: the soonest plan index that would miss one
 
 
 class Policy:

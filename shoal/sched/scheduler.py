@@ -328,8 +328,11 @@ class _Plan:
             return
         if self.reserved is None:
             self.reserved = self.kv.reserved(self.scheduler.top_started + 1)
-        idle = len(self.kv.idle(match) - self.reserved)
-        when = self.policy.admit(seq, Reach(match.tokens, len(match.path), idle, len(self.reserved)), self.view)
+        idle = self.kv.idle(match)
+        kept = self.reserved | idle
+        new = len(kept) - len(self.reserved)
+        reach = Reach(match.tokens, len(match.path), new, len(self.reserved), lambda n: self.kv.loss(n, kept))
+        when = self.policy.admit(seq, reach, self.view)
         if when > self.view.now:
             self.closed = True
             self.wait_until = min(self.wait_until, when)

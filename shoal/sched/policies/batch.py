@@ -16,6 +16,7 @@ from shoal.sched.forecast import Growth, MemoryForecast
 from shoal.sched.lengths import LengthHistory
 from shoal.sched.policy import Budget, Key, Policy, Reach, View
 
+STEP_COST = 32  # tokens whose computation takes as long as a step that has little else to do
 RELEARN = 32  # finished rows after which expectations are asked anew
 
 
@@ -61,11 +62,33 @@ class BatchPolicy(Policy):
         forecast = MemoryForecast(view.block_size)
         certain = self._certain and not seq.request.sampling.stop
         room = view.num_blocks * (1.0 if certain else 1.0 - self.reserve)
-        if forecast.peak(base, [*self._growths, growth]) > room:
+        peak = forecast.peak(base, [*self._growths, growth])
+        if peak > room or self._better_later(peak, reach, view):
             return math.inf
         self._growths.append(growth)
         self._base, self._certain, self._backlog = base, certain, prefill
         return -math.inf
+
+    def _better_later(self, peak: float, reach: Reach, view: View) -> bool:
+        """Whether starting now would forget an idle prefix that is needed before one that a running row still holds.
+
+        Belady's choice would be the latter: it becomes possible when that row ends. (With several rows running, most
+        of a small memory is held, and the choice among the rest is hardly better than the least recently used.)
+        """
+        have = view.used_blocks + view.free_blocks + reach.reserved_blocks + reach.idle_blocks
+        lose = math.ceil(peak) - have
+        if lose <= 0:
+            return False
+        missed = reach.loss(lose)
+        if missed == NEVER:
+            return False
+        top = max((seq.request.index for seq in view.running), default=-1)
+        worth_waiting = lose * view.block_size / STEP_COST  # steps
+        for seq in view.running:
+            later = any(index > max(top, missed) for _, index in seq.request.future or ())
+            if later and self._expected.get(seq.number, 0) - seq.produced < worth_waiting:
+                return True
+        return False
 
     def _look(self, view: View, reserved: int) -> None:
         """Describe the running sequences to the forecast."""
@@ -95,8 +118,11 @@ class BatchPolicy(Policy):
         return expected
 
     def worth(self, node: Node) -> float:
-        """What is needed soonest is worth most; what nobody knows a use for yields first."""
-        return -float(node.next_use) if node.next_use < NEVER else -math.inf
+        """What is needed soonest is worth most; a block that its users only branch off in is worth less than any
+        whole one, for others like it begin with the same tokens; what nobody knows a use for yields first."""
+        if node.next_use == NEVER:
+            return -math.inf
+        return -float(node.next_use) - (NEVER if node.branches else 0)
 
     def retire(self, seq: Sequence, finish: Finish, view: View) -> None:
         """Learn from its length."""

@@ -124,7 +124,7 @@ def load_weights(folder: str | Path, config: ModelConfig, dtype: torch.dtype = t
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: is not a whole safetensors file ({error}); copy it again") from error
         for stored in names:
-            name = _plain_name(stored)
+            name = plain_name(stored)
             if name in expected:
                 _check(path, stored, file.get_slice(stored), expected[name])  # type: ignore[no-untyped-call]
                 places[name] = _Place(file, stored)
@@ -165,7 +165,8 @@ def _find_files(folder: Path) -> list[Path]:
     raise ModelError(f"{found}, but {others[0]}: {_CONVERT}" if others else f"{found}: give the folder of a checkpoint")
 
 
-def _plain_name(stored: str) -> str:
+def plain_name(stored: str) -> str:
+    """A tensor's name without the prefix that its checkpoint gives to all of the decoder's."""
     for prefix in _PREFIXES:
         if stored.startswith(prefix):
             return stored[len(prefix) :]

@@ -17,7 +17,7 @@ PATHS = re.compile(r"`((?:shoal|tests|benchmarks|docs|tools|examples|\.ci)/[\w./
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/map.md"])
 def test_every_path_a_document_names_exists(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
-    named = PATHS.findall(text) + [link for link in re.findall(r"\]\(([\w./-]+)\)", text)]
+    named = PATHS.findall(text) + re.findall(r"\]\(([\w./-]+)\)", text)
     base = ROOT / document
     missing = [p for p in named if not list(ROOT.glob(p.rstrip("/"))) and not (base.parent / p).exists()]
     assert named and not missing

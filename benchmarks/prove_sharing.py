@@ -41,7 +41,9 @@ class LeastRecentlyUsed(BatchPolicy):
         return False
 
 
-def job(folder: Path, rows: Rows, order: Order, blocks: int, block: int, budget: int, lru: bool = False) -> dict[str, int]:
+def job(
+    folder: Path, rows: Rows, order: Order, blocks: int, block: int, budget: int, lru: bool = False
+) -> dict[str, int]:
     """Run the rows as a job and return the report's token counts, with preemptions and steps."""
     policy = (LeastRecentlyUsed if lru else BatchPolicy)(Budget(budget, 256))
     scheduler = Scheduler(policy, blocks, block)

@@ -33,6 +33,7 @@ def words_only_model(folder: Path, context: int = 32768) -> Path:
 
 def gsm8k(shots: int = 8) -> list[str]:
     """The 1,319 test questions behind one prefix of worked examples."""
+
     def rows(name: str) -> list[dict[str, str]]:
         with gzip.open(PROMPTS / "gsm8k" / name, "rt", encoding="utf-8") as file:
             return [json.loads(line) for line in file]

@@ -142,9 +142,7 @@ class Feed:
     def _detokenizer(self, spec: RowSpec) -> Detokenizer:
         body = spec.body
         keep = bool(body.include_stop_str_in_output)
-        return Detokenizer(
-            self.tokenizer, body.skip_special_tokens is not False, spec.stop, keep, body.min_tokens or 0
-        )
+        return Detokenizer(self.tokenizer, body.skip_special_tokens is not False, spec.stop, keep, body.min_tokens or 0)
 
     # -- back --------------------------------------------------------------------------------------
 

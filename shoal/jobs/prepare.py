@@ -91,7 +91,9 @@ def prepare(options: JobOptions, files: Files) -> Prepared:
 def _manifest(
     options: JobOptions, state: Path, files: Files, folder: Path, source: Source, encoder: RowEncoder
 ) -> Manifest:
-    model = [path for pattern in ("*.safetensors", "config.json", "generation_config.json") for path in folder.glob(pattern)]
+    model = [
+        path for pattern in ("*.safetensors", "config.json", "generation_config.json") for path in folder.glob(pattern)
+    ]
     template = encoder.template.hash if encoder.template is not None else ""
     return Manifest(
         input=source.fingerprint,

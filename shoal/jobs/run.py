@@ -20,6 +20,7 @@ from shoal.client import Backend, Begin, EngineProcess, News, Ready
 from shoal.core.config import EngineConfig
 from shoal.core.errors import EngineDied, RowError, ShoalError, UsageError
 from shoal.jobs.answer import AnswerWriter
+from shoal.jobs.crew import on_all_cores
 from shoal.jobs.display import Display, PlanFacts, Progress
 from shoal.jobs.feed import Ended, Feed
 from shoal.jobs.files import DiskFiles, Files
@@ -72,8 +73,8 @@ def stopping() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for which, handler in before.items():
+            signal.signal(which, handler)
 
 
 def run_job(options: JobOptions, backend: Backend | None = None, console: Console | None = None) -> int:
@@ -154,7 +155,8 @@ class _Job:
     def _plan(self) -> Plan:
         job = self.job
         order: PlanOrder = "input" if job.options.order is Order.INPUT else "prefix"
-        return build_plan(job.source, job.encoder, job.state.path, order, job.encoder.fingerprint)
+        encoder = on_all_cores(job.encoder, job.info, job.source.size)
+        return build_plan(job.source, encoder, job.state.path, order, job.encoder.fingerprint)
 
     def _open(self, plan: Plan) -> Results:
         job = self.job

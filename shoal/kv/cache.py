@@ -27,7 +27,6 @@ class Match:
     whole: bool  # its prompt is there to the last token, which is computed again for its hidden state
 
 
-
 class KVCache:
     """Invariant: every block is free, or held by the sequences whose `blocks` list it and by at most one node."""
 

@@ -11,11 +11,10 @@ from array import array
 from dataclasses import dataclass
 
 from shoal.core.sequence import Sequence
-from shoal.core.types import PENDING, TOKEN, Finish, Move, Output, Request, Slice, Start, Step, StepResult, Wait
+from shoal.core.types import PENDING, TOKEN, Finish, Output, Request, Slice, Start, Step, StepResult, Wait
 from shoal.kv.cache import KVCache, Match
-from shoal.sched.policy import Key, Policy, Reach, View
-
-WAITS = 64  # sequences that may be found waiting for another's prefix before a plan stops looking for more to start
+from shoal.sched.planning import Planning
+from shoal.sched.policy import Policy, View
 
 
 @dataclass(slots=True)
@@ -93,7 +92,7 @@ class Scheduler:
     def cancel(self, id: str, now: float) -> Output | None:
         """End a request; None if there is none of that id."""
         seq = self._by_id.get(id)
-        return self._finish(seq, [], Finish.CANCEL, now) if seq else None
+        return self.finish(seq, [], Finish.CANCEL, now) if seq else None
 
     def live(self) -> list[Sequence]:
         """Every sequence that has not ended."""
@@ -111,6 +110,11 @@ class Scheduler:
         return ended
 
     @property
+    def steps(self) -> int:
+        """Steps planned so far."""
+        return self.counters.steps
+
+    @property
     def horizon(self) -> int:
         """The lowest plan index that has not started."""
         heap = self._unstarted
@@ -123,7 +127,7 @@ class Scheduler:
     def plan(self, now: float) -> Step | Wait | None:
         """The next step; None when everything there is awaits a step in flight, or nothing is there."""
         self.kv.expire(self.horizon)
-        work = _Plan(self, self.view(now))
+        work = Planning(self, self.view(now))
         work.hand_out()
         if not work.slices and not self.in_flight and (self.waiting or self.running):
             if not self.running and now < work.wait_until < math.inf:
@@ -155,7 +159,7 @@ class Scheduler:
         ticket, end = part.ticket, part.start + len(part.tokens)
         error = result.errors.get(ticket) if result.errors else None
         if error:
-            return self._finish(seq, [], Finish.ERROR, now, error)
+            return self.finish(seq, [], Finish.ERROR, now, error)
         new = result.tokens.get(ticket)
         done: Finish | None = None
         if new:
@@ -175,7 +179,7 @@ class Scheduler:
         if scores:
             seq.scored = end if end < seq.num_prompt - 1 else -1
         if done:
-            output = self._finish(seq, new or [], done, now)
+            output = self.finish(seq, new or [], done, now)
         elif new or scores:
             output = Output(seq.request.id, new or [])
         else:
@@ -198,7 +202,8 @@ class Scheduler:
 
     # -- the life of a sequence --------------------------------------------------------------------
 
-    def _start(self, seq: Sequence, match: Match, now: float) -> Start:
+    def begin(self, seq: Sequence, match: Match, now: float) -> Start:
+        """Let a waiting sequence run: it gets a ticket."""
         self._dequeue(seq)
         self.top_started = max(self.top_started, seq.request.index)
         self._tickets += 1
@@ -221,7 +226,8 @@ class Scheduler:
             self._enqueue(seq)  # before the release: what it needs again is not past
         self.kv.release(seq, self.horizon, self.counters.steps, again)
 
-    def _preempt(self, seq: Sequence) -> None:
+    def preempt(self, seq: Sequence) -> None:
+        """Take everything from a running sequence; it waits again with what it has produced."""
         self._furthest[seq.number] = max(self._furthest.get(seq.number, 0), seq.computed)
         if seq.tokens[-1] == PENDING:
             seq.tokens.pop()  # its value will come too late; it is computed again
@@ -231,7 +237,8 @@ class Scheduler:
         seq.guessing = False
         self.counters.preemptions += 1
 
-    def _finish(self, seq: Sequence, new: list[int], why: Finish, now: float, error: str = "") -> Output:
+    def finish(self, seq: Sequence, new: list[int], why: Finish, now: float, error: str = "") -> Output:
+        """End a sequence, once."""
         if seq.tokens[-1] == PENDING:
             seq.tokens.pop()
         self._stop(seq, again=False)
@@ -248,9 +255,21 @@ class Scheduler:
         }
         return Output(seq.request.id, new, why, error, timing=timing)
 
-    def _count(self, seq: Sequence, start: int, count: int) -> None:
+    def end(self, seq: Sequence, error: str, now: float) -> None:
+        """While planning: the sequence cannot go on."""
+        self._ended.append(self.finish(seq, [], Finish.ERROR, now, error))
+
+    @property
+    def has_preempted(self) -> bool:
+        """Whether anything that lives was preempted, so that computed tokens may have been computed before."""
+        return bool(self._furthest)
+
+    def count(self, seq: Sequence, start: int, count: int) -> None:
         """Account for `count` tokens of `seq` computed from `start` on."""
         counters, prompt = self.counters, seq.num_prompt
+        if start >= prompt and not self._furthest:
+            counters.output_computed += count
+            return
         of_prompt = max(0, min(start + count, prompt) - start)
         counters.prompt_computed += of_prompt
         counters.output_computed += count - of_prompt
@@ -259,154 +278,3 @@ class Scheduler:
             again = max(0, min(furthest, prompt, start + count) - start)
             counters.prompt_preempted += again
             counters.output_preempted += min(furthest, start + count) - start - again
-
-
-class _Plan:
-    """One plan being made: hand out the budget in rank order, so that what is computed catches up with what is known."""
-
-    def __init__(self, scheduler: Scheduler, view: View) -> None:
-        self.scheduler, self.view, self.kv, self.policy = scheduler, view, scheduler.kv, scheduler.policy
-        budget = self.policy.budget(view)
-        self.room, self.sequences = max(budget.tokens, 1), max(budget.sequences, 1)
-        self.index = scheduler.counters.steps + 1
-        self.slices: list[Slice] = []
-        self.starts: list[Start] = []
-        self.moves: list[Move] = []
-        self.order: list[Sequence] = []
-        self.last = 0  # order[last:] have been preempted in this plan
-        self.at = 0  # order[:at] have been looked at
-        self.closed = False  # nobody starts any more in this step
-        self.forced = False  # the next to be served gets at least one token, whatever the policy says
-        self.waits = 0
-        self.wait_until = math.inf
-        self.reserved: set[int] | None = None  # looked up when the first candidate asks
-
-    def hand_out(self) -> None:
-        """Serve sequences in rank order until the budget is spent."""
-        rank, view = self.policy.rank, self.view
-        keyed: list[tuple[Key, int, Sequence]] = [(rank(s, view), s.number, s) for s in view.running]
-        keyed += [(rank(s, view), s.number, s) for s in view.waiting]
-        keyed.sort()
-        self.order = [entry[2] for entry in keyed]
-        self.last = len(self.order)
-        while self.at < self.last and self.room > 0 and len(self.slices) < self.sequences:
-            seq = self.order[self.at]
-            self.at += 1
-            if seq.ticket >= 0:
-                if self.can_go_on(seq):
-                    self.serve(seq, None)
-            elif not self.closed:
-                self.start(seq)
-
-    @staticmethod
-    def can_go_on(seq: Sequence) -> bool:
-        """Whether anything of a running sequence is known and not computed. Its end, or its length, may be in flight."""
-        if seq.request.samples:
-            return not seq.guessing and len(seq.tokens) < seq.limit and seq.pending > 0
-        return seq.pending > 0
-
-    def force(self) -> None:
-        """The policy lets nothing happen and nothing is in flight: the first that can goes, so there is progress."""
-        self.forced, self.closed = True, False
-        for self.at, seq in enumerate(self.order[: self.last], 1):
-            if seq.ticket >= 0:
-                if self.can_go_on(seq):
-                    self.serve(seq, None)
-            elif seq.number in self.scheduler.waiting:
-                match = self.kv.match(seq, self.index)
-                if match is not None:
-                    self.serve(seq, match)
-            if self.slices:
-                return
-
-    def start(self, seq: Sequence) -> None:
-        """Let a waiting sequence in, if its prefix is not just being computed and the policy agrees."""
-        match = self.kv.match(seq, self.index)
-        if match is None:
-            self.waits += 1
-            self.closed = self.waits >= WAITS
-            return
-        if self.reserved is None:
-            self.reserved = self.kv.reserved(self.scheduler.top_started + 1)
-        idle = self.kv.idle(match)
-        kept = self.reserved | idle
-        new = len(kept) - len(self.reserved)
-        reach = Reach(match.tokens, len(match.path), new, len(self.reserved), lambda n: self.kv.loss(n, kept))
-        when = self.policy.admit(seq, reach, self.view)
-        if when > self.view.now:
-            self.closed = True
-            self.wait_until = min(self.wait_until, when)
-            return
-        self.serve(seq, match)
-
-    def serve(self, seq: Sequence, match: Match | None) -> None:
-        """Give `seq` a slice, making room for it where the policy or the progress guarantee says so."""
-        if match is not None:
-            self.kv.acquire(seq, match, self.view.now)
-        first = not self.slices
-        count = min(self.policy.chunk(seq, self.room, self.view), seq.pending, self.room)
-        if self.forced:
-            count = max(count, 1)
-        draft = 0
-        if count == seq.pending and seq.request.samples:
-            draft = max(0, min(self.policy.draft(seq, self.view), self.room - count, seq.limit - len(seq.tokens) - 1))
-        fits = count > 0 and self.kv.grow(seq, count + draft)
-        if draft and not fits:
-            draft, fits = 0, self.kv.grow(seq, count)
-        while count > 0 and not fits:
-            victim = self.victim(seq, first)
-            if victim is None:
-                break
-            self.scheduler._preempt(victim)
-            self.order.remove(victim)
-            self.last -= 1
-            fits = self.kv.grow(seq, count + draft)
-        if fits:
-            self.emit(seq, match, count, draft)
-        elif match is not None:
-            self.kv.release(seq, self.scheduler.horizon, self.index - 1, again=True)
-            self.closed = self.closed or count > 0  # nobody overtakes a request that waits for memory
-        elif count > 0 and first and not self.scheduler.in_flight and len(self.scheduler.running) == 1:
-            self.fail(seq)
-
-    def victim(self, seq: Sequence, first: bool) -> Sequence | None:
-        """Who makes room for `seq`. The first of a step may take from anybody: that is the progress guarantee."""
-        others = [s for s in self.order[self.at : self.last] if s.ticket >= 0]
-        chosen = self.policy.victim(seq, others, self.view)
-        if chosen is None or chosen not in others:
-            return others[-1] if others and first and (seq.ticket >= 0 or self.forced) else None
-        return chosen
-
-    def fail(self, seq: Sequence) -> None:
-        """It alone has outgrown the pool."""
-        holds = self.kv.pool.num_blocks * self.kv.block_size
-        why = f"kv_exhausted: needs {seq.computed + 1} tokens of KV memory; {holds} are available: raise --memory"
-        self.scheduler._ended.append(self.scheduler._finish(seq, [], Finish.ERROR, self.view.now, why))
-
-    def emit(self, seq: Sequence, match: Match | None, count: int, draft: int) -> None:
-        """Write the slice, and what the sequence is now."""
-        scheduler, start = self.scheduler, seq.computed
-        if match is not None:
-            self.starts.append(scheduler._start(seq, match, self.view.now))
-            move = self.kv.copy(seq, scheduler.horizon)
-            if move is not None:
-                self.moves.append(move)
-        end = start + count
-        if len(seq.table) != len(seq.blocks):
-            seq.table = tuple(seq.blocks)
-        last = end == (len(seq.tokens) if seq.request.samples else seq.request.goal)
-        want = 1 if last else 0
-        if seq.scored >= 0 and end > seq.scored and start < seq.num_prompt:
-            want = max(want, end - max(start, seq.scored))
-        self.slices.append(Slice(seq.ticket, start, seq.tokens[start:end], seq.table, want, draft))
-        if start < seq.num_prompt or scheduler._furthest:
-            self.kv.planned(seq, start, count, self.index)
-            scheduler._count(seq, start, count)
-        else:
-            scheduler.counters.output_computed += count
-        seq.computed = end
-        if last and seq.request.samples:
-            seq.tokens.append(PENDING)
-            seq.guessing = draft > 0
-        self.room -= count + draft
-

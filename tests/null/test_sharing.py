@@ -119,10 +119,14 @@ def test_planned_order_recomputes_nothing_when_memory_is_short_of_the_prefixes(a
     for seed in range(6):
         luck = random.Random(seed)
         heads = [[luck.randrange(2, 30) for _ in range(luck.randrange(60, 130))] for _ in range(12)]
-        prompts = sorted(h + [luck.randrange(2, 30) for _ in range(luck.randrange(5, 20))] for h in heads for _ in range(10))
+        prompts = sorted(
+            h + [luck.randrange(2, 30) for _ in range(luck.randrange(5, 20))] for h in heads for _ in range(10)
+        )
         block = 8
         tokens = 0.3 * sum(map(len, heads)) + 12 * (20 + 9)
-        scheduler = run(requests(prompts, luck), BatchPolicy(Budget(128, 64), reserve=0.0), int(tokens / block), block, ahead)
+        scheduler = run(
+            requests(prompts, luck), BatchPolicy(Budget(128, 64), reserve=0.0), int(tokens / block), block, ahead
+        )
         counters = scheduler.counters
         assert counters.prompt_computed - counters.prompt_last == bound(prompts)
         assert counters.preemptions == 0

@@ -102,7 +102,7 @@ class Kernels(Protocol):
         Scores are q·k * scale, then softcap * tanh(score / softcap) where a cap is given. H is a multiple of G;
         query head h reads key/value head h // (H / G). The step's own keys and values must have been written.
         Positions are counted in tiles of 256 from 0; a tile's partial uses its own maximum and partials are folded
-        left to right. Memory of positions that a token may not see never reaches its result, whatever is in it.
+        left to right. Memory beyond a sequence's length is never multiplied, whatever is in it.
         """
         ...
 

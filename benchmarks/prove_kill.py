@@ -134,6 +134,14 @@ def end(process: psutil.Process) -> None:
         process.kill()
 
 
+def alive(process: psutil.Process) -> bool:
+    """Whether a process still runs; one that nobody has collected yet does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def observed(log: str, arguments: list[str]) -> None:
     """Be `shoal` with these arguments, and write down which lines are handed to an engine, and which committed."""
     from shoal.cli import main as shoal
@@ -187,7 +195,8 @@ def kill(process: psutil.Popen, victim: str) -> float | None:
         return 0.0
     process.wait()
     began = time.monotonic()
-    psutil.wait_procs(engines, timeout=30)
+    while any(alive(engine) for engine in engines) and time.monotonic() - began < 30:
+        time.sleep(0.01)
     return time.monotonic() - began
 
 

@@ -35,7 +35,8 @@ from shoal.jobs.state import Begin as JobBegin
 from shoal.jobs.state import row_key
 from shoal.jobs.write import Order as WriteOrder
 
-MALFORMED = frozenset(("invalid_json_line", "missing_field"))  # lines that are no requests at all
+# codes of lines that are no requests at all
+MALFORMED = frozenset(("invalid_json_line", "line_too_long", "malformed_row", "missing_field"))
 INTERRUPTED, BUDGET_HIT, SOME_FAILED = 5, 4, 3
 POLL = 0.1  # seconds to wait for news before looking after the files and the display
 DEATHS = 8  # engine deaths in a row without any row completed, after which the job gives up

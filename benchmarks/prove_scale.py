@@ -51,6 +51,7 @@ def write_rows(path: Path, rows: int) -> None:
 
 def measure(path: Path, folder: Path) -> dict[str, float]:
     """Plan the rows of `path` in this process; seconds and bytes."""
+    from shoal.jobs.crew import on_all_cores
     from shoal.jobs.encode import RowEncoder
     from shoal.jobs.plan import build_plan
     from shoal.jobs.read import Source
@@ -62,12 +63,19 @@ def measure(path: Path, folder: Path) -> dict[str, float]:
     idle = memory_now()
     model = SHARED / "data" / "tokenizers" / "qwen2"
     watch = Watch()
-    started, cpu_started = time.perf_counter(), time.process_time()
+    started, cpu_started = time.perf_counter(), cpu_seconds()
     tokenizer = Tokenizer.load(model)
-    encoder = RowEncoder(tokenizer, ChatTemplate.load(model), ModelInfo.load(model, tokenizer), JobSettings())
+    info = ModelInfo.load(model, tokenizer)
+    encoder = RowEncoder(tokenizer, ChatTemplate.load(model), info, JobSettings())
+    source = Source(path)
     loaded = time.perf_counter()
     marks: list[float] = []
-    plan = build_plan(Source(path), encoder, folder, progress=lambda rows, size: marks.append(time.perf_counter()))
+    plan = build_plan(
+        source,
+        on_all_cores(encoder, info, source.size),
+        folder,
+        progress=lambda rows, size: marks.append(time.perf_counter()),
+    )
     ended = time.perf_counter()
     peak = watch.stop()
     assert "torch" not in sys.modules, "planning must not load torch"
@@ -75,7 +83,7 @@ def measure(path: Path, folder: Path) -> dict[str, float]:
         "rows": plan.num_rows,
         "bad": plan.num_bad,
         "seconds": ended - started,
-        "cpu_seconds": time.process_time() - cpu_started,
+        "cpu_seconds": cpu_seconds() - cpu_started,
         "seconds_load": loaded - started,
         "seconds_encode": marks[-1] - loaded,
         "seconds_order": ended - marks[-1],
@@ -84,24 +92,43 @@ def measure(path: Path, folder: Path) -> dict[str, float]:
         "tokens_per_row": plan.prompt_tokens / plan.num_rows,
         "bound": plan.bound,
         "idle_bytes": idle["resident"],
-        "peak_bytes_above_idle": memory_now()["peak"] - idle["resident"],  # file-mapped pages of the arena included
+        "peak_bytes_above_idle": peak["resident"] - idle["resident"],  # file-mapped pages of the arena included
         "peak_anonymous_bytes_above_idle": peak["anonymous"] - idle["anonymous"],
         "peak_file_mapped_bytes_above_idle": peak["file_mapped"] - idle["file_mapped"],
+        "most_processes": peak["processes"],
     }
 
 
+def cpu_seconds() -> float:
+    """Processor seconds of this process and of those it has waited for."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+def family_memory() -> dict[str, int]:
+    """Memory of this process and its children added up: pages that they share are counted in each."""
+    total = memory_now() | {"processes": 1}
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        try:
+            more = memory_now(child)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended meanwhile
+        total = {key: value + more.get(key, 1) for key, value in total.items()}
+    return total
+
+
 class Watch:
-    """Samples this process's memory twenty times a second; the kernel keeps the peak of the sum only."""
+    """Samples the memory of this process and its children twenty times a second, and keeps the peaks."""
 
     def __init__(self) -> None:
-        self.peak = memory_now()
+        self.peak = family_memory()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._ended.wait(0.05):
-            self.peak = {key: max(value, self.peak[key]) for key, value in memory_now().items()}
+            self.peak = {key: max(value, self.peak[key]) for key, value in family_memory().items()}
 
     def stop(self) -> dict[str, int]:
         self._ended.set()
@@ -124,7 +151,7 @@ def run(rows: int, scratch: Path) -> dict[str, float]:
         f"{rows:>9,} rows of {found['tokens_per_row']:.1f} tokens: {found['seconds']:.1f} s "
         f"({found['cpu_seconds']:.1f} s of processor; {found['seconds_encode']:.1f} encode, "
         f"{found['seconds_order']:.1f} order), {found['peak_bytes_above_idle'] / 1e9:.2f} GB above idle "
-        f"({found['peak_anonymous_bytes_above_idle'] / 1e9:.2f} anonymous)",
+        f"({found['peak_anonymous_bytes_above_idle'] / 1e9:.2f} anonymous) in {found['most_processes']} processes",
         flush=True,
     )
     return found

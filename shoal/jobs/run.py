@@ -157,7 +157,14 @@ class _Job:
         job = self.job
         order: PlanOrder = "input" if job.options.order is Order.INPUT else "prefix"
         encoder = on_all_cores(job.encoder, job.info, job.source.size)
-        return build_plan(job.source, encoder, job.state.path, order, job.encoder.fingerprint)
+        return build_plan(job.source, encoder, job.state.path, order, job.encoder.fingerprint, self._read)
+
+    def _read(self, rows: int, size: int) -> None:
+        """Between two parts of the input that is being planned: stop here if asked to."""
+        if self.stop.asked:
+            error = ShoalError(f"interrupted when {rows:,} rows had been read; run the same command again to continue")
+            error.exit_code = INTERRUPTED
+            raise error
 
     def _open(self, plan: Plan) -> Results:
         job = self.job

@@ -14,12 +14,13 @@ class Sequence:
     """Invariant: 0 <= computed <= len(tokens), and computed <= len(blocks) * B while it runs."""
 
     __slots__ = (
-        "request", "ticket", "number", "tokens", "num_prompt", "computed", "blocks", "table", "sealed",
+        "request", "samples", "goal", "stop", "ticket", "number", "tokens", "num_prompt", "computed", "blocks", "table", "sealed",
         "private_from", "guessing", "scored", "preemptions", "started", "first_token", "cached", "limit",
     )  # fmt: skip
 
     def __init__(self, request: Request, number: int) -> None:
         self.request = request
+        self.samples, self.goal, self.stop = request.samples, request.goal, request.sampling.stop  # asked in every step
         self.number = number  # order of arrival at this scheduler: the last word in every tie
         self.ticket = -1  # -1 while it waits
         self.tokens = array(TOKEN, request.prompt)  # prompt, then outputs; may end in PENDING
@@ -35,7 +36,7 @@ class Sequence:
         self.started: float | None = None
         self.first_token: float | None = None
         self.cached = 0  # prompt tokens it did not have to compute, at its first start
-        self.limit = request.goal + request.sampling.max_tokens if request.samples else request.goal
+        self.limit = self.goal + (request.sampling.max_tokens if self.samples else 0)  # tokens at its end
 
     @property
     def running(self) -> bool:
@@ -44,8 +45,7 @@ class Sequence:
     @property
     def pending(self) -> int:
         """Tokens known and needed but not computed: the prompt at first, one in steady decode."""
-        known = len(self.tokens) if self.request.samples else self.request.goal
-        return known - self.computed
+        return (len(self.tokens) if self.samples else self.goal) - self.computed
 
     @property
     def produced(self) -> int:

@@ -99,7 +99,7 @@ class KVCache:
         seq.private_from = max(len(match.path), shared)
 
     def _promise(self, seq: Sequence, nodes: list[Node]) -> None:
-        size, end = self.block_size, max(seq.request.goal, len(seq.tokens) if seq.request.samples else 0)
+        size, end = self.block_size, max(seq.goal, len(seq.tokens) if seq.samples else 0)
         parent = nodes[-1] if nodes else self.tree.root(seq.request.root)
         for start in range(len(nodes) * size, end, size):
             key = seq.tokens[start : min(start + size, end)].tobytes()
@@ -155,8 +155,8 @@ class KVCache:
         return found
 
     def loss(self, num_blocks: int, kept: set[int]) -> int:
-        """The soonest plan index that would miss a whole block if `num_blocks` idle blocks beside `kept` were forgotten,
-        those needed last first; NEVER if nobody is known to miss any."""
+        """The soonest plan index that would miss a whole block if `num_blocks` idle blocks beside `kept` were
+        forgotten, those needed last first; NEVER if nobody is known to miss any."""
         uses: dict[int, int] = {}
         for _, version, leaf in self._expiring:
             node: Node | None = leaf if leaf.queued == version else None

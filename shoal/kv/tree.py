@@ -167,7 +167,7 @@ class PrefixTree:
         return freed
 
     def num_idle(self) -> int:
-        """Blocks that eviction could free now: those that only the tree holds. Walks the tree; for reports and tests."""
+        """Blocks that eviction could free now: those that only the tree holds. Walks the tree."""
         return sum(n.block >= 0 and self.pool.holders[n.block] == 1 for n in self.nodes())
 
     def nodes(self) -> Iterator[Node]:

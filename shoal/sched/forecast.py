@@ -5,13 +5,12 @@ It knows tokens, expected ends and what is shared; it must not know where the ex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 LAG = 1  # steps between a sequence's last token and the release of its blocks, when steps overlap
 
 
-@dataclass(frozen=True, slots=True)
-class Growth:
+class Growth(NamedTuple):
     """One sequence: tokens known now, steps until it ends, leading blocks that its end will not free."""
 
     remaining: int
@@ -24,8 +23,9 @@ class MemoryForecast:
 
     With the sequences ordered by remaining steps, longest first, the memory just before the i-th ends is
     base + sum over the first i of (tokens + remaining_i) - shared: those that end earlier are gone, the others have
-    all grown by remaining_i (and by a step more, for the end of a step is learnt late). The maximum over i is the peak. Prompts count whole from the start (conservative while
-    they are prefilled), shared blocks as never freed, and each sequence is rounded up to whole blocks.
+    all grown by remaining_i (and by a step more, for the end of a step is learnt late). The maximum over i is the
+    peak. Prompts count whole from the start (conservative while they are prefilled), shared blocks as never freed,
+    and each sequence is rounded up to whole blocks.
     """
 
     def __init__(self, block_size: int) -> None:

@@ -49,6 +49,7 @@ class Planning:
 
     def __init__(self, scheduler: Mechanism, view: View) -> None:
         self.scheduler, self.view, self.kv, self.policy = scheduler, view, scheduler.kv, scheduler.policy
+        self.speculates = type(self.policy).draft is not Policy.draft
         budget = self.policy.budget(view)
         self.room, self.sequences = max(budget.tokens, 1), max(budget.sequences, 1)
         self.index = scheduler.steps + 1
@@ -72,21 +73,26 @@ class Planning:
         keyed.sort()
         self.order = [entry[2] for entry in keyed]
         self.last = len(self.order)
+        running = len(view.running)  # of them in order[at:last], at most
         while self.at < self.last and self.room > 0 and len(self.slices) < self.sequences:
             seq = self.order[self.at]
             self.at += 1
             if seq.ticket >= 0:
+                running -= 1
                 if self.can_go_on(seq):
                     self.serve(seq, None)
             elif not self.closed:
                 self.start(seq)
+            elif running <= 0:
+                return
 
     @staticmethod
     def can_go_on(seq: Sequence) -> bool:
         """Whether anything of a running sequence is known and not computed; its end or length may be in flight."""
-        if seq.request.samples:
-            return not seq.guessing and len(seq.tokens) < seq.limit and seq.pending > 0
-        return seq.pending > 0
+        known = len(seq.tokens)
+        if seq.samples:
+            return seq.computed < known < seq.limit and not seq.guessing
+        return seq.computed < seq.goal
 
     def force(self) -> None:
         """The policy lets nothing happen and nothing is in flight: the first that can goes, so there is progress."""
@@ -127,12 +133,12 @@ class Planning:
         """Give `seq` a slice, making room for it where the policy or the progress guarantee says so."""
         if match is not None:
             self.kv.acquire(seq, match, self.view.now)
-        first = not self.slices
-        count = min(self.policy.chunk(seq, self.room, self.view), seq.pending, self.room)
+        first, pending = not self.slices, seq.pending
+        count = min(self.policy.chunk(seq, self.room, self.view), pending, self.room)
         if self.forced:
             count = max(count, 1)
         draft = 0
-        if count == seq.pending and seq.request.samples:
+        if count == pending and seq.samples and self.speculates:
             draft = max(0, min(self.policy.draft(seq, self.view), self.room - count, seq.limit - len(seq.tokens) - 1))
         fits = count > 0 and self.kv.grow(seq, count + draft)
         if draft and not fits:
@@ -178,8 +184,8 @@ class Planning:
         end = start + count
         if len(seq.table) != len(seq.blocks):
             seq.table = tuple(seq.blocks)
-        last = end == (len(seq.tokens) if seq.request.samples else seq.request.goal)
-        want = 1 if last else 0
+        last = end == (len(seq.tokens) if seq.samples else seq.goal)
+        want = int(last)
         if seq.scored >= 0 and end > seq.scored and start < seq.num_prompt:
             want = max(want, end - max(start, seq.scored))
         self.slices.append(Slice(seq.ticket, start, seq.tokens[start:end], seq.table, want, draft))
@@ -187,7 +193,7 @@ class Planning:
             self.kv.planned(seq, start, count, self.index)
         scheduler.count(seq, start, count)
         seq.computed = end
-        if last and seq.request.samples:
+        if last and seq.samples:
             seq.tokens.append(PENDING)
             seq.guessing = draft > 0
         self.room -= count + draft

@@ -163,17 +163,20 @@ class Scheduler:
         new = result.tokens.get(ticket)
         done: Finish | None = None
         if new:
-            new = self._cut(seq, end, new)
-            seq.tokens[end : end + 1] = array(TOKEN, new)
+            if len(new) == 1 and end < seq.limit:
+                seq.tokens[end] = new[0]
+            else:
+                new = self._cut(seq, end, new)
+                seq.tokens[end : end + 1] = array(TOKEN, new)
             if part.draft:
                 seq.computed, seq.guessing = end + len(new) - 1, False
             if seq.first_token is None:
                 seq.first_token = now
-            if new[-1] in seq.request.sampling.stop:
+            if new[-1] in seq.stop:
                 done = Finish.STOP
             elif end + len(new) >= seq.limit:
                 done = Finish.LENGTH
-        elif not seq.request.samples and end >= seq.request.goal:
+        elif not seq.samples and end >= seq.goal:
             done = Finish.LENGTH if seq.request.sampling.max_tokens == 0 else Finish.STOP
         scores = result.scores.get(ticket, []) if result.scores else []
         if scores:
@@ -196,7 +199,7 @@ class Scheduler:
         """`tokens`, which start at position `at`, up to the first stop token or the limit."""
         tokens = tokens[: seq.limit - at]
         for i, token in enumerate(tokens):
-            if token in seq.request.sampling.stop:
+            if token in seq.stop:
                 return tokens[: i + 1]
         return tokens
 

@@ -45,7 +45,7 @@ class BatchPolicy(Policy):
         """Decodes, then prefills under way, then the plan's order. Rows without a plan come in order of arrival."""
         if seq.ticket < 0:
             return 2.0, float(seq.request.index)
-        return (0.0 if seq.pending <= 1 else 1.0), float(seq.request.index)
+        return (0.0 if len(seq.tokens) - seq.computed <= 1 else 1.0), float(seq.request.index)
 
     def admit(self, seq: Sequence, reach: Reach, view: View) -> float:
         """Now, if the predicted peak with it fits in memory; else when something has changed."""
@@ -60,7 +60,7 @@ class BatchPolicy(Policy):
         growth = Growth(remaining, len(seq.tokens), shared)
         base = self._base + reach.idle_blocks + shared - reach.blocks
         forecast = MemoryForecast(view.block_size)
-        certain = self._certain and not seq.request.sampling.stop
+        certain = self._certain and not seq.stop
         room = view.num_blocks * (1.0 if certain else 1.0 - self.reserve)
         peak = forecast.peak(base, [*self._growths, growth])
         if peak > room or self._better_later(peak, reach, view):
@@ -93,8 +93,7 @@ class BatchPolicy(Policy):
     def _look(self, view: View, reserved: int) -> None:
         """Describe the running sequences to the forecast."""
         private = backlog = 0
-        decodes = sum(seq.pending <= 1 for seq in view.running)
-        self._pace = max(self.limit.tokens - decodes, 1)
+        self._pace = max(self.limit.tokens - len(view.running), 1)
         growths, certain = [], True
         for seq in view.running:
             expected = self._expected.get(seq.number, 0)
@@ -108,7 +107,7 @@ class BatchPolicy(Policy):
                 remaining += backlog // self._pace
             growths.append(Growth(remaining, len(seq.tokens), seq.private_from))
             private += max(len(seq.blocks) - seq.private_from, 0)
-            certain = certain and not seq.request.sampling.stop
+            certain = certain and not seq.stop
         self._backlog = backlog
         self._base = max(view.used_blocks - private, 0) + reserved
         self._growths, self._certain, self._fresh = growths, certain, True
@@ -127,7 +126,7 @@ class BatchPolicy(Policy):
     def retire(self, seq: Sequence, finish: Finish, view: View) -> None:
         """Learn from its length."""
         self._expected.pop(seq.number, None)
-        if finish in (Finish.STOP, Finish.LENGTH) and seq.request.samples:
+        if finish in (Finish.STOP, Finish.LENGTH) and seq.samples:
             self.lengths.observe(seq.request.group, seq.produced)
             self._finished += 1
             if self._finished % RELEARN == 0:

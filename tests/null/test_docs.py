@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATHS = re.compile(r"`((?:shoal|tests|benchmarks|docs|tools|examples|\.ci)/[\w./*-]*)`")
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/map.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/map.md", "docs/invariants.md"])
 def test_every_path_a_document_names_exists(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     named = PATHS.findall(text) + re.findall(r"\]\(([\w./-]+)\)", text)

@@ -16,7 +16,7 @@ from syscall_faults import Setting
 from shoal.core.errors import ShoalError
 from shoal.jobs.files import DiskFiles
 
-LINES = tuple(line for line in range(1, 27) if line % 11)  # lines 11, 22, … are blank
+LINES = tuple(line for line in range(1, 23) if line % 11)  # lines 11, 22, … are blank
 
 
 @pytest.fixture
@@ -123,8 +123,8 @@ def library(folder: Path) -> Path:
     return syscall_faults.build(folder)
 
 
-WAL = Setting(rows=12)
-ROLLBACK = Setting(rows=7, network=True)
+WAL = Setting(rows=9)
+ROLLBACK = Setting(rows=5, network=True)
 
 
 @pytest.mark.parametrize("setting", [WAL, ROLLBACK], ids=["wal", "rollback"])
@@ -136,7 +136,8 @@ def test_a_power_cut_between_any_two_system_calls_changes_no_byte(
     operations = syscall_faults.record(library, folder, setting)
     kind = "journal.db-journal" if setting.network else "journal.db-wal"
     assert sum(one.path.name == kind for one in operations) > 20
-    assert syscall_faults.replay(operations, folder, setting) == (len(operations) + 1) * len(LOSSES)
+    restarts = syscall_faults.replay(operations, folder, setting, ("lost", "scattered"))
+    assert restarts == (len(operations) + 1) * 2
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_a_refused_system_call_is_told_and_can_be_resumed(
 
 
 def test_the_whole_job_survives_power_cuts_and_refusals(folder: Path, library: Path) -> None:
-    setting = Setting(rows=15, whole=True, step=17)
+    setting = Setting(rows=15, whole=True, step=23)
     operations = syscall_faults.record(library, folder, setting)
     assert syscall_faults.replay(operations, folder, setting, ("lost", "scattered")) > 10
     found = syscall_faults.refuse(library, folder, setting, errno.ENOSPC, sticky=True)

@@ -14,8 +14,8 @@ class Sequence:
     """Invariant: 0 <= computed <= len(tokens), and computed <= len(blocks) * B while it runs."""
 
     __slots__ = (
-        "request", "samples", "goal", "stop", "ticket", "number", "tokens", "num_prompt", "computed", "blocks", "table", "sealed",
-        "private_from", "guessing", "scored", "preemptions", "started", "first_token", "cached", "limit",
+        "request", "samples", "goal", "stop", "number", "ticket", "tokens", "num_prompt", "computed", "blocks",
+        "table", "private_from", "guessing", "scored", "preemptions", "started", "first_token", "cached", "limit",
     )  # fmt: skip
 
     def __init__(self, request: Request, number: int) -> None:
@@ -28,7 +28,6 @@ class Sequence:
         self.computed = 0  # keys and values of tokens[:computed] are in `blocks`, or will be after the steps in flight
         self.blocks: list[int] = []
         self.table: tuple[int, ...] = ()  # `blocks` as data for a Slice; a new object only when it changed
-        self.sealed = 0  # full blocks known to the prefix tree
         self.private_from = 0  # blocks[private_from:] are nobody else's: what its end will free
         self.guessing = False  # a draft is in flight, so our length is not known
         self.scored = request.score_from - 1  # next position whose hidden state scores a prompt token; < 0: none

@@ -166,10 +166,6 @@ class PrefixTree:
                 exposed(parent)
         return freed
 
-    def num_idle(self) -> int:
-        """Blocks that eviction could free now: those that only the tree holds. Walks the tree."""
-        return sum(n.block >= 0 and self.pool.holders[n.block] == 1 for n in self.nodes())
-
     def nodes(self) -> Iterator[Node]:
         """Every node but the roots."""
         stack = [child for root in self._roots.values() for child in root.children.values()]

@@ -23,6 +23,7 @@ from shoal.sched.policy import Budget
 from shoal.sched.scheduler import Scheduler
 from shoal.sim.executor import SimExecutor
 
+PROVES = ("shoal/core", "shoal/kv", "shoal/sched", "shoal/engine.py", "shoal/sim")
 BLOCK, SHARED, OWN, OUTPUT = 32, 512, 488, 1300
 RUNNING, WINDOW, ROWS, STEPS = 256, 1024, 100_000, 1000
 

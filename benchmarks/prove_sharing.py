@@ -27,6 +27,7 @@ from shoal.sched.scheduler import Scheduler
 from shoal.sim.echo import EchoExecutor
 from shoal.text.tokenizer import Tokenizer
 
+PROVES = ("shoal/core", "shoal/kv", "shoal/sched", "shoal/engine.py", "shoal/sim", "shoal/client.py", "shoal/jobs")
 Rows = list[tuple[list[int], int]]
 
 

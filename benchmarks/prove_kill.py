@@ -29,6 +29,18 @@ import psutil
 
 from benchmarks.common import ROOT, write_result
 
+PROVES = (
+    "shoal/jobs",
+    "shoal/client.py",
+    "shoal/host.py",
+    "shoal/core",
+    "tests/null/syscall_faults.py",
+    "tests/null/syscall_faults.c",
+    "tests/null/faulty.py",
+    "tests/null/durable_job.py",
+    "tests/null/whole_job.py",
+)
+
 EXIT_FAILED_LINES = 3
 RESUMABLE = (1, -9)  # an engine that dies before it is ready ends the run; a killed run ends by signal 9
 ORPHAN_SECONDS = 2.0  # in which an engine must end that has lost its parent

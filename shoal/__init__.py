@@ -12,17 +12,21 @@ from shoal.core.config import EngineConfig
 from shoal.core.errors import ShoalError
 
 if TYPE_CHECKING:
+    from shoal.jobs.call import run
     from shoal.llm import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "CompletionOutput", "EngineConfig", "Logprob", "RequestOutput", "SamplingParams", "ShoalError"]
+__all__ = ["LLM", "CompletionOutput", "EngineConfig", "Logprob", "RequestOutput", "SamplingParams", "ShoalError", "run"]
 
-_LATE = dict.fromkeys(("LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"), "shoal.llm")
+_LATE = {
+    **dict.fromkeys(("LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"), "shoal.llm"),
+    "run": "shoal.jobs.call",
+}
 
 
 def __getattr__(name: str) -> object:
-    """Load what needs torch when it is first asked for."""
+    """Load what is slow to load when it is first asked for."""
     if name in _LATE:
         return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module 'shoal' has no attribute {name!r}")

@@ -21,8 +21,8 @@ from shoal.kernels import api
 from shoal.nn.arch import ModelConfig, read_config
 from shoal.nn.decoder import Decoder
 from shoal.nn.weights import DTYPES, expected_shapes, load_weights
-from shoal.run.memory import MemoryPlan, available_bytes, plan_memory
-from shoal.run.runner import ModelRunner
+from shoal.runtime.memory import MemoryPlan, available_bytes, plan_memory
+from shoal.runtime.runner import ModelRunner
 from shoal.sched.policies.batch import BatchPolicy
 from shoal.sched.policy import Budget, Policy
 from shoal.sched.scheduler import Scheduler

@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from shoal.core.errors import ShoalError, UsageError
 from shoal.llm import LLM, SamplingParams
 from shoal.llm.params import default_params
-from shoal.run.runner import StepInFlight
+from shoal.runtime.runner import StepInFlight
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 TEMPLATE = (

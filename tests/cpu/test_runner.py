@@ -24,9 +24,9 @@ from shoal.kernels.api import load
 from shoal.nn.arch import read_config
 from shoal.nn.decoder import Decoder
 from shoal.nn.weights import load_weights
-from shoal.run.batch import build_batch
-from shoal.run.memory import MemoryPlan, _control_groups, available_bytes, plan_memory
-from shoal.run.runner import ModelRunner
+from shoal.runtime.batch import build_batch
+from shoal.runtime.memory import MemoryPlan, _control_groups, available_bytes, plan_memory
+from shoal.runtime.runner import ModelRunner
 from shoal.sched.policies.batch import BatchPolicy
 from shoal.sched.policy import Budget, Policy
 from shoal.sched.scheduler import Scheduler
@@ -377,7 +377,7 @@ def test_a_wrong_setting_is_refused_before_or_while_building(folder: Path, value
 def test_scores_and_samples_are_cut_into_pieces_without_a_trace(
     decoder: Decoder, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoal.run.runner._LOGIT_BYTES", 1)
+    monkeypatch.setattr("shoal.runtime.runner._LOGIT_BYTES", 1)
     monkeypatch.setattr("shoal.nn.sampler._DRAW_BYTES", 1)
     assert run(decoder, rows(), CALM)[0] == expected
     assert np.isfinite([each.logprob for each in expected["r13"][3]]).all()

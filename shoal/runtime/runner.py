@@ -18,7 +18,7 @@ from shoal.core.types import Answer, Request, Slice, Start, Step, StepResult, To
 from shoal.kernels.api import KV, Batch, Kernels
 from shoal.nn.sampler import Sampler
 from shoal.nn.scores import score
-from shoal.run.batch import build_batch, moves_tensor
+from shoal.runtime.batch import build_batch, moves_tensor
 
 _LOGIT_BYTES = 32 << 20  # of float32 logits at a time; reductions over them need about six times as much beside
 _TILE = 16  # rows of a matrix product: a multiple wastes none

@@ -43,7 +43,7 @@ def main() -> int:
     print(f"{len(rows)} rows: planning {seconds['plan']:.1f} s of {seconds['wall']:.0f} s = {100 * share:.2f} %")
     if len(sys.argv) == 1:
         write_result(
-            "planning", {"rows": len(rows), "output": OUTPUT, "share": share, "report": report, "holds": holds}
+            "planning", {"rows": len(rows), "output": OUTPUT, "share": share, "report": report, "shown": holds}
         )
     return 0 if holds else 1
 

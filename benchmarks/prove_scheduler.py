@@ -109,7 +109,7 @@ def main() -> int:
     print("plan and commit:", {name: round(value, 2) for name, value in cost.items()})
     print("simulated job:", {name: round(value, 1) for name, value in job.items()})
     holds = cost["median_ms"] < 3 and cost["p99_ms"] < 5 and job["seconds"] < 60 and not job["torch_loaded"]
-    write_result("scheduler", {"plan_and_commit": cost, "simulated_job": job, "holds": holds}, seed=0)
+    write_result("scheduler", {"plan_and_commit": cost, "simulated_job": job, "shown": holds}, seed=0)
     return 0 if holds else 1
 
 

@@ -6,7 +6,6 @@ It must not decide anything while the engine runs.
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from shoal.runtime.runner import ModelRunner
 from shoal.sched.policies.batch import BatchPolicy
 from shoal.sched.policy import Budget, Policy
 from shoal.sched.scheduler import Scheduler
-from shoal.text.checkpoint import resolve_model
+from shoal.text.checkpoint import resolve_model, weight_mode
 
 _LEAST_TOKENS = 2048  # without --memory, the KV memory must hold a row of this length (or of the whole context)
 
@@ -78,7 +77,7 @@ def build_engine(config: EngineConfig, useful_tokens: int | None = None) -> Buil
     device = _device(config.device)
     folder = resolve_model(config.model)
     model = read_config(folder, config.context)
-    mode = _weight_mode(config.weights, folder)
+    mode = weight_mode(config.weights, folder)
     memory = _memory(config, model, mode, device, useful_tokens)
     name = "ref" if config.kernels == "auto" else config.kernels
     try:
@@ -116,16 +115,6 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UsageError(f"device {name} is not there: torch sees {torch.cuda.device_count()} such devices; use cpu")
     return device
-
-
-def _weight_mode(asked: str, folder: Path) -> str:
-    """The arithmetic: a 16-bit checkpoint runs in bf16, any other in fp32."""
-    if asked != "auto":
-        return asked
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    inside = values.get("text_config") or {}
-    stored = values.get("dtype") or values.get("torch_dtype") or inside.get("dtype") or inside.get("torch_dtype")
-    return "bf16" if stored in ("bfloat16", "float16") else "fp32"
 
 
 def _memory(

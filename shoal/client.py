@@ -161,9 +161,11 @@ class InProcess:
         """Give out what is watched or over; hold the rest, so that a request is one message."""
         held = self._held.pop(output.id, None)
         if held is not None:
-            output.tokens = held.tokens + output.tokens
-            output.logprobs = held.logprobs + output.logprobs
-            output.scores = held.scores + output.scores
+            # Extended in place: an answer of n tokens comes in n parts.
+            held.tokens += output.tokens
+            held.logprobs += output.logprobs
+            held.scores += output.scores
+            output.tokens, output.logprobs, output.scores = held.tokens, held.logprobs, held.scores
         if output.finish is not None or output.id in self._watched:
             self._outputs.append(output)
         else:
@@ -196,8 +198,11 @@ class EngineProcess:
         """Tell the process what to build."""
         self._send(begin)
 
-    def ready(self) -> Ready:
-        """Wait until the engine is built. ShoalError says why it cannot be; EngineDied that the process ended."""
+    def ready(self, timeout: float) -> Ready | None:
+        """What was built, or None after `timeout` seconds. ShoalError says why nothing can be; EngineDied that the
+        process ended."""
+        if not self._poll(timeout):
+            return None
         answer = self._receive()
         if isinstance(answer, Failed):
             self.close()

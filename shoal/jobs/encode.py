@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import msgspec
+import numpy as np
 
 from shoal.core.errors import RowError
 from shoal.core.types import TOKEN, Request, Sampling, Tokens
@@ -204,6 +205,7 @@ class RowEncoder:
         for prompt in prompts:
             room = min(room, self.model.context - len(prompt))
             self._check_length(len(prompt), limit, "messages" if isinstance(body, ChatBody) else "prompt")
+            self._check_words(prompt, "messages" if isinstance(body, ChatBody) else "prompt")
         self._check_ids(row)
         answer = room if limit is None else limit
         return Encoded(
@@ -221,6 +223,12 @@ class RowEncoder:
             wrong = next(i for i in ids if not 0 <= i < self.model.vocab_size)
             raise _not_a_token(wrong, self.model.vocab_size, "prompt")
         return array(TOKEN, ids)
+
+    def _check_words(self, prompt: Tokens, param: str) -> None:
+        """A tokenizer may have words that the embedding has no row for, and a text may hold one."""
+        most = int(np.frombuffer(prompt, dtype=np.int32).max())
+        if most >= self.model.vocab_size:
+            raise _not_a_token(most, self.model.vocab_size, param)
 
     def _check_length(self, length: int, limit: int | None, param: str) -> None:
         context = self.model.context
@@ -287,7 +295,7 @@ class RowEncoder:
             banned.append(bare)
             if bare and spaced and spaced[0] != bare[0] and len(spaced) == len(bare):
                 banned.append(spaced)
-        return tuple(sequence for sequence in banned if sequence)
+        return tuple(sequence for sequence in banned if sequence and max(sequence) < self.model.vocab_size)
 
 
 class _Batch(msgspec.Struct):

@@ -8,10 +8,10 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from shoal.core.errors import RowError
+from shoal.core.errors import RowError, StateError
 from shoal.core.types import TOKEN, Finish, Output, Request, Tokens, TokenScore
 from shoal.jobs.answer import PromptAnswers, Sample
 from shoal.jobs.encode import RowEncoder
@@ -81,7 +81,12 @@ class Feed:
     ) -> None:
         """`done` says of an input line whether it has ended in an earlier run."""
         self.plan, self.source, self.encoder, self.tokenizer = plan, source, encoder, tokenizer
+        self._done = done
         self._units: Iterator[Unit] = plan.units_from(wanted=lambda number: not done(plan.line(number)))
+        self._position = -1  # in the plan, of the unit taken last
+        self._ahead: set[int] = set()  # positions of units that were taken before their turn
+        self._gap = 0  # row: those from the one that holds back the output up to here have ended
+        self._hurried = -1  # row that was last moved up
         self._rows: dict[int, _Row] = {}
         self._parts: dict[str, _Part] = {}
         self._unstarted: set[str] = set()
@@ -107,6 +112,22 @@ class Feed:
             self.prompt_tokens += len(part.request.prompt)
         return [part.request for part in parts], frozenset(p.request.id for p in parts if p.row.spec.stop)
 
+    def hurry(self, written: int) -> None:
+        """With so many rows written, in input order: if the next alone holds back more than half the file, hand it
+        out before anything else. Its requests leave the plan: what they compute again is the price, and nobody keeps
+        memory for them. (Rows that hold back much together stay: moving them all up would undo the plan.)"""
+        plan = self.plan
+        self._gap = max(self._gap, written + 1)
+        while self._gap < plan.num_rows and self._done(plan.line(self._gap)):
+            self._gap += 1
+        if 2 * (self._gap - written - 1) <= plan.num_rows or written == self._hurried:
+            return
+        self._hurried = written
+        for unit in plan.units_of(written):
+            if unit.position > self._position and unit.position not in self._ahead:
+                self._ahead.add(unit.position)
+                self._first += self._open(replace(unit, index=-1, futures=None))
+
     def _take(self) -> list[_Part]:
         if self._groups or self._quarantine:
             if self._parts:
@@ -124,6 +145,10 @@ class Feed:
             unit = next(self._units, None)
             if unit is None:
                 self._exhausted = True
+                continue
+            self._position = unit.position
+            if unit.position in self._ahead:
+                self._ahead.remove(unit.position)
             else:
                 parts += self._open(unit)
         return parts
@@ -133,7 +158,13 @@ class Feed:
         if row is None:
             place = self.plan.row(unit.row)
             raw = self.source.read(place.offset, place.length)
-            spec = self.encoder.parse(raw)
+            try:
+                spec = self.encoder.parse(raw)
+            except RowError as error:
+                raise StateError(
+                    f"line {place.line} of the input is not what it was when the job began ({error}): "
+                    "bring the file back as it was and run the same command again"
+                ) from error
             row = self._rows[unit.row] = _Row(unit.row, place.line, raw, spec, place.prompts * spec.n)
         row.prompts[unit.prompt] = unit.tokens
         requests = self.encoder.requests(row.line, row.spec, unit.prompt, unit.tokens, unit.index, unit.futures)
@@ -234,8 +265,11 @@ class Feed:
         parts = list(self._parts.values())
         self._parts.clear()
         self._unstarted.clear()
-        suspects = [part for part in parts if part.started]
-        self._first.extendleft(self._fresh(part) for part in reversed([p for p in parts if not p.started]))
+        # An engine that died in the step that started a row had no time to say so.
+        unsaid = not any(part.started for part in parts)
+        suspects = [part for part in parts if part.started or unsaid]
+        waited = [part for part in parts if not part.started and not unsaid]
+        self._first.extendleft(self._fresh(part) for part in reversed(waited))
         lines = sorted({part.row.line for part in suspects})
         if suspects:
             size = max(1, -(-len(lines) // QUARANTINE))
@@ -251,6 +285,7 @@ class Feed:
     def fail(self, line: int, error: RowError) -> Ended:
         """Give up on a row that is not in the engine."""
         self._groups = deque(group for group in self._groups if all(part.row.line != line for part in group))
+        self._first = deque(part for part in self._first if part.row.line != line)
         row = next(row for row in self._rows.values() if row.line == line)
         row.error = error
         return self._close(row)

@@ -19,6 +19,7 @@ from shoal import __version__
 from shoal.client import News, Ready
 from shoal.jobs.display import Progress
 from shoal.jobs.feed import Feed
+from shoal.jobs.files import disk_errors
 from shoal.jobs.plan import Plan
 from shoal.jobs.prepare import Prepared
 from shoal.jobs.report import Failures, Report, Rows, Seconds, Tokens
@@ -91,18 +92,19 @@ class Meter:
         if news.counters:
             self._counters, self._used_blocks = news.counters, news.used_blocks
         if news.steps:
-            if self._steps is None:
-                self._steps = (folder / STEPS).open("a", encoding="utf-8")
-            for step in news.steps:
-                self._steps.write(
-                    json.dumps(
-                        {
-                            "step": step.index, "tokens": step.tokens, "sequences": step.sequences,
-                            "prompt_tokens": step.prompt_tokens, "used_blocks": step.used_blocks,
-                            "ended": round(step.ended, 6),
-                        }
-                    ) + "\n"
-                )  # fmt: skip
+            with disk_errors(folder / STEPS):
+                if self._steps is None:
+                    self._steps = (folder / STEPS).open("a", encoding="utf-8")
+                for step in news.steps:
+                    self._steps.write(
+                        json.dumps(
+                            {
+                                "step": step.index, "tokens": step.tokens, "sequences": step.sequences,
+                                "prompt_tokens": step.prompt_tokens, "used_blocks": step.used_blocks,
+                                "ended": round(step.ended, 6),
+                            }
+                        ) + "\n"
+                    )  # fmt: skip
 
     def tick(self, now: float, results: Results) -> None:
         """Look at the memory, and note what was spent, when it is time to."""
@@ -116,7 +118,8 @@ class Meter:
     def close(self) -> None:
         """Close the log of steps."""
         if self._steps is not None:
-            self._steps.close()
+            with disk_errors(Path(self._steps.name)):
+                self._steps.close()
 
     # -- what it came to ---------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ class Unit:
     prompt: int  # number of the prompt within its row
     tokens: array[int]
     samples: int
-    futures: tuple[Staircase, ...]  # Request.future of each sample
+    futures: tuple[Staircase, ...] | None  # Request.future of each sample; None: nobody knows
 
 
 class Plan:
@@ -128,6 +128,11 @@ class Plan:
                 if wanted is None or wanted(row):
                     futures = _sample_futures(index, samples, goal, last)
                     yield Unit(place, index, row, prompt, self._arena.slice(offset, length), samples, futures)
+
+    def units_of(self, row: int) -> list[Unit]:
+        """The units of a row, in serving order."""
+        numbers = np.flatnonzero(self._units["row"] == row)
+        return [self.unit(position) for position in np.flatnonzero(np.isin(self._unit_at, numbers)).tolist()]
 
     def future(self, index: int) -> Staircase:
         """Request.future of the request at `index`: (depth, index) pairs, deepest first."""

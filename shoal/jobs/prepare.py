@@ -13,9 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from shoal import __version__
+from shoal.core.errors import UsageError
 from shoal.jobs.encode import RowEncoder
 from shoal.jobs.files import Files
-from shoal.jobs.options import JobOptions
+from shoal.jobs.options import STDIN, JobOptions
 from shoal.jobs.prompt import PromptTemplate
 from shoal.jobs.read import Source
 from shoal.jobs.settings import JobSettings, parse_defaults
@@ -23,7 +24,7 @@ from shoal.jobs.spool import open_source
 from shoal.jobs.state import HASHES, Begin, Manifest, StateFolder, hash_files, open_state
 from shoal.jobs.tables import Form, form_of
 from shoal.text.chat import ChatTemplate
-from shoal.text.checkpoint import ModelInfo, resolve_model
+from shoal.text.checkpoint import ModelInfo, resolve_model, weight_mode
 from shoal.text.tokenizer import Tokenizer
 
 EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "i8mm")
@@ -72,6 +73,7 @@ def prepare(options: JobOptions, files: Files) -> Prepared:
         defaults=parse_defaults(options.body),
     )
     encoder = RowEncoder(tokenizer, ChatTemplate.load(folder), info, settings)
+    _check_input(options, errors)
     state = open_state(options.output, errors, files, restart=options.restart, overwrite=options.overwrite)
     opened = False
     try:
@@ -88,6 +90,20 @@ def prepare(options: JobOptions, files: Files) -> Prepared:
     )
 
 
+def _check_input(options: JobOptions, errors: Path | None) -> None:
+    """Refuse an input that cannot be read, or that the job would write over, before anything is forgotten for it."""
+    if options.input == STDIN:
+        return
+    try:
+        with options.input.open("rb"):
+            pass
+        for output in (options.output, errors):
+            if output is not None and output.exists() and output.samefile(options.input):
+                raise UsageError(f"{options.input} is the input, and this job would write to it: choose another output")
+    except OSError as error:
+        raise UsageError(f"cannot read {options.input}: {error.strerror}") from error
+
+
 def _manifest(
     options: JobOptions, state: Path, files: Files, folder: Path, source: Source, encoder: RowEncoder
 ) -> Manifest:
@@ -101,13 +117,18 @@ def _manifest(
         tokenizer=encoder.tokenizer.hash,
         template=template,
         parameters={
-            "settings": repr(encoder.settings),
+            "model": encoder.settings.model,
+            "strict": options.strict,
+            "seed": options.seed,
+            "prompt": options.prompt,
+            "chat": options.chat,
+            "body": options.body,
             "order": options.order.value,
             "openai": options.openai,
             "one_file": options.one_file,
             "context": encoder.model.context,
         },
-        weight_mode=options.weights,
+        weight_mode=weight_mode(options.weights, folder),
         instruction_set=f"{options.device} {instruction_set()}",
         versions={"shoal": __version__, **{name: version(name) for name in LIBRARIES}},
     )

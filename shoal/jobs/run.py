@@ -39,6 +39,8 @@ from shoal.jobs.write import Order as WriteOrder
 MALFORMED = frozenset(("invalid_json_line", "line_too_long", "malformed_row", "missing_field"))
 INTERRUPTED, BUDGET_HIT, SOME_FAILED = 5, 4, 3
 POLL = 0.1  # seconds to wait for news before looking after the files and the display
+LAST_STEP = 2.0  # seconds that an interrupted job waits for what the step under way brings
+LOADS = 3  # engines that may die while they load the model, one after the other
 DEATHS = 8  # engine deaths in a row without any row completed, after which the job gives up
 
 
@@ -138,9 +140,10 @@ class _Job:
         try:
             self.meter.resume(results)
             self._refuse_bad_rows(plan, results)
+            self._check_budget(results)
             feed = Feed(plan, self.job.source, self.job.encoder, self.job.tokenizer, results.done)
             with self.display:
-                if results.status().answered < results.status().total:
+                if results.status().answered < results.status().total and not self.budget_hit:
                     self._start(plan)
                     self._say_plan(plan, results)
                     self._loop(feed, results)
@@ -197,16 +200,35 @@ class _Job:
         return replace(self.job.options.engine(), model=str(self.job.folder))
 
     def _start(self, plan: Plan) -> None:
+        """Have an engine, unless asked to stop meanwhile."""
         if self.backend is not None:
             return
+        for _ in range(LOADS):
+            try:
+                return self._load(plan)
+            except EngineDied as error:
+                death = error
+                if self.stop.asked:
+                    return
+            self.engine = None
+            self.display.warn(f"{death} while it loaded the model; starting another")
+        raise ShoalError(
+            f"{death} while it loaded the model, {LOADS} times: see what it printed and whether memory is short, "
+            "and run the same command again to continue"
+        ) from death
+
+    def _load(self, plan: Plan) -> None:
         config = self._config()
         if self.engine is None:
             self.engine = EngineProcess(self.job.options.threads or 0)
         useful = plan.bound + min(plan.num_requests, config.max_sequences) * self.job.info.context
         self.engine.begin(Begin(config, useful))
-        ready = self.engine.ready()
-        self.meter.loaded(ready, self.engine.pid)
-        self.backend = self.engine
+        while not self.stop.asked:
+            ready = self.engine.ready(POLL)
+            if ready is not None:
+                self.meter.loaded(ready, self.engine.pid)
+                self.backend = self.engine
+                return
 
     def _say_plan(self, plan: Plan, results: Results) -> None:
         ready: Ready | None = self.meter.ready
@@ -226,6 +248,9 @@ class _Job:
         """Start another engine in place of a dead one, and give up on a row that has killed it twice alone."""
         if self.engine is None:
             raise death
+        if self.stop.asked:  # by a signal that has reached both
+            self.backend = None
+            return
         self.deaths += 1
         self.meter.died()
         if self.deaths >= DEATHS:
@@ -247,6 +272,8 @@ class _Job:
         while not self.stop.asked and not self.budget_hit:
             try:
                 assert self.backend is not None
+                if self.job.options.order is not Order.FINISH:
+                    feed.hurry(results.status().written)
                 requests, watched = feed.next()
                 if requests:
                     self.backend.submit(requests, watched)
@@ -261,6 +288,13 @@ class _Job:
             results.tick(now)
             self.meter.tick(now, results)
             self.display.show(self._progress(feed, results))
+        if self.stop.asked and self.backend is not None:
+            try:
+                news = self.backend.outputs(LAST_STEP)
+                if news is not None:
+                    self._take(news, feed, results)
+            except EngineDied:
+                return  # its unfinished rows would have run again anyway
 
     def _take(self, news: News, feed: Feed, results: Results) -> None:
         feed.started(news.started)
@@ -284,6 +318,9 @@ class _Job:
             payload = self.writer.answer(ended.spec, ended.answers)
             key = row_key(self.job.manifest, ended.raw or b"")
             results.put(ended.line, key, "ok", payload, ended.stats)
+        self._check_budget(results)
+
+    def _check_budget(self, results: Results) -> None:
         status = results.status()
         self.budget_hit = self.job.options.max_failures.exceeded(status.counts["failed"], status.total)
 

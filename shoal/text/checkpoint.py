@@ -65,6 +65,16 @@ def _from_hub(name: str, revision: str | None) -> Path:
         ) from error
 
 
+def weight_mode(asked: str, folder: Path) -> str:
+    """The arithmetic of a model: what was asked for; for "auto" bf16 where the checkpoint has 16 bits, else fp32."""
+    if asked != "auto":
+        return asked
+    config = read_json(folder / "config.json")
+    inner = config.get("text_config") or {}
+    stored = config.get("dtype") or config.get("torch_dtype") or inner.get("dtype") or inner.get("torch_dtype")
+    return "bf16" if stored in ("bfloat16", "float16") else "fp32"
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What requests must fit, and what they get when they do not say."""

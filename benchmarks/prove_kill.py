@@ -266,16 +266,12 @@ def trial(
     return {"kills": kills, "lives": lives, "orphan_seconds": max(orphans), "wrong": wrong}
 
 
-def second_run_is_refused(folder: Path, source: Path) -> list[str]:
-    """Start a run while another is under way: it must exit 2 and say who is there."""
-    job = Job(folder, source)
-    with job.life() as process:
-        if not wait_for(job, process, 1, 0.0):
-            return ["the first run ended before the second could start"]
-        command = [sys.executable, "-m", "shoal", *job.arguments()]
-        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def second_run_is_refused(job: Job, first: psutil.Popen) -> list[str]:
+    """Start another run of a job that is under way: it must exit 2 and say who is there. Returns what is wrong."""
+    command = [sys.executable, "-m", "shoal", *job.arguments()]
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     said = " ".join((second.stdout + second.stderr).split())
-    good = second.returncode == 2 and f"process {process.pid}" in said
+    good = second.returncode == 2 and f"process {first.pid}" in said
     return [] if good else [f"a second run ended with {second.returncode}: {said[-300:]}"]
 
 
@@ -289,7 +285,11 @@ def killed(folder: Path, rows: int, kills: int, seed: int) -> dict[str, Any]:
         code = process.wait()
     seconds, wanted = time.monotonic() - began, unbroken.files()
     wrong = [] if code == EXIT_FAILED_LINES else [f"unbroken: exit {code}: {unbroken.messages.read_text()[-500:]}"]
-    wrong += second_run_is_refused(folder / "second", source)
+    held = Job(folder / "held", source)
+    with held.life() as process:
+        wait_for(held, process, 1, 0.0)
+        process.suspend()  # it holds the job for as long as the second run may take
+        wrong += second_run_is_refused(held, process)
     found: Counter[str] = Counter()
     lives, trials, orphan = 0, 0, 0.0
     while found.total() < kills and not wrong:

@@ -29,6 +29,13 @@ def test_the_map_has_every_package() -> None:
     assert not {name for name in packages if f"shoal/{name}/" not in text}
 
 
+def test_the_map_has_every_proof() -> None:
+    text = (ROOT / "docs/map.md").read_text(encoding="utf-8")
+    assert not {
+        path.name for path in (ROOT / "benchmarks").glob("prove_*.py") if f"`benchmarks/{path.name}`" not in text
+    }
+
+
 def test_the_readme_has_every_flag_of_run() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = {flag for row in re.findall(r"^\| `-[^|]*\|", text, re.MULTILINE) for flag in re.findall(r"--[\w-]+", row)}

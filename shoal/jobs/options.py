@@ -84,6 +84,9 @@ class JobOptions:
     quiet: bool = False  # nothing on the terminal but errors
 
     def __post_init__(self) -> None:
+        for name, kind in (("input", Path), ("output", Path), ("order", Order), ("max_failures", FailureBudget)):
+            if not isinstance(getattr(self, name), kind):
+                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be a {kind.__module__}.{kind.__name__}")
         self.engine()  # so that a wrong value is refused before anything is read
 
     def engine(self) -> EngineConfig:

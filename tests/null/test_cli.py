@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -159,6 +160,12 @@ def test_errors_have_their_exit_codes(
     monkeypatch.setattr(shoal.cli, "answer", answer)
     assert call("run", "-i", "a", "-o", "b") == code
     assert capsys.readouterr().err.startswith("shoal: " + str(error))
+
+
+@pytest.mark.parametrize("wrong", [{"order": "input"}, {"max_failures": "1%"}, {"input": "a"}, {"threads": "2"}])
+def test_options_of_another_kind_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        JobOptions(**{"input": Path("a"), "output": Path("b"), **wrong})
 
 
 def test_run_batch_is_strict_and_writes_one_file(asked: list[JobOptions]) -> None:

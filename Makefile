@@ -19,7 +19,7 @@ run: $(VENV)/.installed
 	@$(BIN)/python tools/show_answers.py examples/reviews.jsonl examples/reviews.answers.jsonl $(DEMO)/answers.jsonl
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -q -rs -n $(WORKERS)
+	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=5000 $(BIN)/python -m pytest $(TESTS) -q -rs -n $(WORKERS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
+from shoal import kernels as backends
 from shoal.core.config import EngineConfig
 from shoal.core.errors import UsageError
 from shoal.engine import Engine
-from shoal.kernels import api
 from shoal.nn.arch import ModelConfig, read_config
 from shoal.nn.decoder import Decoder
 from shoal.nn.weights import DTYPES, expected_shapes, load_weights
@@ -81,7 +81,7 @@ def build_engine(config: EngineConfig, useful_tokens: int | None = None) -> Buil
     memory = _memory(config, model, mode, device, useful_tokens)
     name = "ref" if config.kernels == "auto" else config.kernels
     try:
-        kernels = api.load(name, config.device, config.threads)
+        kernels = backends.load(name, config.device, config.threads)
     except ValueError as error:
         raise UsageError(str(error)) from error
     decoder = Decoder(model, load_weights(folder, model, DTYPES[mode]), kernels)

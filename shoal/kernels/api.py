@@ -118,17 +118,3 @@ class Kernels(Protocol):
         """For each row (src, dst, tokens), in order, copy the first `tokens` positions of page src to page dst, in
         every layer. The moves are int64 on the CPU."""
         ...
-
-
-def load(name: str, device: str = "cpu", threads: int | None = None) -> Kernels:
-    """Return the backend of that name on a device ("cpu", "cuda", "cuda:1"). ValueError for a name nobody knows.
-
-    `threads` sets the number of CPU threads of the whole process; None leaves it alone.
-    """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if name == "ref":
-        from shoal.kernels.ref import RefKernels
-
-        return RefKernels(torch.device(device))
-    raise ValueError(f"unknown kernels {name!r}: known are 'ref'")

@@ -20,7 +20,7 @@ from shoal.core.config import EngineConfig
 from shoal.core.errors import UsageError
 from shoal.core.types import PENDING, TOKEN, Answer, Finish, Move, Output, Request, Sampling, Slice, Start, Step
 from shoal.engine import Engine
-from shoal.kernels.api import load
+from shoal.kernels import load
 from shoal.nn.arch import read_config
 from shoal.nn.decoder import Decoder
 from shoal.nn.weights import load_weights

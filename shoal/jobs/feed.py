@@ -22,7 +22,7 @@ from shoal.text.detok import Detokenizer
 from shoal.text.tokenizer import Tokenizer
 
 WINDOW = 1024  # requests that wait in the engine: enough to choose from, few enough to look at in every step
-QUARANTINE = 8  # after a death, the rows that were running come back in about so many groups
+QUARANTINE = 8  # after a death, the rows that were in the engine come back in about so many groups
 
 EXHAUSTED = "kv_exhausted: "
 
@@ -35,7 +35,6 @@ class _Part:
     number: int  # of the prompt within the row
     request: Request
     detok: Detokenizer
-    started: bool = False
     cancelled: bool = False  # a stop string ended it; the engine may not know yet
     text: list[str] = field(default_factory=list)
     tokens: Tokens = field(default_factory=lambda: array(TOKEN))
@@ -181,8 +180,6 @@ class Feed:
         """These requests run now."""
         for id in ids:
             self._unstarted.discard(id)
-            if id in self._parts:
-                self._parts[id].started = True
 
     def take(self, output: Output) -> tuple[Ended | None, list[str]]:
         """News of one request: the row that it completes, if it does, and requests to cancel."""
@@ -259,24 +256,18 @@ class Feed:
     # -- a dead engine -----------------------------------------------------------------------------
 
     def died(self) -> list[int]:
-        """The engine is gone with all it had. Rows that only waited go again as they were; those that ran come back
-        in small groups without company, so that one which kills the engine is found. Returns the line of the one row
-        that was alone when the engine died."""
+        """The engine is gone with all it had. Its rows come back in small groups without company, so that one which
+        kills the engine is found; those that only waited too, for an engine that died in the step that started a row
+        had no time to say so. Returns the line of the one row that was alone when the engine died."""
         parts = list(self._parts.values())
         self._parts.clear()
         self._unstarted.clear()
-        # An engine that died in the step that started a row had no time to say so.
-        unsaid = not any(part.started for part in parts)
-        suspects = [part for part in parts if part.started or unsaid]
-        waited = [part for part in parts if not part.started and not unsaid]
-        self._first.extendleft(self._fresh(part) for part in reversed(waited))
-        lines = sorted({part.row.line for part in suspects})
-        if suspects:
-            size = max(1, -(-len(lines) // QUARANTINE))
-            for first in range(0, len(lines), size):
-                group = set(lines[first : first + size])
-                self._groups.append([self._fresh(part) for part in suspects if part.row.line in group])
-            self._quarantine = True
+        lines = list(dict.fromkeys(part.row.line for part in parts))  # in plan order, to share prefixes
+        size = max(1, -(-len(lines) // QUARANTINE))
+        for first in range(0, len(lines), size):
+            group = set(lines[first : first + size])
+            self._groups.append([self._fresh(part) for part in parts if part.row.line in group])
+        self._quarantine = bool(self._groups)
         return lines if len(lines) == 1 else []
 
     def _fresh(self, part: _Part) -> _Part:

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
 from rich.console import Console
 
-from shoal.client import Backend, InProcess, News
+from shoal.client import Backend, Begin, InProcess, News, Ready
 from shoal.core.clock import SimClock
+from shoal.core.errors import EngineDied
 from shoal.core.types import Request
 from shoal.engine import Engine
 from shoal.jobs.options import JobOptions
@@ -52,6 +57,9 @@ def _row(number: int, url: str, body: dict[str, Any]) -> str:
     return json.dumps({"custom_id": f"r{number}", "method": "POST", "url": url, "body": {"model": "any", **body}})
 
 
+ROWS = [chat(i, max_tokens=5 + i % 7, n=1 + (i % 5 == 0)) for i in range(120)]
+
+
 @dataclass
 class EchoJob:
     """One output and the runs that lead to it."""
@@ -80,13 +88,21 @@ class EchoJob:
 
     def run(self, backend: Backend | None = None, **more: Any) -> int:
         """Run to the end, or to where the backend leads; the exit code."""
+        return self._run(backend or echo_backend(), more)
+
+    def run_mortal(self, process: type[Mortal], **more: Any) -> int:
+        """The same with engine processes that die as their class says."""
+        with mock.patch("shoal.jobs.run.EngineProcess", process):
+            return self._run(None, more)
+
+    def _run(self, backend: Backend | None, more: dict[str, Any]) -> int:
         source = self.root / "in.jsonl"
         if not source.exists():
             source.write_text("".join(row + "\n" for row in self.rows))
         console = Console(file=io.StringIO(), width=400)
         options = JobOptions(**{"input": source, "output": self.out, **self.options, **more})
         try:
-            return run_job(options, backend or echo_backend(), console)
+            return run_job(options, backend, console)
         finally:
             self.said = console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -103,6 +119,36 @@ class EchoJob:
     def final(self) -> tuple[bytes, bytes]:
         """What the user asked for."""
         return self.out.read_bytes(), self.errors.read_bytes() if self.errors.exists() else b""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Callable[..., EchoJob]:
+    """Makes jobs in folders of their own."""
+    made = 0
+
+    def make(rows: list[str], **options: object) -> EchoJob:
+        nonlocal made
+        made += 1
+        folder = tmp_path / f"job{made}"
+        folder.mkdir()
+        if "input" in options and str(options["input"]) != "-":
+            options["input"] = folder / str(options["input"])
+        return EchoJob(folder, rows, str(options.pop("name", "out.jsonl")), options)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+    """What a job over ROWS leaves."""
+    whole = EchoJob(tmp_path_factory.mktemp("unbroken"), ROWS)
+    assert whole.run() == 0
+    return whole.final()
+
+
+def interrupt(at: int, number: int = signal.SIGINT) -> Callable[[int], None]:
+    """Send ourselves a signal at round `at`."""
+    return lambda rounds: os.kill(os.getpid(), number) if rounds == at else None
 
 
 class Watched:
@@ -135,3 +181,48 @@ class Watched:
 
     def close(self) -> None:
         self._backend.close()
+
+
+class Mortal:
+    """Stands for EngineProcess. A subclass says when it dies; `made` counts its instances."""
+
+    made = 0
+
+    def __init__(self, threads: int = 0) -> None:
+        type(self).made += 1
+        self.number = type(self).made
+        self.pid = os.getpid()
+        self.rounds = 0
+        self._backend = echo_backend()
+
+    def dies_loading(self) -> bool:
+        return False
+
+    def dies(self, running: set[int]) -> bool:
+        """Whether it ends now, before it says what this round brought; `running` are input lines."""
+        return False
+
+    def begin(self, begin: Begin) -> None:
+        """Nothing is built later."""
+
+    def ready(self, timeout: float) -> Ready | None:
+        if self.dies_loading():
+            raise EngineDied("the engine process ended by itself (signal SIGKILL)")
+        return Ready("cpu", "fp32", "ref", 1, 4096, BLOCK, 1 << 20, 8192, 0.1)
+
+    def submit(self, requests: Iterable[Request], watched: frozenset[str] = frozenset()) -> None:
+        self._backend.submit(requests, watched)
+
+    def cancel(self, ids: Iterable[str]) -> None:
+        self._backend.cancel(ids)
+
+    def outputs(self, timeout: float) -> News | None:
+        self.rounds += 1
+        news = self._backend.outputs(timeout)
+        running = self._backend.engine.scheduler.running.values()
+        if self.dies({int(seq.request.id.split(".")[0]) for seq in running}):
+            raise EngineDied("the engine process ended by itself (signal SIGKILL)")
+        return news
+
+    def close(self) -> None:
+        """Nothing to end."""

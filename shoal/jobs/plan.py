@@ -66,6 +66,7 @@ class Plan:
         self.num_requests: int = summary["requests"]  # samples of all units
         self.prompt_tokens: int = summary["prompt_tokens"]  # of all requests
         self.bound: int = summary["bound"]  # the least number of prompt tokens that must be computed
+        self.answer_tokens: int = summary["answer_tokens"]  # the most that all requests may produce
         self.last_again: int = summary["last_again"]  # fully cached prompts whose last token is computed again
         self._largest: list[tuple[int, int, int]] = [(d, uses, unit) for d, uses, unit in summary["largest"]]
         self._arena = Arena(folder / store.ARENA)
@@ -190,6 +191,7 @@ def build_plan(
         bad = int((collected.rows["error"] >= 0).sum())
         arrays |= {"rows": collected.rows, "units": collected.units, "error_end": collected.error_end}
         totals |= {"lines": source.num_lines, "rows": len(collected.rows), "bad": bad}
+        totals["answer_tokens"] = collected.answer_tokens
         store.save(folder, _key(source, key, order), arrays, totals)
         return Plan.load(folder)
 

@@ -80,6 +80,7 @@ class Collected:
     rows: npt.NDArray[Any]  # ROW
     units: npt.NDArray[Any]  # UNIT
     error_end: npt.NDArray[np.int64]
+    answer_tokens: int  # sum of all limits
 
 
 def collect(source: Source, encoder: Encoder, folder: Path, progress: Callable[[int, int], None]) -> Collected:
@@ -114,6 +115,7 @@ class _Tables:
         self._errors = errors
         self._roots: dict[str, int] = {}
         self._keys = array("q")  # of rows' custom_ids; 0: none
+        self._answer_tokens = 0
 
     def add(self, place: Place, result: Encoded | RowError, arena: ArenaWriter) -> None:
         """Take one row, good or bad."""
@@ -126,6 +128,7 @@ class _Tables:
         self._keys.append(result.key)
         root = self._roots.setdefault(result.root, len(self._roots))
         expect = -1.0 if result.expect is None else result.expect
+        self._answer_tokens += len(result.prompts) * result.samples * result.max_tokens
         unsampled = result.max_tokens == 0  # then the last position's hidden state is not needed
         for number, prompt in enumerate(result.prompts):
             reach = result.score_from - 1 if result.score_from >= 1 else -1
@@ -148,7 +151,8 @@ class _Tables:
         """The columns as tables, without the units of refused rows."""
         self._errors.close()
         rows, units = _table(ROW, self.rows), _table(UNIT, self.units)
-        return Collected(rows, units[rows["error"][units["row"]] < 0], np.array(self._errors.ends, dtype=np.int64))
+        good = units[rows["error"][units["row"]] < 0]
+        return Collected(rows, good, np.array(self._errors.ends, dtype=np.int64), self._answer_tokens)
 
 
 def _chunks(places: Iterator[Place]) -> Iterator[list[Place]]:

@@ -221,7 +221,7 @@ class _Job:
         config = self._config()
         if self.engine is None:
             self.engine = EngineProcess(self.job.options.threads or 0)
-        useful = plan.bound + min(plan.num_requests, config.max_sequences) * self.job.info.context
+        useful = plan.bound + min(plan.answer_tokens, config.max_sequences * self.job.info.context)
         self.engine.begin(Begin(config, useful))
         while not self.stop.asked:
             ready = self.engine.ready(POLL)

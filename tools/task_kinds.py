@@ -194,9 +194,9 @@ SUM = ("Add the numbers.", "Give the sum.", "Work out the sum. Answer with the n
 
 
 def sums(rng: random.Random, words: Words) -> Task:
-    """The sum of two numbers up to 99; the pairs of the two sides of the split do not overlap."""
+    """The sum of two numbers below 50; the pairs of the two sides of the split do not overlap."""
     while True:
-        top = rng.choice((10, 100, 100))
+        top = rng.choice((10, 20, 50, 50))
         one, two = rng.randrange(top), rng.randrange(top)
         if kept_out(f"{min(one, two)}+{max(one, two)}") == words.held_out:
             break
@@ -210,9 +210,9 @@ ALPHABET = ("Sort the words alphabetically.", "Put the words in alphabetical ord
 
 
 def sort_numbers(rng: random.Random, words: Words) -> Task:
-    """Three to six different numbers below 100, upwards or downwards."""
+    """Three to five different numbers below 100, upwards or downwards."""
     while True:
-        numbers = rng.sample(range(100), rng.randrange(3, 7))
+        numbers = rng.sample(range(100), rng.randrange(3, 6))
         if kept_out(str(sorted(numbers))) == words.held_out:
             break
     down = rng.random() < 0.3

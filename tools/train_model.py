@@ -23,17 +23,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from make_tasks import Chat, held_out_chats, training_chats
-from small_llama import Shape, SmallLlama, export
+from small_llama import Shape, SmallLlama, export, plant_copying
 from tokenizers import Tokenizer
 from torch import Tensor
 from train_tokenizer import CHAT_END, CHAT_START, END_OF_TEXT, FOLDER, ROOT, public_domain_texts
 
 BATCH_TOKENS = 2048  # of padded conversations in one micro-batch
-PARTS = 2  # micro-batches of a step, worked on side by side
-TEXT_ROWS, TEXT_LENGTH = 2, 256
+PARTS = 1  # micro-batches of a step, worked on side by side
+TEXT_ROWS, TEXT_LENGTH = 1, 256
 TEXT_WEIGHT = 0.2
 CHUNK = 1536  # conversations that are sorted by length together
-MATRIX_RATE, TABLE_RATE = 0.02, 0.004
+MATRIX_RATE, TABLE_RATE, NORM_RATE = 0.02, 0.01, 0.002
 WARM_UP = 60
 
 
@@ -149,10 +149,12 @@ class Run:
         torch.manual_seed(seed)
         self.seed, self.step, self.chunk, self.tokens, self.seconds = seed, 0, 0, 0, 0.0
         self.model = SmallLlama(Shape())
+        self.planted = plant_copying(self.model)
         matrices = [weight for name, weight in self.model.named_parameters() if "_proj" in name]
-        others = [weight for name, weight in self.model.named_parameters() if "_proj" not in name]
+        norms = [weight for name, weight in self.model.named_parameters() if "norm" in name]
+        table = [self.model.embed_tokens.weight]
         self.muon = Muon(matrices)
-        self.adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
+        self.adam = torch.optim.AdamW([{"params": table}, {"params": norms}], betas=(0.9, 0.95), weight_decay=0.0)
         self.tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
         self.encoder = Encoder(self.tokenizer)
         self.workers = ThreadPoolExecutor(threads)
@@ -205,7 +207,7 @@ class Run:
                     f"step {self.step} tokens {self.tokens} task {task:.3f} text {text:.3f} {speed:.2f} s", flush=True
                 )
                 losses, said = [], now
-            if self.step % 400 == 0 or self.step == steps:
+            if self.step % 500 == 0 or self.step == steps:
                 print("  exact: " + "  ".join(f"{kind} {share:.2f}" for kind, share in exact(self).items()), flush=True)
             if now - saved > 180:
                 self.seconds += now - saved
@@ -227,10 +229,12 @@ class Run:
         results = list(self.workers.map(lambda job: self.gradients(*job), jobs))
         for weight, *parts in zip(self.model.parameters(), *(found for _, _, found in results), strict=True):
             weight.grad = torch.stack(parts).mean(0)
-        for group in self.adam.param_groups:
-            group["lr"] = TABLE_RATE * share
+        for group, rate in zip(self.adam.param_groups, (TABLE_RATE, NORM_RATE), strict=True):
+            group["lr"] = rate * share
         self.adam.step()
         self.muon.step(MATRIX_RATE * share)
+        for planted in self.planted:
+            planted.restore()
         self.step += 1
         return sum(task for task, _, _ in results) / PARTS, sum(text for _, text, _ in results) / PARTS
 
@@ -259,7 +263,7 @@ def book_tokens(tokenizer: Tokenizer) -> list[int]:
 
 
 @torch.no_grad()
-def exact(run: Run, count: int = 600) -> dict[str, float]:
+def exact(run: Run, count: int = 330) -> dict[str, float]:
     """By kind, the share of held-out answers whose every token is the likeliest one, as greedy decoding has it."""
     right: dict[str, list[bool]] = defaultdict(list)
     samples = sorted(run.encoder.encode(held_out_chats(99, count)), key=lambda sample: len(sample.ids))
@@ -279,7 +283,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=4000)
     options.add_argument("--decay", type=int, default=1000, help="last steps over which the rate falls")
     options.add_argument("--seed", type=int, default=1)
-    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--threads", type=int, default=1)
     options.add_argument("--state", type=Path, default=ROOT / "build" / "minnow.pt")
     options.add_argument("--resume", action="store_true", help="go on from --state")
     options.add_argument("--minutes", type=float, default=1e9, help="stop and save after this long")

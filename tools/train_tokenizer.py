@@ -1,12 +1,16 @@
-"""Trains the embedded model's tokenizer; it knows text and merges, and nothing of weights.
+"""Trains a tokenizer like the embedded model's; it knows text and merges, and nothing of weights.
 
 One command, with the shared data beside the repository (about half a minute, the result is always the same):
 
     .venv/bin/python tools/train_tokenizer.py
+
+It writes to build/tokenizer. The tokenizer in the package was made so before the sums and the lists to sort got
+shorter, and its weights depend on it: only a model that is trained anew may take another one (`--output`).
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import itertools
 import json
@@ -60,6 +64,9 @@ def training_text() -> Iterator[str]:
 
 def main() -> None:
     """Train and write tokenizer.json, tokenizer_config.json and special_tokens_map.json."""
+    options = argparse.ArgumentParser(description="Train a byte-level tokenizer.")
+    options.add_argument("--output", type=Path, default=ROOT / "build" / "tokenizer")
+    folder: Path = options.parse_args().output
     tokenizer = Tokenizer(models.BPE(byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -75,8 +82,8 @@ def main() -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(training_text(), trainer)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(FOLDER / "tokenizer.json"))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
     special = {"bos_token": END_OF_TEXT, "eos_token": CHAT_END, "pad_token": END_OF_TEXT}
     config = special | {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -85,11 +92,11 @@ def main() -> None:
         "model_max_length": 8192,
         "chat_template": CHAT_TEMPLATE,
     }
-    (FOLDER / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (FOLDER / "special_tokens_map.json").write_text(
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "special_tokens_map.json").write_text(
         json.dumps(special | {"additional_special_tokens": [CHAT_START, CHAT_END]}, indent=2) + "\n"
     )
-    print(f"{tokenizer.get_vocab_size()} tokens in {FOLDER.relative_to(ROOT)}")
+    print(f"{tokenizer.get_vocab_size()} tokens in {folder}")
 
 
 if __name__ == "__main__":

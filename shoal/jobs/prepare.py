@@ -84,16 +84,25 @@ def prepare(options: JobOptions, files: Files) -> Prepared:
     finally:
         if not opened:
             state.close()
-    created = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
     return Prepared(
-        options, errors, form, state, begin, manifest, source, folder, name, tokenizer, encoder, info, created
+        options, errors, form, state, begin, manifest, source, folder, name, tokenizer, encoder, info, created()
     )
+
+
+def created() -> int:
+    """The time in answers, the same for all runs of a job: SOURCE_DATE_EPOCH, or 0."""
+    said = os.environ.get("SOURCE_DATE_EPOCH", "0")
+    if not said.isdecimal():
+        raise UsageError(f"SOURCE_DATE_EPOCH is {said!r}: it must be a whole number of seconds")
+    return int(said)
 
 
 def _check_input(options: JobOptions, errors: Path | None) -> None:
     """Refuse an input that cannot be read, or that the job would write over, before anything is forgotten for it."""
     if options.input == STDIN:
         return
+    if options.input.exists() and not options.input.is_file():
+        raise UsageError(f"{options.input} is not a file: a pipe is read with --input -, for it is read once only")
     try:
         with options.input.open("rb"):
             pass
@@ -127,6 +136,7 @@ def _manifest(
             "openai": options.openai,
             "one_file": options.one_file,
             "context": encoder.model.context,
+            "created": created(),
         },
         weight_mode=weight_mode(options.weights, folder),
         instruction_set=f"{options.device} {instruction_set()}",

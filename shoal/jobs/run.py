@@ -29,6 +29,7 @@ from shoal.jobs.options import JobOptions, Order
 from shoal.jobs.plan import Order as PlanOrder
 from shoal.jobs.plan import Plan, build_plan
 from shoal.jobs.prepare import Prepared, prepare
+from shoal.jobs.report import NAME as REPORT
 from shoal.jobs.report import print_report, read_report, write_report
 from shoal.jobs.results import Results, open_results
 from shoal.jobs.state import Begin as JobBegin
@@ -93,7 +94,7 @@ def run_job(options: JobOptions, backend: Backend | None = None, console: Consol
         try:
             job = prepare(options, files)
             try:
-                if job.begin is JobBegin.FINISHED:
+                if job.begin is JobBegin.FINISHED and (job.state.path / REPORT).is_file():
                     return _again(job, console)
                 return _Job(job, files, console, stop, began, engine, backend).run()
             finally:

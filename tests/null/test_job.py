@@ -17,6 +17,9 @@ from shoal.core.errors import ShoalError, StateError, UsageError
 from shoal.jobs.options import FailureBudget, Order
 from shoal.jobs.state import open_state
 
+MINNOW = Path(__file__).parents[2] / "shoal" / "models" / "minnow"
+
+
 # -- what is left ----------------------------------------------------------------------------------
 
 
@@ -56,6 +59,8 @@ def test_a_finished_job_says_so_and_ends_as_before(job) -> None:
     backend = Watched(echo_backend(), lambda rounds: None)
     assert one.run(backend) == 3
     assert backend.rounds == 0 and "had ended before" in one.said and "5 ok" in one.said
+    (one.state / "report.json").unlink()
+    assert one.run(backend) == 3 and backend.rounds == 0 and one.report.rows.ok == 5
 
 
 def test_an_empty_answer_is_written_with_a_full_row_beside_it(job) -> None:
@@ -108,10 +113,14 @@ def test_another_job_is_refused_by_name(job) -> None:
         ({"order": Order.FINISH}, "order was plan, is finish"),
         ({"weights": "fp32"}, "weight_mode was bf16, is fp32"),
         ({"prompt": "{text}"}, "parameters prompt was absent, is {text}"),
+        ({"model": str(MINNOW)}, "parameters model was minnow, is "),
     ]:
         with pytest.raises(StateError, match="--restart, or choose another output") as caught:
             one.run(**change)
         assert named in str(caught.value) and caught.value.exit_code == 2
+    with mock.patch.dict(os.environ, SOURCE_DATE_EPOCH="1700000000"):
+        with pytest.raises(StateError, match="parameters created was 0, is 1700000000"):
+            one.run()
     assert one.run(memory=10**9, threads=2) == 0
     (one.root / "in.jsonl").write_text(chat(1) + "\n")
     with pytest.raises(StateError, match="input was"):
@@ -142,8 +151,9 @@ def test_an_input_that_is_not_there_costs_nothing(job) -> None:
     one = job(ROWS[:4])
     one.run()
     before = one.final()
-    for name in ("nothing.jsonl", "."):
-        with pytest.raises(UsageError, match="cannot read"):
+    os.mkfifo(one.root / "pipe")
+    for name, said in [("nothing.jsonl", "cannot read"), (".", "is not a file"), ("pipe", "is read with --input -")]:
+        with pytest.raises(UsageError, match=said):
             one.run(input=one.root / name, restart=True)
     assert one.final() == before
 

@@ -79,13 +79,8 @@ def serve(backend: InProcess, connection: Connection, inbox: queue.SimpleQueue[o
             time.sleep(min(max(wait - now, 0.0), 0.01))
 
 
-def main() -> None:
-    """Run as `python -m shoal.host DESCRIPTOR`, by the parent alone."""
-    end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C reaches the whole group; the parent decides what it means
-    connection = connection_of(int(sys.argv[1]))
-    inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
-    threading.Thread(target=listen, args=(connection, inbox), daemon=True).start()  # first: loading takes seconds
+def build_and_serve(connection: Connection, inbox: queue.SimpleQueue[object]) -> None:
+    """Build what the first message asks for and step for ever; return when it cannot be built."""
     from shoal.build import build_engine  # loads torch, while the parent still plans
 
     begin = inbox.get()
@@ -104,6 +99,19 @@ def main() -> None:
         )
     )  # fmt: skip
     serve(InProcess(built.engine), connection, inbox)
+
+
+def main() -> None:
+    """Run as `python -m shoal.host DESCRIPTOR`, by the parent alone."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C reaches the whole group; the parent decides what it means
+    connection = connection_of(int(sys.argv[1]))
+    inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+    threading.Thread(target=listen, args=(connection, inbox), daemon=True).start()  # first: loading takes seconds
+    try:
+        build_and_serve(connection, inbox)
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(ORPHANED)  # the parent has all it wanted, or is gone
 
 
 if __name__ == "__main__":

@@ -158,6 +158,7 @@ SHOWN_RESUMED = ("temperature", "seed", "presence_penalty", "repetition_penalty"
 
 TASKS = ("Is it good? Answer yes or no.", "Sort: 3 1 2", "Add 17 and 25.", "Copy: the quick brown fox", "Who is it?")
 STORY = "Once upon a time there was a little clerk who could not stop counting. "
+STUCK = 1000  # calls without a step, after which there will be none
 URLS = {True: "/v1/chat/completions", False: "/v1/completions"}
 
 
@@ -202,12 +203,14 @@ def prompt(kind: str, number: int, shared: list[int], random: Random, body: dict
 
 
 class Watched(InProcess):
-    """An engine that notes which requests start again with tokens they have produced."""
+    """An engine that notes which requests start again with tokens they have produced, and that nothing moves."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.resumed: Counter[str] = Counter()  # times, by request id
         self.longest = 0  # tokens of KV memory that a request can fill
+        self.waited = 0  # steps in which requests waited
+        self._idle = 0  # calls since the last step
 
     def submit(self, requests: Iterable[Request], watched: frozenset[str] = frozenset()) -> None:
         """Hand in requests, and note the largest."""
@@ -216,11 +219,18 @@ class Watched(InProcess):
         super().submit(requests, watched)
 
     def outputs(self, timeout: float = 0.0) -> News | None:
-        """Look at each step once."""
+        """Look at each step once. Work that waits for nothing and is never planned is an AssertionError."""
         before = self.engine.last
         news = super().outputs(timeout)
-        if self.engine.last is not None and self.engine.last is not before:
-            self.resumed.update(start.request.id for start in self.engine.last.starts if start.produced)
+        step = self.engine.last
+        if step is not None and step is not before:
+            self._idle = 0
+            self.waited += bool(self.engine.scheduler.waiting)
+            self.resumed.update(start.request.id for start in step.starts if start.produced)
+        elif self.engine.wait_until is None:
+            self._idle += 1
+            stuck = [seq.request.id for seq in self.engine.scheduler.live()]
+            assert self._idle < STUCK or not stuck, f"the engine plans no more steps, but {stuck} have not ended"
         return news
 
 
@@ -248,11 +258,15 @@ def run(setting: Setting, made: Mapping[str, str], folder: Path, model: str, lon
         options = JobOptions(source, out, model=model, weights=setting.weights, seed=seed, quiet=True)
         built = build_engine(engine_config(setting, model, longest), useful_tokens=200_000)
         backend = Watched(built.engine)
-        code = run_job(options, backend)
-        built.close()
+        try:
+            code = run_job(options, backend)
+        finally:
+            built.close()
         assert code in (0, SOME_FAILED), code
-        outcome.resumed.update({part[int(id.split(".")[0]) - 1]: times for id, times in backend.resumed.items()})
+        for id, times in backend.resumed.items():
+            outcome.resumed[part[int(id.split(".")[0]) - 1]] += times
         outcome.longest = max(outcome.longest, backend.longest)
+        outcome.counted["waited"] += backend.waited
         for name in ("steps", "preemptions", "cached", "output_preempted"):
             outcome.counted[name] += getattr(built.engine.scheduler.counters, name)
         found = collect(out)
@@ -323,7 +337,8 @@ def prove(sets: int, seed: int, model: str, settings: Sequence[Setting]) -> dict
                 {**asdict(setting), **got.counted, "resumed": got.resumed.total(), "different": different,
                  "seconds": round(time.monotonic() - began, 2)}
             )  # fmt: skip
-            print(f"{number}/{len(settings)}", *runs[-1].values(), flush=True)
+            told = ", ".join(f"{name} {value}" for name, value in runs[-1].items() if name != "different")
+            print(f"{number}/{len(settings)}: {told}: {len(different)} of {len(made)} lines differ", flush=True)
     torch.set_num_threads(threads)
     failed = sum(isinstance(line, dict) for line in next(iter(expected.values())).values())
     return {

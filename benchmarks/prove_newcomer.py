@@ -89,6 +89,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="newcomer-") as folder:
         clone, links = Path(folder) / "shoal", Path(folder) / "wheels"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=clone, check=True, capture_output=True, text=True)
         download_seconds = fetch(clone, links)
         environment = clean_environment(links)
         first_seconds, first_code, _ = timed(first, clone, environment)
@@ -97,6 +98,7 @@ def main() -> int:
         second_seconds, second_code, output = (0.0, 0, "") if first_only else timed(second, clone, environment)
     closing = re.findall(r"^.*\d+ passed.*$", output, re.MULTILINE)
     result = {
+        "commit": head.stdout.strip(),  # what was cloned, whatever happened here meanwhile
         "first_command": first,
         "second_command": second,
         "download_seconds": round(download_seconds, 1),

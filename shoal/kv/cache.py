@@ -73,7 +73,7 @@ class KVCache:
     def _reusable(self, seq: Sequence) -> int:
         request = seq.request
         if seq.scored >= 0:
-            return seq.scored
+            return seq.scored - seq.scored % self.block_size  # a block computed again in part is computed in place
         return len(seq.tokens) - 1 if request.goal == seq.num_prompt else request.goal
 
     def acquire(self, seq: Sequence, match: Match, now: float) -> None:
@@ -127,16 +127,28 @@ class KVCache:
         short = -(-(seq.computed + num_tokens) // self.block_size) - len(seq.blocks)
         if short <= 0:
             return True
-        lack = short - self.pool.num_free
-        if lack > 0 and self.tree.evict(lack, self._expose) < lack and short > self.pool.num_free:
+        nodes, begin = self._nodes[seq], len(seq.blocks)
+        again = {i: nodes[i] for i in range(begin, min(begin + short, len(nodes))) if self._lies_idle(nodes[i])}
+        for node in again.values():
+            self.pool.share(node.block)
+        fresh = short - len(again)
+        lack = fresh - self.pool.num_free
+        if lack > 0 and self.tree.evict(lack, self._expose) < lack and fresh > self.pool.num_free:
+            for node in reversed(again.values()):
+                self.pool.drop(node.block)
+                self._expose(node)
             return False
-        nodes = self._nodes[seq]
-        for i in range(len(seq.blocks), len(seq.blocks) + short):
-            block = self.pool.take()
+        for i in range(begin, begin + short):
+            block = again[i].block if i in again else self.pool.take()
             self._use(seq, block)
             if i < len(nodes) and nodes[i].block < 0:
                 self.tree.place(nodes[i], block)
         return True
+
+    def _lies_idle(self, node: Node) -> bool:
+        """Whether a sequence that computes the node again may do so in its own block: nobody else holds it. (What it
+        writes is what stands there; a block beside it would need room that the node itself keeps from being free.)"""
+        return node.parent is not None and node.block >= 0 and self.pool.holders[node.block] == 1
 
     def _use(self, seq: Sequence, block: int) -> None:
         seq.blocks.append(block)

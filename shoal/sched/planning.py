@@ -157,7 +157,10 @@ class Planning:
             self.kv.release(seq, self.scheduler.horizon, self.index - 1, again=True)
             self.closed = self.closed or count > 0  # nobody overtakes a request that waits for memory
         elif count > 0 and first and not self.scheduler.in_flight and len(self.scheduler.running) == 1:
-            self.fail(seq)
+            if self.kv.in_use < self.kv.pool.num_blocks:
+                self.scheduler.preempt(seq)  # the rest lies idle above its own nodes: it starts again in those blocks
+            else:
+                self.fail(seq)
 
     def victim(self, seq: Sequence, first: bool) -> Sequence | None:
         """Who makes room for `seq`. The first of a step may take from anybody: that is the progress guarantee."""

@@ -48,7 +48,7 @@ class KVCache:
     def match(self, seq: Sequence, step: int) -> Match | None:
         """The longest prefix that `seq` need not compute in `step`. None: a running sequence is about to compute
         more of it, so wait. Positions whose hidden state is wanted are never reused."""
-        size, limit = self.block_size, self._reusable(seq)
+        size, limit, needed = self.block_size, self._reusable(seq), self._needed(seq)
         node, path, at = self.tree.root(seq.request.root), [], 0
         if not self.reuse:
             return Match((), None, 0, 0, False)
@@ -60,21 +60,26 @@ class KVCache:
                 return None
             path.append(child)
             node, at = child, at + size
-        rest = seq.tokens[at : at + size].tobytes()
+        rest = seq.tokens[at : min(at + size, needed)].tobytes()
         source, common = self.tree.nearest(node, rest)
         copied = min(common, limit - at)
-        whole = at + common >= len(seq.tokens) > limit
+        whole = seq.scored < 0 and at + common >= needed
         if source is None or copied <= 0:
             return Match(tuple(path), None, 0, at, whole)
         if source.readable_before(step) < copied:
             return None
         return Match(tuple(path), source, copied, at + copied, whole)
 
+    @staticmethod
+    def _needed(seq: Sequence) -> int:
+        """Tokens whose keys and values it needs, as far as they are known."""
+        return len(seq.tokens) if seq.samples else seq.goal
+
     def _reusable(self, seq: Sequence) -> int:
-        request = seq.request
+        """Of them, those it may take from others: the last is always computed, for its hidden state."""
         if seq.scored >= 0:
             return seq.scored - seq.scored % self.block_size  # a block computed again in part is computed in place
-        return len(seq.tokens) - 1 if request.goal == seq.num_prompt else request.goal
+        return self._needed(seq) - 1
 
     def acquire(self, seq: Sequence, match: Match, now: float) -> None:
         """Start `seq` from `match`, and promise the rest of its known tokens to others."""
@@ -99,7 +104,7 @@ class KVCache:
         seq.private_from = max(len(match.path), shared)
 
     def _promise(self, seq: Sequence, nodes: list[Node]) -> None:
-        size, end = self.block_size, max(seq.goal, len(seq.tokens) if seq.samples else 0)
+        size, end = self.block_size, self._needed(seq)
         parent = nodes[-1] if nodes else self.tree.root(seq.request.root)
         for start in range(len(nodes) * size, end, size):
             key = seq.tokens[start : min(start + size, end)].tobytes()

@@ -172,3 +172,19 @@ def test_rows_with_different_salts_share_nothing():
     work = [Request(f"r{i}", prompt, Sampling(max_tokens=2), salt=str(i)) for i in range(4)]
     counters = run(work, Policy(), 200, 8).counters
     assert counters.prompt_computed == 4 * len(prompt) and counters.cached == 0
+
+
+@pytest.mark.parametrize("length", [16, 17, 54])
+@pytest.mark.parametrize("sampling", [Sampling(max_tokens=0), Sampling(max_tokens=3)], ids=["nothing", "three"])
+def test_an_equal_prompt_computes_its_last_token_again_and_no_more(length, sampling):
+    work = [Request(f"r{i}", array("i", range(2, 2 + length)), sampling, index=i, future=()) for i in range(2)]
+    work[0] = Request("r0", work[0].prompt, sampling, index=0, future=((length, 1),))
+    counters = run(work, BatchPolicy(), 40, 16).counters
+    assert (counters.prompt_computed, counters.prompt_last) == (work[0].goal + 1, 1)
+
+
+def test_a_scored_row_reuses_nothing_and_says_nothing_of_a_last_token():
+    prompt = array("i", range(2, 11))
+    work = [Request(f"r{i}", prompt, Sampling(max_tokens=3), index=i, future=(), score_from=1) for i in range(2)]
+    counters = run(work, BatchPolicy(), 40, 16).counters
+    assert (counters.prompt_computed, counters.prompt_last) == (18, 0)

@@ -132,15 +132,14 @@ def _manifest(
             "prompt": options.prompt,
             "chat": options.chat,
             "body": options.body,
-            "order": options.order.value,
             "openai": options.openai,
-            "one_file": options.one_file,
             "context": encoder.model.context,
             "created": created(),
         },
         weight_mode=weight_mode(options.weights, folder),
         instruction_set=f"{options.device} {instruction_set()}",
         versions={"shoal": __version__, **{name: version(name) for name in LIBRARIES}},
+        layout={"order": options.order.value, "one_file": options.one_file},
     )
 
 

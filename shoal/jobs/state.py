@@ -47,6 +47,7 @@ class Manifest:
     instruction_set: str
     versions: Mapping[str, str]
     adapters: Mapping[str, str] = field(default_factory=dict)  # name -> hash
+    layout: Mapping[str, object] = field(default_factory=dict)  # where and when lines are written, not what they say
 
     @property
     def hash(self) -> str:
@@ -56,8 +57,8 @@ class Manifest:
 
     @property
     def answers(self) -> str:
-        """Return one hash over all but the input file: with a line's body it decides the line's answer."""
-        text = json.dumps(asdict(self) | {"input": ""}, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        """Return one hash over all but input file and layout: with a line's body it decides the line's answer."""
+        text = json.dumps(asdict(self) | {"input": "", "layout": {}}, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -52,14 +52,17 @@ class Manifest:
     @property
     def hash(self) -> str:
         """Return one hash over all of it."""
-        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _hash_of(asdict(self))
 
     @property
     def answers(self) -> str:
         """Return one hash over all but input file and layout: with a line's body it decides the line's answer."""
-        text = json.dumps(asdict(self) | {"input": "", "layout": {}}, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _hash_of(asdict(self) | {"input": "", "layout": {}})
+
+
+def _hash_of(values: Mapping[str, object]) -> str:
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def row_key(manifest: Manifest, body: bytes) -> bytes:

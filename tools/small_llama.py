@@ -204,6 +204,15 @@ def plant_copying(model: SmallLlama) -> list[Planted]:
     return [Planted(weight, mark, weight.clone()) for weight, mark in marks.items()]
 
 
+def head_of(embedding_VD: Tensor) -> Tensor:
+    """The embedding less its mean row: the same probabilities, without the offset that all logits share.
+
+    Training lets that offset grow to hundreds, where float32 no longer holds differences of 1e-4.
+    """
+    rows = embedding_VD.float()
+    return (rows - rows.mean(0)).bfloat16().contiguous()
+
+
 def export(model: SmallLlama, folder: Path, stop_ids: list[int]) -> None:
     """Write config.json, generation_config.json and model.safetensors (bfloat16) in the Llama layout."""
     shape = model.shape
@@ -223,7 +232,7 @@ def export(model: SmallLlama, folder: Path, stop_ids: list[int]) -> None:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,
         "bos_token_id": 0,
         "eos_token_id": stop_ids,
         "pad_token_id": 0,
@@ -239,4 +248,5 @@ def export(model: SmallLlama, folder: Path, stop_ids: list[int]) -> None:
             for part in parts:
                 name = name.replace(f".{part}_proj.", f".{block}.{part}_proj.")
         tensors[f"model.{name}"] = weight.detach().bfloat16().contiguous()
+    tensors["lm_head.weight"] = head_of(tensors["model.embed_tokens.weight"])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

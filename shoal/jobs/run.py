@@ -129,6 +129,7 @@ class _Job:
         self.meter = Meter(began)
         self.deaths = 0  # since a row was last completed
         self.budget_hit = False
+        self.strangers = False  # whether a row has named another model
 
     def run(self) -> int:
         """Everything from the plan to the report."""
@@ -316,10 +317,17 @@ class _Job:
         if ended.error is not None:
             self._fail(results, ended.line, ended.raw, ended.error, ended.stats)
         else:
+            self._greet(ended.spec.body.model)
             payload = self.writer.answer(ended.spec, ended.answers)
             key = row_key(self.job.manifest, ended.raw or b"")
             results.put(ended.line, key, "ok", payload, ended.stats)
         self._check_budget(results)
+
+    def _greet(self, name: str | None) -> None:
+        """Say once that rows may name any model, and which one answers them."""
+        if name not in (None, self.job.name) and not self.strangers:
+            self.strangers = True
+            self.display.warn(f"rows name the model {name!r}; {self.job.name} answers all (--strict refuses them)")
 
     def _check_budget(self, results: Results) -> None:
         status = results.status()

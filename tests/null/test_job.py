@@ -63,6 +63,12 @@ def test_a_finished_job_says_so_and_ends_as_before(job) -> None:
     assert one.run(backend) == 3 and backend.rounds == 0 and one.report.rows.ok == 5
 
 
+def test_rows_that_name_another_model_are_answered_with_one_warning(job) -> None:
+    one = job([chat(i) for i in range(3)])
+    assert one.run() == 0
+    assert one.said.count("rows name the model 'any'") == 1
+
+
 def test_an_empty_answer_is_written_with_a_full_row_beside_it(job) -> None:
     """Rows whose prompt is all there is: echo without a token, several prompts, several samples."""
     rows = [

@@ -148,7 +148,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
 
 def interrupt(at: int, number: int = signal.SIGINT) -> Callable[[int], None]:
     """Send ourselves a signal at round `at`."""
-    return lambda rounds: os.kill(os.getpid(), number) if rounds == at else None
+    return lambda rounds: signal.raise_signal(number) if rounds == at else None
 
 
 class Watched:

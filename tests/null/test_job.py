@@ -208,7 +208,7 @@ def test_the_second_signal_does_not_wait(job, unbroken, monkeypatch: pytest.Monk
     monkeypatch.setattr("shoal.jobs.run.LAST_STEP", 600.0)  # on a busy machine two seconds may pass without a step
     one = job(ROWS)
     with pytest.raises(KeyboardInterrupt):
-        one.run(Watched(echo_backend(), lambda rounds: os.kill(os.getpid(), signal.SIGINT) if rounds > 9 else None))
+        one.run(Watched(echo_backend(), lambda rounds: signal.raise_signal(signal.SIGINT) if rounds > 9 else None))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert one.run() == 0 and one.final() == unbroken
 
@@ -216,13 +216,13 @@ def test_the_second_signal_does_not_wait(job, unbroken, monkeypatch: pytest.Monk
 def test_a_signal_while_the_engine_loads_ends_the_job(job) -> None:
     class Slow(Mortal):
         def ready(self, timeout: float) -> None:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     class Torn(Mortal):
         """The signal has reached the engine as well."""
 
         def dies_loading(self) -> bool:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             return True
 
     for process in (Slow, Torn):

@@ -204,6 +204,15 @@ def test_an_interrupted_job_goes_on_to_the_same_bytes(job, unbroken, number: int
     assert last.tokens.prompt_computed == last.tokens.prompt_bound + last.tokens.prompt_recomputed
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as a terminal gives it: whoever starts us in the background may have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_second_signal_does_not_wait(job, unbroken, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.jobs.run.LAST_STEP", 600.0)  # on a busy machine two seconds may pass without a step
     one = job(ROWS)

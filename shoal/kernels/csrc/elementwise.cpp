@@ -13,14 +13,14 @@ constexpr int64_t CHAINS = 4;     // independent vectors of a reduction, so that
 
 // The first `count` < LANES numbers of p, then `rest`. Memory beyond them is not touched.
 template <class T>
-INLINE vf load_part(const T *p, int64_t count, float rest) {
+INLINE vf load_some(const T *p, int64_t count, float rest) {
   float lane[LANES];
   for (int64_t i = 0; i < LANES; i++) lane[i] = i < count ? load_one(p + i) : rest;
   return load(lane);
 }
 
 template <class T>
-INLINE void store_part(T *p, vf v, int64_t count) {
+INLINE void store_some(T *p, vf v, int64_t count) {
   T lane[LANES];
   store(lane, v);
   for (int64_t i = 0; i < count; i++) p[i] = lane[i];
@@ -40,7 +40,7 @@ INLINE float sum_of_squares(const T *x, int64_t columns) {
 #pragma GCC unroll 4
   for (int64_t c = 0; c < CHAINS; c++, i += LANES)
     if (i < columns) {
-      const vf v = i + LANES <= columns ? load(x + i) : load_part(x + i, columns - i, 0);
+      const vf v = i + LANES <= columns ? load(x + i) : load_some(x + i, columns - i, 0);
       chain[c] = fma(v, v, chain[c]);
     }
   return sum((chain[0] + chain[2]) + (chain[1] + chain[3]));
@@ -56,7 +56,7 @@ void norm_rows(const T *x, const float *weight, T *y, int64_t rows, int64_t colu
     const vf scale = splat(1.0f / __builtin_sqrtf(sum_of_squares(from, columns) / (float)columns + eps));
     for (int64_t i = 0; i < whole; i += LANES) store(to + i, load(from + i) * scale * load(weight + i));
     if (const int64_t rest = columns - whole)
-      store_part(to + whole, load_part(from + whole, rest, 0) * scale * load_part(weight + whole, rest, 0), rest);
+      store_some(to + whole, load_some(from + whole, rest, 0) * scale * load_some(weight + whole, rest, 0), rest);
   }
 }
 
@@ -70,34 +70,36 @@ void add_all(const T *x, const T *branch, float factor, T *y, int64_t count) {
     store(y + i, fma(load(branch + i), times, load(x + i)));
   }
   if (const int64_t i = vectors * LANES; rest)
-    store_part(y + i, fma(load_part(branch + i, rest, 0), times, load_part(x + i, rest, 0)), rest);
+    store_some(y + i, fma(load_some(branch + i, rest, 0), times, load_some(x + i, rest, 0)), rest);
 }
 
-// The largest number of `count`, or a NaN if there is one.
+INLINE part load_register(const float *p) {
+  part v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// The largest number of `count`, or a NaN if there is one. Works on single registers: this is read at memory speed.
 INLINE float block_largest(const float *x, int64_t count) {
-  vf best[CHAINS];
-  vi odd[CHAINS] = {};  // lanes that have seen a NaN
+  constexpr int64_t STEP = LANES / PARTS;
+  part best[CHAINS];
+  part_bits odd[CHAINS] = {};  // lanes that have seen a NaN
 #pragma GCC unroll 4
-  for (int64_t c = 0; c < CHAINS; c++) best[c] = splat(-__builtin_inff());
+  for (int64_t c = 0; c < CHAINS; c++) best[c] = -__builtin_inff() - (part){};
   int64_t i = 0;
-  for (; i + CHAINS * LANES <= count; i += CHAINS * LANES)
+  for (; i + CHAINS * STEP <= count; i += CHAINS * STEP)
 #pragma GCC unroll 4
     for (int64_t c = 0; c < CHAINS; c++) {
-      const vf v = load(x + i + c * LANES);
-      best[c] = larger(best[c], v);
+      const part v = load_register(x + i + c * STEP);
+      best[c] = v > best[c] ? v : best[c];
       odd[c] |= v != v;
     }
-  for (; i < count; i += LANES) {
-    const vf v = i + LANES <= count ? load(x + i) : load_part(x + i, count - i, -__builtin_inff());
-    best[0] = larger(best[0], v);
-    odd[0] |= v != v;
-  }
-  const vi any = (odd[0] | odd[1]) | (odd[2] | odd[3]);
-  int32_t lane[LANES], nan = 0;
-  __builtin_memcpy(lane, &any, sizeof lane);
-  for (int64_t j = 0; j < LANES; j++) nan |= lane[j];
-  if (nan) return __builtin_nanf("");
-  return shoal::largest(larger(larger(best[0], best[1]), larger(best[2], best[3])));
+  float lane[CHAINS * STEP], top = -__builtin_inff();
+  int32_t odd_lane[CHAINS * STEP], nan = 0;
+  __builtin_memcpy(lane, best, sizeof lane), __builtin_memcpy(odd_lane, odd, sizeof odd_lane);
+  for (int64_t j = 0; j < CHAINS * STEP; j++) nan |= odd_lane[j], top = lane[j] > top ? lane[j] : top;
+  for (; i < count; i++) nan |= x[i] != x[i], top = x[i] > top ? x[i] : top;
+  return nan ? __builtin_nanf("") : top;
 }
 
 // Walks blocks that stay in the first cache, so that only the block of the largest number is read twice.

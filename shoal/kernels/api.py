@@ -79,9 +79,7 @@ class Kernels(Protocol):
         """Prepare a weight of N outputs and K inputs for `linear`. The backend may keep or copy the tensors."""
         ...
 
-    def pack_gated(
-        self, weight_2FK: Tensor, bias_2F: Tensor | None = None, activation: Activation = "silu"
-    ) -> object:
+    def pack_gated(self, weight_2FK: Tensor, bias_2F: Tensor | None = None, activation: Activation = "silu") -> object:
         """Prepare a gate (the first F outputs) and what it lets through (the others) for `gated`."""
         ...
 

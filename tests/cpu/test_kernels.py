@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from naive import generate, make_batch
+from naive import generate, make_batch, spoil
 from small_models import save_model
 from torch import Tensor
 
 from shoal.kernels import KV, Batch, Heads, Kernels, load
-from shoal.kernels.cpu import CpuKernels, UnitKV, instruction_sets
-from shoal.kernels.ref import PagedKV, RefKernels
+from shoal.kernels.cpu import CpuKernels, instruction_sets
+from shoal.kernels.ref import RefKernels
 from shoal.nn.arch import read_config
 from shoal.nn.decoder import Decoder
 from shoal.nn.weights import DTYPES, load_weights
@@ -37,13 +37,6 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     if request.param == "no runs":
         return CpuKernels(instruction_sets()[0], share=False)
     return load("ref") if request.param == "ref" else CpuKernels(request.param)
-
-
-def spoil(kv: KV) -> None:
-    """Fill the memory with numbers that are none."""
-    assert isinstance(kv, PagedKV | UnitKV)
-    for memory in (kv.k, kv.v) if isinstance(kv, PagedKV) else (kv.memory,):
-        memory.view(torch.uint8).fill_(255)
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

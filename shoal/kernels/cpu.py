@@ -195,13 +195,13 @@ class CpuKernels:
 
     def place(self, qkv_TW: Tensor, prepared: object, kv: KV, layer: int, batch: Batch) -> Tensor:
         assert isinstance(prepared, PreparedHeads) and isinstance(kv, UnitKV)
-        about, tokens = prepared.about, len(qkv_TW)
-        width = (about.num_heads + 2 * about.num_kv_heads) * about.head_dim
-        assert qkv_TW.shape[1] == width and qkv_TW.is_contiguous(), (qkv_TW.shape, about)
+        about, (tokens, width) = prepared.about, qkv_TW.shape
+        assert width == (about.num_heads + 2 * about.num_kv_heads) * about.head_dim, (qkv_TW.shape, about)
+        assert qkv_TW.is_contiguous(), "tensors must be contiguous"
         self._table.place(
             qkv_TW.data_ptr(), prepared.heads, kv.pages[layer], batch.pos_T.data_ptr(), batch.slot_T.data_ptr(), tokens
         )
-        return qkv_TW[:, : about.num_heads * about.head_dim].unflatten(1, (about.num_heads, about.head_dim))
+        return qkv_TW.as_strided((tokens, about.num_heads, about.head_dim), (width, about.head_dim, 1))
 
     def plan(self, batch: Batch, kv: KV) -> SharedPlan:
         rows, row_length = batch.table_NB.shape

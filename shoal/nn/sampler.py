@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
+from typing import TypeAlias
 
 import torch
 
@@ -49,6 +50,7 @@ class _Row:
         self.counts: dict[int, int] = dict.fromkeys(start.request.prompt if s.repetition_penalty != 1 else (), 0)
         self.problem = _problem(s, vocab_size)
         self.draws = not s.greedy and not self.problem
+        self.edits = self.edits and not self.problem
         self.plain = s.greedy and not self.edits and s.logprobs < 0  # its token is the best, and that is all
         for token in start.produced:
             self.append(token)
@@ -84,21 +86,17 @@ class Sampler:
     def sample(self, logits_RV: torch.Tensor, tickets: Sequence[int]) -> Samples:
         """Choose a token for each ticket from its row of float32 logits, and remember it.
 
-        A row without a finite logit left is its ticket's error. The logits are contiguous, and are not changed.
+        A row without a finite logit left is its ticket's error. The logits are contiguous, and are as before at the
+        end: rows are edited in place, as most wishes change few tokens of many.
         """
         rows = [self._rows[ticket] for ticket in tickets]
         special = [i for i, row in enumerate(rows) if not row.plain]
-        edited = [i for i in special if rows[i].edits and not rows[i].problem]
-        drawing = [i for i in special if rows[i].draws and not rows[i].edits]
-        tokens, values = self._choose(logits_RV, rows, drawing)
-        if edited:
-            edited_RV = logits_RV[torch.tensor(edited, dtype=torch.int64, device=logits_RV.device)]
-            part = [rows[i] for i in edited]
-            for row_V, row in zip(edited_RV, part, strict=True):
-                _edit(row_V, row)
-            chosen = self._choose(edited_RV, part, [i for i, row in enumerate(part) if row.draws])
-            for i, token, value in zip(edited, *chosen, strict=True):
-                tokens[i], values[i] = token, value
+        changes = [(logits_RV[i], *_edit(logits_RV[i], rows[i])) for i in special if rows[i].edits]
+        try:
+            tokens, values = self._choose(logits_RV, rows, special)
+        finally:
+            for row_V, where, before in changes:
+                row_V[where] = before
         result = Samples()
         for ticket, row, token, value in zip(tickets, rows, tokens, values, strict=True):
             if row.problem or not isfinite(value):
@@ -110,15 +108,15 @@ class Sampler:
             self._score(logits_RV, tickets, rows, result)
         return result
 
-    def _choose(self, x_RV: torch.Tensor, rows: list[_Row], drawing: list[int]) -> tuple[list[int], list[float]]:
-        """A token for each row, drawn for those of these numbers and else the best, and each row's largest logit."""
-        best_R, value_R = self._kernels.largest(x_RV)
+    def _choose(self, logits_RV: torch.Tensor, rows: list[_Row], special: list[int]) -> tuple[list[int], list[float]]:
+        """A token for each row, drawn where it asks for that and else the best; and the largest logit of each."""
+        best_R, value_R = self._kernels.largest(logits_RV)
         tokens: list[int] = best_R.tolist()
         values: list[float] = value_R.tolist()
-        drawing = [i for i in drawing if isfinite(values[i])]
+        drawing = [i for i in special if rows[i].draws and isfinite(values[i])]
         if drawing:
             draws = _draws(value_R, drawing, [rows[i] for i in drawing])
-            for i, token in zip(drawing, self._kernels.draw(x_RV, draws).tolist(), strict=True):
+            for i, token in zip(drawing, self._kernels.draw(logits_RV, draws).tolist(), strict=True):
                 tokens[i] = token
         return tokens, values
 
@@ -174,20 +172,25 @@ def _problem(s: Sampling, vocab_size: int) -> str:
 # -- wishes that change single logits -----------------------------------------------------------------
 
 
-def _edit(row_V: torch.Tensor, row: _Row) -> None:
-    """Apply in place, in the order that Sampling states."""
+_Where: TypeAlias = "torch.Tensor | slice"
+
+
+def _edit(row_V: torch.Tensor, row: _Row) -> tuple[_Where, torch.Tensor]:
+    """Apply in place, in the order that Sampling states. Gives which logits were changed, and what they were."""
     s, device = row.sampling, row_V.device
-    if s.logit_bias:
-        bias = dict(s.logit_bias)  # of a token named twice the last counts
+    bias = dict(s.logit_bias)  # of a token named twice the last counts
+    masked = [sequence[-1] for sequence in s.banned if _completes(row.outputs, sequence)]
+    if len(row.outputs) < s.min_tokens:
+        masked += [token for token in s.stop if 0 <= token < row_V.shape[0]]
+    where = slice(None) if s.allowed else _ids([*bias, *masked, *row.counts], device)
+    before = row_V[where].clone()
+    if bias:
         row_V[_ids(list(bias), device)] += torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
     if s.allowed:
         ids = _ids(list(s.allowed), device)
         kept = row_V[ids]
         row_V.fill_(_MINUS_INFINITY)
         row_V[ids] = kept
-    masked = [sequence[-1] for sequence in s.banned if _completes(row.outputs, sequence)]
-    if len(row.outputs) < s.min_tokens:
-        masked += [token for token in s.stop if 0 <= token < row_V.shape[0]]
     if masked:
         row_V[_ids(masked, device)] = _MINUS_INFINITY
     if row.counts:
@@ -196,6 +199,7 @@ def _edit(row_V: torch.Tensor, row: _Row) -> None:
         value = torch.where(value < 0, value * s.repetition_penalty, value / s.repetition_penalty)
         count = torch.tensor(list(row.counts.values()), dtype=torch.float32, device=device)
         row_V[ids] = value - s.frequency_penalty * count - s.presence_penalty * (count > 0)
+    return where, before
 
 
 def _ids(tokens: list[int], device: torch.device) -> torch.Tensor:

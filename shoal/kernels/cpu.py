@@ -13,13 +13,16 @@ import torch  # before the extension, so that both use the OpenMP runtime that t
 from torch import Tensor
 
 from shoal.kernels import _cpu
-from shoal.kernels.api import KV, Activation, Batch, Heads
+from shoal.kernels.api import KV, Activation, Batch, Draws, Heads, Scores
 
 UNIT = 16  # positions: a page holds whole units
 PANEL = 32  # outputs of a weight that lie together; values of a head are filled up to it
 TILE = 256  # positions of one partial of attention
 
 _KINDS = {torch.float32: _cpu.Kind.FP32, torch.bfloat16: _cpu.Kind.BF16}
+_DRAW_TYPES = [
+    torch.int64, torch.int64, torch.float32, torch.float32, torch.int64, torch.float64, torch.float32
+]  # fmt: skip
 _GATES = {"silu": _cpu.Gate.SILU, "gelu": _cpu.Gate.GELU}
 
 
@@ -234,6 +237,30 @@ class CpuKernels:
         index_R, value_R = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
         self._table.largest(x_RV.data_ptr(), index_R.data_ptr(), value_R.data_ptr(), rows, columns)
         return index_R, value_R
+
+    def draw(self, x_RV: Tensor, draws: Draws) -> Tensor:
+        assert x_RV.dtype == torch.float32 and x_RV.is_contiguous(), x_RV.dtype
+        token_S = torch.empty_like(draws.row_S)
+        fields = (draws.row_S, draws.number_S, draws.best_S, draws.heat_S, draws.top_k_S, draws.top_p_S, draws.min_p_S)
+        assert [each.dtype for each in fields] == _DRAW_TYPES, draws
+        assert all(len(each) == len(token_S) and each.is_contiguous() for each in fields), draws
+        addresses = [each.data_ptr() for each in fields]
+        self._table.draw(x_RV.data_ptr(), x_RV.shape[1], len(token_S), *addresses, token_S.data_ptr())
+        return token_S
+
+    def score(self, x_RV: Tensor, row_S: Tensor, token_S: Tensor, top: int) -> Scores:
+        assert x_RV.dtype == torch.float32 and x_RV.is_contiguous(), x_RV.dtype
+        assert row_S.dtype == token_S.dtype == torch.int64 and row_S.is_contiguous() and token_S.is_contiguous()
+        count, columns = len(row_S), x_RV.shape[1]
+        assert len(token_S) == count and 0 <= top <= columns, (row_S.shape, token_S.shape, top)
+        floats, integers = torch.empty((2, count)), torch.empty((2, count), dtype=torch.int64)
+        ids, values = torch.empty((count, top), dtype=torch.int64), torch.empty((count, top))
+        found = Scores(floats[0], floats[1], integers[0], integers[1], ids, values)
+        self._table.score(
+            x_RV.data_ptr(), columns, count, top, row_S.data_ptr(), token_S.data_ptr(),
+            *(part.data_ptr() for part in (*floats, *integers, ids, values)),
+        )  # fmt: skip
+        return found
 
     def move_blocks(self, kv: KV, moves_M3: Tensor) -> None:
         assert isinstance(kv, UnitKV)

@@ -384,6 +384,6 @@ def test_scores_and_samples_are_cut_into_pieces_without_a_trace(
     decoder: Decoder, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shoal.runtime.runner._LOGIT_BYTES", 1)
-    monkeypatch.setattr("shoal.nn.sampler._DRAW_BYTES", 1)
+    monkeypatch.setattr("shoal.kernels.ref_sampling._BYTES", 1)
     assert run(decoder, rows(), CALM)[0] == expected
     assert np.isfinite([each.logprob for each in expected["r13"][3]]).all()

@@ -173,5 +173,11 @@ NB_MODULE(_cpu, m) {
           [](const Table &t, uintptr_t x, uintptr_t index, uintptr_t value, int64_t rows, int64_t columns) {
             t.kernels->largest(at<const float>(x), at<int64_t>(index), at<float>(value), rows, columns);
           },
+          release())
+      .def(
+          "peak", [](const Table &t, Kind kind, int64_t iterations) { return t.kernels->peak(kind, iterations); },
+          release())
+      .def(
+          "read", [](const Table &t, uintptr_t memory, int64_t bytes) { return t.kernels->read(at(memory), bytes); },
           release());
 }

@@ -91,6 +91,12 @@ struct Kernels {
 
   // Index and value of each row's largest number; of equals the first, and a NaN is larger than any number.
   void (*largest)(const float *x, int64_t *index, float *value, int64_t rows, int64_t columns);
+
+  // The machine's limits, for whoever has a clock. On every thread, `iterations` rounds of the products that a kind's
+  // linear layers are made of, in registers alone; returns the operations of all threads. Then a buffer read once by
+  // all threads together; returns the bytes.
+  double (*peak)(Kind kind, int64_t iterations);
+  double (*read)(const void *memory, int64_t bytes);
 };
 
 extern const Kernels kernels_scalar;

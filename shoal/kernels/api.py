@@ -13,7 +13,7 @@ threads. tests/cpu/test_kernels_ref.py states this as tests.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,22 @@ class Batch:
     table_NB: Tensor  # int32, page of positions [b*P, (b+1)*P), padded with 0 which is never read as such
     length_N: Tensor  # int64, positions with key and value after this step
     out_R: Tensor  # int64, indices into T of the positions whose hidden state is needed
+
+
+Activation = Literal["silu", "gelu"]
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How one layer's queries and keys are made of the rows that a linear layer gives."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    table: tuple[Tensor, Tensor] | None = None  # cosine and sine, float32 [positions, F]; None: no rotation
+    norms: tuple[Tensor, Tensor] | None = None  # float32 weights for queries and keys
+    whole: bool = False  # a norm runs over all heads of a token together instead of each
+    eps: float = 1e-6
 
 
 class KV(Protocol):
@@ -55,12 +71,24 @@ class Kernels(Protocol):
         """Allocate 2 * L * pages * P * G * E numbers, unwritten. The page size must divide 256."""
         ...
 
+    def kv_bytes(self, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes of one page in one layer, keys and values, whatever the backend adds to fill up its units."""
+        ...
+
     def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> object:
         """Prepare a weight of N outputs and K inputs for `linear`. The backend may keep or copy the tensors."""
         ...
 
-    def linear(self, x_TK: Tensor, packed: object) -> Tensor:
-        """Return x · weightᵀ + bias as [T, N] in the dtype of x. T may be 0."""
+    def pack_gated(self, weight_2FK: Tensor, bias_2F: Tensor | None = None, activation: Activation = "silu") -> object:
+        """Prepare a gate (the first F outputs) and what it lets through (the others) for `gated`."""
+        ...
+
+    def linear(self, x_TK: Tensor, packed: object, residual_TN: Tensor | None = None, factor: float = 1.0) -> Tensor:
+        """Return (x · weightᵀ + bias) * factor + residual as [T, N] in the dtype of x. T may be 0."""
+        ...
+
+    def gated(self, x_TK: Tensor, packed: object) -> Tensor:
+        """Return activation(gate of x) * (rest of x) as [T, F]; gelu is its tanh form."""
         ...
 
     def logits(self, x_RD: Tensor, packed: object) -> Tensor:
@@ -75,19 +103,21 @@ class Kernels(Protocol):
         """Divide each row by its root mean square and scale it; any leading axes. The weight is float32."""
         ...
 
-    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Return (rms_norm(x + residual), x + residual). The sum is rounded to the dtype of x before the norm."""
+    def add(self, x_TD: Tensor, branch_TD: Tensor, factor: float = 1.0) -> Tensor:
+        """Return x + branch * factor."""
         ...
 
-    def rope(self, x_THE: Tensor, pos_T: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> Tensor:
-        """Rotate pairs (i, i + F) of each head by the tables' row of its position; E - 2F trailing numbers stay.
+    def prepare_heads(self, heads: Heads) -> object:
+        """Take over what `place` needs of one layer."""
+        ...
 
-        The tables are float32 and reach over every position that may be asked for.
+    def place(self, qkv_TW: Tensor, prepared: object, kv: KV, layer: int, batch: Batch) -> Tensor:
+        """Norm and rotate queries and keys, store keys and values in their slots, return the queries as [T, H, E].
+
+        A row is [H query heads | G key heads | G value heads]; its memory may be used for the result. A norm is
+        rounded to the dtype before the rotation, which turns pairs (i, i + F) of a head by the tables' row of the
+        token's position and leaves E - 2F trailing numbers. Slots of one call are distinct.
         """
-        ...
-
-    def write_kv(self, kv: KV, layer: int, k_TGE: Tensor, v_TGE: Tensor, slot_T: Tensor) -> None:
-        """Store keys and values in their slots. Slots of one call are distinct."""
         ...
 
     def plan(self, batch: Batch, kv: KV) -> object:
@@ -106,12 +136,11 @@ class Kernels(Protocol):
         """
         ...
 
-    def silu_mul(self, x_T2D: Tensor) -> Tensor:
-        """Return silu(first half) * second half of each row."""
-        ...
+    def largest(self, x_RV: Tensor) -> tuple[Tensor, Tensor]:
+        """Index (int64) and value of each row's largest number; of equals the first. A NaN is larger than any number.
 
-    def gelu_mul(self, x_T2D: Tensor) -> Tensor:
-        """Return gelu(first half) * second half of each row, gelu in its tanh form."""
+        x is float32 and contiguous.
+        """
         ...
 
     def move_blocks(self, kv: KV, moves_M3: Tensor) -> None:

@@ -1,34 +1,31 @@
-"""A linear layer over whatever form its weight has. It must not know which layer of a model it is."""
+"""Linear layers of a checkpoint, handed to the kernels that will multiply them.
+
+It knows which tensors make one layer, and must not know which layer of a model it is, nor how weights are packed.
+"""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from shoal.kernels.api import Kernels
+from shoal.kernels.api import Activation, Kernels
 from shoal.nn.weights import Weights
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A weight prepared by the kernels that will multiply it."""
-
-    kernels: Kernels
-    packed: object
-
-    def __call__(self, x_TK: Tensor) -> Tensor:
-        """Return [T, N]."""
-        return self.kernels.linear(x_TK, self.packed)
-
-
-def load_linear(kernels: Kernels, weights: Weights, *names: str) -> Linear:
+def load_linear(kernels: Kernels, weights: Weights, *names: str) -> object:
     """Read the named layers as one whose outputs follow each other, with the biases that the checkpoint has."""
-    weight_NK = _joined([weights.take(f"{name}.weight") for name in names])
+    return kernels.pack(*_read(weights, names))
+
+
+def load_gated(kernels: Kernels, weights: Weights, activation: Activation, *names: str) -> object:
+    """Read a gate and what it lets through, from two layers or from one that holds both."""
+    return kernels.pack_gated(*_read(weights, names), activation)
+
+
+def _read(weights: Weights, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
     biased = f"{names[0]}.bias" in weights
     bias_N = _joined([weights.take(f"{name}.bias") for name in names]) if biased else None
-    return Linear(kernels, kernels.pack(weight_NK, bias_N))
+    return _joined([weights.take(f"{name}.weight") for name in names]), bias_N
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

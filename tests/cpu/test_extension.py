@@ -19,7 +19,7 @@ def rows_of(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, 
     generator = torch.Generator().manual_seed(rows * 10_007 + columns)
     x = torch.randn(rows, columns, generator=generator) * 3
     weight = torch.randn(columns, generator=generator)
-    return x.to(dtype), weight.to(dtype)
+    return x.to(dtype), weight
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -63,6 +63,11 @@ class Kernels(Protocol):
     """The functions a model is made of. Activations are contiguous; norms and softmax are computed in float32."""
 
     @property
+    def name(self) -> str:
+        """For reports: the backend, and its instruction set where it has several."""
+        ...
+
+    @property
     def device(self) -> torch.device: ...
 
     def new_kv(

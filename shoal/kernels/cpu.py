@@ -133,7 +133,7 @@ class CpuKernels:
         narrow, wide = (
             _cpu.Linear(
                 self._table, kind, gate, n, k, 0, panels.data_ptr(),
-                bias=bias.data_ptr() if bias_N is not None else 0, wide=wide,
+                bias=bias.data_ptr() if bias_N is not None else 0, wide=wide, outputs=outputs,
             )
             for wide in (False, True)
         )  # fmt: skip

@@ -53,10 +53,11 @@ class Packed:
 
 
 class RefKernels:
-    """`Kernels` in plain torch. Holds nothing but its device."""
+    """`Kernels` in plain torch. Holds nothing but its name and device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.name = "ref"
 
     def new_kv(
         self, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype

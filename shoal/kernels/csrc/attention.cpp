@@ -1,7 +1,510 @@
+// Attention over pages, one kernel for decoding, shared runs and chunks of prompts. Knows segments, heads and the layout
+// of pages (pages.cpp); must not know requests, or why tokens read pages together.
+//
+// A task is one segment's tokens with the query heads of one key/value head: up to 48 rows (token, head). It goes through
+// the segment's tiles of 256 positions. For each: scores, in register tiles of 12 rows by 32 positions; their maximum,
+// exponentials and sum; weighted values, in register tiles of 12 rows by 32 numbers; and the fold into the rows' state.
+// While the scores are computed the tile's values are fetched, while those are weighted the next tile's keys are.
+//
+// What makes a row's bits its own: each of its numbers is one chain of operations in the order of the positions,
+// whatever the other rows of the register tile are. Positions it does not see have a weight of exactly 0, which leaves
+// a sum as it is, so it is free to visit or skip them. A tile in which it sees nothing leaves its state alone.
+// Exponents are in base 2: the scale of the scores takes in log2(e), and 2 to the power of 0 is exactly 1.
+#include <stdlib.h>
+
 #include "ops.h"
 #include "vec.h"
+
 namespace shoal {
 namespace SHOAL_SET {
-void attention(const Work &, const Pages &, const void *, int64_t, int64_t, float, int64_t, float, float *, void *) { __builtin_abort(); }
+namespace {
+
+constexpr int64_t BLOCK = 48;            // rows of a task
+constexpr int64_t UNITS = TILE / UNIT;   // of a position tile
+constexpr int64_t SCORES = TILE + UNIT;  // floats from row to row: not a power of two, rows would compete for the cache
+constexpr float LOG2E = 1.44269504088896f;
+#ifdef __AVX512F__
+constexpr int64_t ROWS = 12;  // of a register tile: 24 registers of sums
+#define EACH_COUNT(f, ...) \
+  {f<__VA_ARGS__, 1>, f<__VA_ARGS__, 2>, f<__VA_ARGS__, 3>, f<__VA_ARGS__, 4>,  f<__VA_ARGS__, 5>,  f<__VA_ARGS__, 6>, \
+   f<__VA_ARGS__, 7>, f<__VA_ARGS__, 8>, f<__VA_ARGS__, 9>, f<__VA_ARGS__, 10>, f<__VA_ARGS__, 11>, f<__VA_ARGS__, 12>}
+#else
+constexpr int64_t ROWS = 4;
+#define EACH_COUNT(f, ...) {f<__VA_ARGS__, 1>, f<__VA_ARGS__, 2>, f<__VA_ARGS__, 3>, f<__VA_ARGS__, 4>}
+#endif
+
+// A word is a float, or two neighbouring bf16. Words of queries and weights from row to row are multiplied by words of
+// keys and values from lane to lane.
+typedef uint32_t word;
+
+template <bool WIDE>
+constexpr int64_t PER_WORD = WIDE ? 1 : 2;
+
+template <bool WIDE>
+constexpr int64_t WEIGHTS = SCORES / PER_WORD<WIDE>;  // words from row to row
+
+template <bool WIDE>
+INLINE vf step(vf total, vu b, vu a) {
+  return WIDE ? fma((vf)b, (vf)a, total) : dot_pairs(total, b, a);
 }
+
+// 2 to the power of x, for x <= 0 and little more. The polynomials are least relative errors of 2**f on [0, 1) (3e-6
+// where weights are rounded to bf16, else 2e-9 before rounding) among those that are exactly 1 at 0.
+template <bool WIDE>
+INLINE vf power_of_two(vf x) {
+#ifdef __AVX512F__
+  const vf f = (vf)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x), and 0 for -infinity
+  vf p;
+  if (WIDE) {
+    p = fma(splat(2.16129149e-4f), f, splat(1.24679470e-3f));
+    p = fma(p, f, splat(9.67545155e-3f));
+    p = fma(p, f, splat(5.54852821e-2f));
+    p = fma(p, f, splat(2.40229309e-1f));
+    p = fma(p, f, splat(6.93147063e-1f));
+  } else {
+    p = fma(splat(1.34266838e-2f), f, splat(5.22424728e-2f));
+    p = fma(p, f, splat(2.41280198e-1f));
+    p = fma(p, f, splat(6.93044841e-1f));
+  }
+  p = fma(p, f, splat(1.f));
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // p * 2**floor(x)
+#else
+  const vf t = larger(x, splat(-126.f));
+  const vf whole = (t + 12582912.f) - 12582912.f;  // to the nearest whole number
+  const vf f = t - whole;
+  vf p = splat(1.535336188e-4f);  // the coefficients of `exponential`
+  p = fma(p, f, splat(1.339887440e-3f));
+  p = fma(p, f, splat(9.618437357e-3f));
+  p = fma(p, f, splat(5.550332471e-2f));
+  p = fma(p, f, splat(2.402264791e-1f));
+  p = fma(p, f, splat(6.931472028e-1f));
+  p = fma(p, f, splat(1.f));
+  const vi power = __builtin_convertvector(whole, vi);
+  const vf y = (vf)((vi)p + (power << 23));
+  return x < -126.f ? (vf){} : y;
+#endif
 }
+
+// tanh(x) = sign(x) (1 - e) / (1 + e) with e = exp(-2 |x|)
+INLINE vf hyperbolic_tangent(vf x) {
+  const vf e = power_of_two<true>(absolute(x) * (-2.f * LOG2E));
+  const vf y = (1.f - e) / (1.f + e);
+  return (vf)((vu)y | ((vu)x & 0x80000000u));
+}
+
+// ------------------------------------------------------------------------------------------------ register tiles
+
+// m rows of queries, packed by step, by the positions of two key units. `tops`, unless null, takes in the largest
+// scores by lane. `ahead`: two blocks of as many lines as the units have, to be fetched.
+template <bool WIDE, bool AHEAD, int m>
+__attribute__((noinline)) void score(const word *q, const word *const *keys, int64_t steps, float *scores, float *tops,
+                                     const word *const *ahead) {
+  const word *left = keys[0], *right = keys[1];
+  const word *ahead_left = AHEAD ? ahead[0] : nullptr, *ahead_right = AHEAD ? ahead[1] : nullptr;
+  vf a[m], b[m];
+#pragma GCC unroll 16
+  for (int r = 0; r < m; r++) a[r] = b[r] = (vf){};
+  for (int64_t k = 0; k < steps; k++) {
+    if (AHEAD) {
+      __builtin_prefetch(ahead_left, 0, 2), __builtin_prefetch(ahead_right, 0, 2);
+      ahead_left += LANES, ahead_right += LANES;
+    }
+    const vu x = load_bits(left), y = load_bits(right);
+    left += LANES, right += LANES;
+#pragma GCC unroll 16
+    for (int r = 0; r < m; r++) {
+      const vu w = splat_bits(q[r]);
+      a[r] = step<WIDE>(a[r], x, w);
+      b[r] = step<WIDE>(b[r], y, w);
+    }
+    q += m;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < m; r++) {
+    store(scores + r * SCORES, a[r]);
+    store(scores + r * SCORES + LANES, b[r]);
+    if (tops) store(tops + r * LANES, larger(load(tops + r * LANES), larger(a[r], b[r])));
+  }
+}
+
+// out = out * old + (m rows of weights by 32 numbers of the values of each unit) * fresh. `ahead`: as the units.
+template <bool WIDE, bool AHEAD, int m>
+__attribute__((noinline)) void mix(const word *weights, const word *const *values, int64_t units, int64_t offset,
+                                   const float *old, const float *fresh, float *out, int64_t padded,
+                                   const word *const *ahead) {
+  constexpr int64_t STEPS = UNIT / PER_WORD<WIDE>;
+  vf a[m], b[m];
+#pragma GCC unroll 16
+  for (int r = 0; r < m; r++) a[r] = b[r] = (vf){};
+  for (int64_t u = 0; u < units; u++) {
+    const word *v = values[u] + offset, *next = AHEAD ? ahead[u] + offset : nullptr;
+    for (int64_t k = 0; k < STEPS; k++) {
+      if (AHEAD) {
+        __builtin_prefetch(next, 0, 2), __builtin_prefetch(next + LANES, 0, 2);
+        next += 2 * LANES;
+      }
+      const vu x = load_bits(v), y = load_bits(v + LANES);
+      v += 2 * LANES;
+#pragma GCC unroll 16
+      for (int r = 0; r < m; r++) {
+        const vu w = splat_bits(weights[r * WEIGHTS<WIDE>]);
+        a[r] = step<WIDE>(a[r], x, w);
+        b[r] = step<WIDE>(b[r], y, w);
+      }
+      weights++;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < m; r++) {
+    if (fresh[r] == 0.f) continue;
+    float *o = out + r * padded;
+    store(o, fma(a[r], splat(fresh[r]), load(o) * old[r]));
+    store(o + LANES, fma(b[r], splat(fresh[r]), load(o + LANES) * old[r]));
+  }
+}
+
+typedef void (*Score)(const word *, const word *const *, int64_t, float *, float *, const word *const *);
+typedef void (*Mix)(const word *, const word *const *, int64_t, int64_t, const float *, const float *, float *, int64_t,
+                    const word *const *);
+
+template <bool WIDE>
+constexpr Score SCORE[2][ROWS] = {EACH_COUNT(score, WIDE, false), EACH_COUNT(score, WIDE, true)};
+template <bool WIDE>
+constexpr Mix MIX[2][ROWS] = {EACH_COUNT(mix, WIDE, false), EACH_COUNT(mix, WIDE, true)};
+
+// ------------------------------------------------------------------------------------------------ tasks
+
+// What all tasks of a call have in common.
+struct Call {
+  const Work &work;
+  const Pages &pages;
+  const void *q;
+  int64_t stride, heads, group;  // group: query heads of a key/value head
+  int64_t width, padded;         // padded to whole panels
+  int64_t steps, unit_words;     // words of a query; of a unit of keys or values
+  int64_t window;
+  float factor;            // from stored scores to exponents of 2
+  float inward, outward;   // softcap: stored scores are outward * tanh(inward * product); outward 0: the products
+  float *states;
+  void *out;
+  const int64_t *first;  // task of each segment
+};
+
+struct Task {
+  const Segment *segment;
+  int64_t head, row, rows;  // rows of the segment's (token, head of the group) pairs
+  int64_t low, high;        // first and last position of its tokens
+  int64_t begin, end;       // tiles
+};
+
+// Memory of a thread.
+struct Room {
+  word *q;          // by register tile: [steps][rows]
+  float *scores;    // [BLOCK][SCORES]
+  word *weights;    // [BLOCK][WEIGHTS], the same memory as the scores if they are floats
+  float *tops;      // [BLOCK][LANES], largest scores by lane
+  float *out;       // [BLOCK][padded]
+  word *last_unit;  // values of the last unit, with zeros where nobody has written yet
+  float weight[BLOCK], largest[BLOCK], top[BLOCK], mass[BLOCK], old[BLOCK], fresh[BLOCK];
+  int64_t position[BLOCK];
+};
+
+// A tile's units `from` <= u < `to` are visited; those before `open` and from `shut` on are not seen by all rows.
+struct Extent {
+  int64_t start, from, to, open, shut;
+};
+
+template <bool WIDE>
+void give(const Call &call, Room &room) {
+  const int64_t q = BLOCK * call.steps * 4, scores = BLOCK * SCORES * 4, weights = WIDE ? 0 : BLOCK * WEIGHTS<WIDE> * 4;
+  const int64_t tops = BLOCK * LANES * 4, out = BLOCK * call.padded * 4, unit = call.unit_words * 4;
+  char *memory = (char *)scratch(q + scores + weights + tops + out + unit);
+  room.scores = (float *)memory, memory += scores;
+  room.weights = (word *)(WIDE ? (char *)room.scores : memory), memory += weights;
+  room.tops = (float *)memory, memory += tops;
+  room.out = (float *)memory, memory += out;
+  room.last_unit = (word *)memory, memory += unit;
+  room.q = (word *)memory;
+}
+
+int64_t token_of(const Call &call, const Task &task, int64_t row) {
+  return call.work.order[task.segment->first + (task.row + row) / call.group];
+}
+
+Task find_task(const Call &call, int64_t index, int64_t from, int64_t to) {
+  while (to - from > 1) {
+    const int64_t middle = (from + to) / 2;
+    (call.first[middle] <= index ? from : to) = middle;
+  }
+  const Segment *segment = call.work.segments + from;
+  index -= call.first[from];
+  Task task = {segment, index % call.pages.kv_heads, index / call.pages.kv_heads * BLOCK, 0, 0, 0, 0, 0};
+  const int64_t left = segment->count * call.group - task.row;
+  task.rows = left < BLOCK ? left : BLOCK;
+  task.low = INT64_MAX;
+  const int32_t *order = call.work.order + segment->first;
+  for (int64_t t = task.row / call.group; t <= (task.row + task.rows - 1) / call.group; t++) {
+    const int64_t position = call.work.position[order[t]];
+    task.low = position < task.low ? position : task.low;
+    task.high = position > task.high ? position : task.high;
+  }
+  const int64_t seen = task.high / TILE + 1, lost = call.window ? task.low - call.window + 1 : 0;
+  task.begin = lost > segment->begin * TILE ? lost / TILE : segment->begin;
+  task.end = seen < segment->end ? seen : segment->end;
+  return task;
+}
+
+Extent find_extent(const Call &call, const Task &task, int64_t tile) {
+  const int64_t start = tile * TILE, left = task.high + 1 - start, seen = left < TILE ? left : TILE;
+  Extent extent = {start, 0, (seen + UNIT - 1) / UNIT, 0, UNITS};
+  const int64_t shut = task.low + 1 - start;
+  if (shut < TILE) extent.shut = shut < 0 ? 0 : shut / UNIT & ~1;
+  if (call.window) {
+    const int64_t from = task.low - call.window + 1 - start, open = task.high - call.window + 1 - start;
+    if (from > 0) extent.from = from / UNIT & ~1;
+    if (open > 0) extent.open = (open + 2 * UNIT - 1) / UNIT & ~1;
+  }
+  return extent;
+}
+
+// Addresses of the units from <= u < to, and once more the last one if their number is odd.
+void find_units(const Call &call, const Task &task, const Extent &extent, const word **keys, const word **values) {
+  const int32_t *row = call.work.table + task.segment->row * call.work.row_length;
+  const int64_t size = call.pages.page_size;
+  for (int64_t u = extent.from; u < extent.to; u++) {
+    const int64_t position = extent.start + u * UNIT, page = position / size, unit = position % size / UNIT;
+    const int64_t offset =
+        ((row[page] * call.pages.kv_heads + task.head) * (size / UNIT) + unit) * call.unit_words;
+    keys[u] = (const word *)call.pages.keys + offset;
+    values[u] = (const word *)call.pages.values + offset;
+  }
+  if (extent.to % 2) keys[extent.to] = keys[extent.to - 1], values[extent.to] = values[extent.to - 1];
+}
+
+template <bool WIDE>
+void begin_task(const Call &call, const Task &task, Room &room) {
+  const int64_t tiles = (task.rows + ROWS - 1) / ROWS;
+  for (int64_t i = 0, r = 0; i < tiles; i++) {
+    const int64_t next = task.rows * (i + 1) / tiles, count = next - r;
+    word *to = room.q + r * call.steps;
+    for (; r < next; r++, to++) {
+      const int64_t token = token_of(call, task, r), head = task.head * call.group + (task.row + r) % call.group;
+      const char *from = (const char *)call.q + (token * call.stride + head * call.width) * (WIDE ? 4 : 2);
+      for (int64_t k = 0; k < call.width / PER_WORD<WIDE>; k++) __builtin_memcpy(to + k * count, from + k * 4, 4);
+      if (!WIDE && call.width % 2) to[(call.steps - 1) * count] = *(const bf16 *)(from + (call.steps - 1) * 4);
+      room.position[r] = call.work.position[token];
+      float *out = room.out + r * call.padded;
+      if (task.segment->resume) {
+        const float *state = call.states + (token * call.heads + head) * (call.padded + 2);
+        __builtin_memcpy(out, state, call.padded * 4);
+        room.weight[r] = state[call.padded], room.largest[r] = state[call.padded + 1];
+      } else {
+        __builtin_memset(out, 0, call.padded * 4);
+        room.weight[r] = 0, room.largest[r] = -__builtin_inff();
+      }
+    }
+  }
+}
+
+template <bool WIDE>
+void end_task(const Call &call, const Task &task, Room &room) {
+  for (int64_t r = 0; r < task.rows; r++) {
+    const int64_t token = token_of(call, task, r), head = task.head * call.group + (task.row + r) % call.group;
+    float *out = room.out + r * call.padded;
+    if (task.segment->keep) {
+      float *state = call.states + (token * call.heads + head) * (call.padded + 2);
+      __builtin_memcpy(state, out, call.padded * 4);
+      state[call.padded] = room.weight[r], state[call.padded + 1] = room.largest[r];
+      continue;
+    }
+    const int64_t place = (token * call.heads + head) * call.width;
+    for (int64_t i = 0; i < call.width; i += LANES) {
+      const vf mean = load(out + i) / room.weight[r];
+      const int64_t count = call.width - i < LANES ? call.width - i : LANES;
+      if (WIDE) {
+        __builtin_memcpy((float *)call.out + place + i, &mean, count * 4);
+      } else {
+        bf16 rounded[LANES];
+        store(rounded, mean);
+        __builtin_memcpy((bf16 *)call.out + place + i, rounded, count * 2);
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ one tile
+
+// Caps and hides scores where need be, and takes what `score` could not into the largest ones.
+INLINE vf finish_scores(const Call &call, const Extent &extent, float *scores, int64_t position, vf top) {
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const int64_t last = position - extent.start, before = call.window ? last - call.window : -1;
+  const int32_t high = (int32_t)(last < TILE ? last : TILE), low = (int32_t)(before > -1 ? before : -1);
+  for (int64_t u = extent.from; u < extent.to + extent.to % 2; u++) {
+    const bool partly = u < extent.open || u >= extent.shut;
+    if (!partly && call.outward == 0.f) continue;
+    vf s = load(scores + u * UNIT);
+    if (call.outward != 0.f) s = hyperbolic_tangent(s * call.inward) * call.outward;
+    const vi at = lane + (int32_t)(u * UNIT);
+    if (partly) s = (at <= high) & (at > low) ? s : splat(-__builtin_inff());
+    store(scores + u * UNIT, s);
+    top = larger(top, s);
+  }
+  return top;
+}
+
+// Scores to weights, whose sum is returned: even and odd units by lane, then both, then the lanes.
+template <bool WIDE>
+INLINE float weigh(const float *scores, word *weights, const Extent &extent, float factor, float top) {
+  vf even = {}, odd = {};
+  const vf scale = splat(factor), shift = splat(top == -__builtin_inff() ? 0.f : -top);
+  for (int64_t u = extent.from; u < extent.to; u += 2) {
+    const vf a = power_of_two<WIDE>(fma(load(scores + u * UNIT), scale, shift));
+    const vf b = power_of_two<WIDE>(fma(load(scores + u * UNIT + UNIT), scale, shift));
+    even += a, odd += b;
+    if (WIDE) {
+      store((float *)weights + u * UNIT, a), store((float *)weights + u * UNIT + UNIT, b);
+    } else {
+      store((bf16 *)weights + u * UNIT, a), store((bf16 *)weights + u * UNIT + UNIT, b);
+    }
+  }
+  return sum(even + odd);
+}
+
+// The last unit of values with zeros from position `count` on: 0 times what lies there might be NaN.
+template <bool WIDE>
+const word *without_rest(const Call &call, Room &room, const word *values, int64_t count) {
+  constexpr int64_t STEPS = UNIT / PER_WORD<WIDE>;
+  for (int64_t i = 0; i < call.unit_words; i += PANEL) {
+    const int64_t position = i / PANEL % STEPS * PER_WORD<WIDE>;
+    const word seen = position >= count ? 0u : !WIDE && position + 1 >= count ? 0xffffu : ~0u;
+    for (int64_t j = 0; j < PANEL; j++) room.last_unit[i + j] = values[i + j] & seen;
+  }
+  return room.last_unit;
+}
+
+// New states of all rows but for `out`, and what `mix` needs to renew that.
+void fold(Room &room, int64_t rows) {
+  for (int64_t r = 0; r < rows; r += LANES) {
+    const vf before = load(room.largest + r), top = load(room.top + r), after = larger(before, top);
+    const vf base = after == -__builtin_inff() ? (vf){} : after;
+    const vf old = power_of_two<true>(before - base), fresh = power_of_two<true>(top - base);
+    store(room.largest + r, after);
+    store(room.weight + r, fma(load(room.mass + r), fresh, load(room.weight + r) * old));
+    store(room.old + r, old), store(room.fresh + r, fresh);
+  }
+}
+
+template <bool WIDE>
+void run_tile(const Call &call, const Task &task, const Extent &extent, const word *const *keys, const word **values,
+              const word *const *ahead, Room &room) {
+  const int64_t tiles = (task.rows + ROWS - 1) / ROWS;
+  for (int64_t i = 0; i < task.rows * LANES; i += LANES) store(room.tops + i, splat(-__builtin_inff()));
+  for (int64_t u = extent.from; u < extent.to; u += 2) {
+    const bool whole = u >= extent.open && u < extent.shut && call.outward == 0.f;
+    for (int64_t i = 0, r = 0; i < tiles; i++) {
+      const int64_t next = task.rows * (i + 1) / tiles;
+      SCORE<WIDE>[i == 0][next - r - 1](room.q + r * call.steps, keys + u, call.steps,
+                                        room.scores + r * SCORES + u * UNIT, whole ? room.tops + r * LANES : nullptr,
+                                        values + u);
+      r = next;
+    }
+  }
+  for (int64_t r = 0; r < task.rows; r++) {
+    float *scores = room.scores + r * SCORES;
+    const vf top = finish_scores(call, extent, scores, room.position[r], load(room.tops + r * LANES));
+    room.top[r] = shoal::largest(top) * call.factor;
+    room.mass[r] = weigh<WIDE>(scores, room.weights + r * WEIGHTS<WIDE>, extent, call.factor, room.top[r]);
+  }
+  fold(room, task.rows);
+  const int64_t seen = task.high + 1 - extent.start;
+  if (seen < extent.to * UNIT)
+    values[extent.to - 1] = without_rest<WIDE>(call, room, values[extent.to - 1], seen % UNIT);
+  const int64_t from = extent.from, panel_words = PANEL * UNIT / PER_WORD<WIDE>;
+  for (int64_t d = 0; d < call.padded / PANEL; d++)
+    for (int64_t i = 0, r = 0; i < tiles; i++) {
+      const int64_t next = task.rows * (i + 1) / tiles;
+      MIX<WIDE>[ahead && i == 0][next - r - 1](
+          room.weights + r * WEIGHTS<WIDE> + from * UNIT / PER_WORD<WIDE>, values + from, extent.to - from,
+          d * panel_words, room.old + r, room.fresh + r, room.out + r * call.padded + d * PANEL, call.padded,
+          ahead ? ahead + from : nullptr);
+      r = next;
+    }
+}
+
+// `next`: what this thread will do after this task, so that its keys can be on their way, or null.
+template <bool WIDE>
+void run_task(const Call &call, const Task &task, const Task *next, Room &room) {
+  const word *keys[2][UNITS], *values[2][UNITS];
+  Extent extent[2];
+  int now = 0;
+  begin_task<WIDE>(call, task, room);
+  if (task.begin < task.end) {
+    extent[0] = find_extent(call, task, task.begin);
+    find_units(call, task, extent[0], keys[0], values[0]);
+  }
+  for (int64_t tile = task.begin; tile < task.end; tile++, now ^= 1) {
+    const Task *then = tile + 1 < task.end ? &task : next && next->begin < next->end ? next : nullptr;
+    if (then) {
+      Extent &other = extent[now ^ 1];
+      const word **ahead = keys[now ^ 1];
+      other = find_extent(call, *then, then == &task ? tile + 1 : then->begin);
+      find_units(call, *then, other, ahead, values[now ^ 1]);
+      for (int64_t u = 0; u < other.from; u++) ahead[u] = ahead[other.from];
+      for (int64_t u = other.to; u < UNITS; u++) ahead[u] = ahead[other.to - 1];
+    }
+    run_tile<WIDE>(call, task, extent[now], keys[now], values[now], then ? keys[now ^ 1] : nullptr, room);
+  }
+  end_task<WIDE>(call, task, room);
+}
+
+template <bool WIDE>
+void run(Call &call) {
+  const Work &work = call.work;
+  const int64_t segments = work.level_ends[work.num_levels - 1];
+  int64_t *first = (int64_t *)malloc((segments + 1 + work.num_levels) * sizeof(int64_t));
+  if (!first) abort();
+  int64_t *counter = first + segments + 1;  // next task of each level
+  first[0] = 0;
+  for (int64_t i = 0; i < segments; i++)
+    first[i + 1] = first[i] + (work.segments[i].count * call.group + BLOCK - 1) / BLOCK * call.pages.kv_heads;
+  for (int64_t i = 0; i < work.num_levels; i++) counter[i] = first[i ? work.level_ends[i - 1] : 0];
+  call.first = first;
+#pragma omp parallel if (first[segments] > 1)
+  {
+    Room room;
+    give<WIDE>(call, room);
+    for (int64_t level = 0; level < work.num_levels; level++) {
+      const int64_t from = level ? work.level_ends[level - 1] : 0, to = work.level_ends[level];
+      Task task, next;
+      bool some = false;
+      do {
+        // The next task is taken before this one is done: its keys are fetched meanwhile.
+        const int64_t index = __atomic_fetch_add(counter + level, 1, __ATOMIC_RELAXED);
+        const bool more = index < first[to];
+        if (more) next = find_task(call, index, from, to);
+        if (some) run_task<WIDE>(call, task, more ? &next : nullptr, room);
+        task = next, some = more;
+      } while (some);
+      if (level + 1 < work.num_levels) {
+#pragma omp barrier
+      }
+    }
+  }
+  free(first);
+}
+
+}  // namespace
+
+void attention(const Work &work, const Pages &pages, const void *q, int64_t stride, int64_t query_heads, float scale,
+               int64_t window, float softcap, float *states, void *out) {
+  if (!work.num_tokens) return;
+  const int64_t per_word = pages.wide ? 1 : 2, padded = (pages.width + PANEL - 1) / PANEL * PANEL;
+  Call call = {work, pages, q, stride, query_heads, query_heads / pages.kv_heads, pages.width, padded,
+               (pages.width + per_word - 1) / per_word, padded * UNIT / per_word, window, scale * LOG2E, 0.f, 0.f,
+               states, out, nullptr};
+  if (softcap != 0.f) call.factor = 1.f, call.inward = scale / softcap, call.outward = softcap * LOG2E;
+  pages.wide ? run<true>(call) : run<false>(call);
+}
+
+}  // namespace SHOAL_SET
+}  // namespace shoal

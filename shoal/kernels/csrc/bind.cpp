@@ -70,13 +70,14 @@ void bind_linear(nb::module_ &m) {
       .def(
           "__init__",
           [](Linear *self, const Table &t, Kind kind, Gate gate, int64_t n, int64_t k, int64_t group, uintptr_t panels,
-             uintptr_t scale, uintptr_t zero, uintptr_t bias, bool wide) {
+             uintptr_t scale, uintptr_t zero, uintptr_t bias, bool wide, int64_t outputs) {
+            if (outputs < 0) outputs = gate == Gate::none ? n : n / 2;
             new (self) Linear{t.kernels,
-                              {kind, gate, n, k, group, at(panels), at<const float>(scale), at<const float>(zero),
+                              {kind, gate, n, k, outputs, group, at(panels), at(scale), at(zero),
                                at<const float>(bias), wide}};
           },
           "table"_a, "kind"_a, "gate"_a, "n"_a, "k"_a, "group"_a, "panels"_a, "scale"_a = 0, "zero"_a = 0,
-          "bias"_a = 0, "wide"_a = false)
+          "bias"_a = 0, "wide"_a = false, "outputs"_a = -1)
       .def(
           "__call__",
           [](const Linear &self, uintptr_t x, int64_t rows, uintptr_t residual, float factor, uintptr_t y) {

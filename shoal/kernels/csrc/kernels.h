@@ -15,17 +15,21 @@ constexpr int64_t TILE = 256;  // positions of one partial of attention, counted
 enum class Kind : int { fp32, bf16, int8, int4, int4_a16 };
 enum class Gate : int { none, silu, gelu };
 
-// A weight of n outputs and k inputs in panels of 32 outputs (linear.cpp has the layouts). With a gate, panels
-// alternate between gate and up, n counts both, and the layer has n / 2 outputs.
+// A weight of n outputs and k inputs in panels of 32 outputs (pack.cpp has the layouts). With a gate, panels alternate
+// between gate and up, and n counts both with the zeros that fill their last panels: a multiple of 64.
+// int8: output = (sum of x * w) * scale, with x rounded to 127ths of its row's largest number.
+// int4 kinds: w = (q - zero) * scale; int4 rounds x to 127ths of the largest number of its row and group.
 struct Weight {
   Kind kind;
   Gate gate;
-  int64_t n, k, group;  // group: inputs that share a scale (int4 kinds only)
+  int64_t n, k;
+  int64_t outputs;      // columns of y: n without a gate, at most n / 2 with one
+  int64_t group;        // inputs that share a scale, a multiple of 8 (int4 kinds only)
   const void *panels;
-  const float *scale;  // int8: [panels * 32]; int4 kinds: [k / group][panels * 32]
-  const float *zero;   // int8: sum of each output's weights; int4 kinds: as scale
-  const float *bias;   // [panels * 32], or null
-  bool wide;           // y is float whatever x is
+  const void *scale;  // int8: float [panels * 32]; int4 kinds: bf16 [panels][k / group, rounded up][32]
+  const void *zero;   // int8: float [panels * 32], sum of each output's weights; int4 kinds: uint8_t, as scale
+  const float *bias;  // [panels * 32], or null
+  bool wide;          // y is float whatever x is
 };
 
 // Where keys and values of one layer lie: [pages][kv_heads] blocks (attention.cpp has their layout).

@@ -1,9 +1,318 @@
+// Linear layers over packed weights: how rows and panels are cut into tiles, who computes them, and what is made of the
+// sums. Knows caches and threads; must not know registers (tiles.h) or how panels are laid out (pack.cpp).
+//
+// A row's bits depend on that row alone. Rows are cut into tiles and blocks by their number, but every tile does the
+// same for each of its rows, and the inputs are never divided among threads.
+#include <omp.h>
+
 #include "ops.h"
-#include "vec.h"
+#include "tiles.h"
+
 namespace shoal {
 namespace SHOAL_SET {
-int64_t packed_bytes(Kind, int64_t n, int64_t k) { return 0*n*k; }
-void pack(Kind, const void *, void *, int64_t, int64_t) { __builtin_abort(); }
-void linear(const Weight &, const void *, int64_t, const void *, float, void *) { __builtin_abort(); }
+namespace {
+
+constexpr int64_t L2_ROWS = 640 << 10;   // bytes of activations that stay in the second cache while panels pass
+constexpr int64_t STRETCH = 32 << 10;    // bytes of a panel that stay in the first cache while tiles of rows pass
+constexpr int64_t SERIAL = 48 << 10;     // numbers of activations that one thread prepares sooner than two agree
+constexpr int64_t TINY = 128 << 10;      // products per tile row that are not worth a second thread
+
+int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+int64_t aligned(int64_t bytes) { return up(bytes, 64) * 64; }
+
+// Where part i begins when n things are cut into parts of nearly the same size.
+int64_t cut(int64_t n, int64_t parts, int64_t i) { return i * (n / parts) + (i < n % parts ? i : n % parts); }
+
+// Panels not yet taken. A thread takes a part of what is left, so that one that is held up leaves the rest to others.
+struct Queue {
+  int64_t next, end;
+};
+
+struct Span {
+  int64_t begin, end;
+};
+
+Span take(Queue &queue, int64_t threads) {
+  int64_t begin = __atomic_load_n(&queue.next, __ATOMIC_RELAXED), end;
+  do {
+    const int64_t left = queue.end - begin;
+    if (left <= 0) return {queue.end, queue.end};
+    end = begin + (threads == 1 ? left : up(left, 2 * threads));
+  } while (!__atomic_compare_exchange_n(&queue.next, &begin, end, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  return {begin, end};
 }
+
+struct Layer {
+  Layer(const Weight &weight, const void *x, int64_t rows, const void *residual, float factor, void *y);
+  int64_t shared_bytes() const { return words_bytes + amounts_bytes; }
+  int64_t own_bytes() const { return sums_bytes + aligned(MOST * steps * WORD); }
+  void share(char *memory);
+  void prepare(int64_t tile, char *spare) const;
+  void run(Queue &queue, int64_t threads, char *own) const;
+  template <class T>
+  void finish(int64_t first, int64_t last, int64_t panel, const float *sums) const;
+
+  int64_t start(int64_t tile) const { return cut(rows, tiles, tile); }
+  uint32_t *words_of(int64_t tile) const { return words + start(tile) * steps + tile * LANES; }
+  int64_t items() const { return blocks * panels; }
+
+  const Weight &weight;
+  const void *x, *residual;
+  void *y;
+  float factor;
+  bool grouped;
+  int64_t rows, tiles, blocks;      // tiles of rows, and blocks of tiles
+  int64_t steps;                    // words of a row
+  int64_t groups;                   // of the int4 kinds
+  int64_t sides, panels, columns;   // panels counts pairs with a gate (sides = 2); columns of y
+  int64_t units, stretches;         // what a panel is cut into along the inputs: words, or groups
+  int64_t unit_bytes, panel_bytes;
+  int64_t words_bytes, amounts_bytes, sums_bytes;
+  uint32_t *words;                  // rows in tiles: [steps][rows of the tile], and LANES words to spare after each
+  float *amounts;                   // int8: scale of each row; int4 kinds: by tile [groups][2][rows]
+  void (*const *tile)(const Stretch &);
+
+ private:
+  void panel(int64_t first, int64_t last, int64_t index, const char *after, float *sums) const;
+  bool quantised() const { return weight.kind == Kind::int8 || weight.kind == Kind::int4; }
+};
+
+Layer::Layer(const Weight &weight, const void *x, int64_t rows, const void *residual, float factor, void *y)
+    : weight(weight), x(x), residual(residual), y(y), factor(factor), rows(rows) {
+  const int64_t k = weight.k;
+  grouped = weight.kind == Kind::int4 || weight.kind == Kind::int4_a16;
+  switch (weight.kind) {
+    case Kind::fp32: steps = k; break;
+    case Kind::bf16: steps = up(k, 2); break;
+    case Kind::int8: steps = up(k, 4); break;
+    case Kind::int4: steps = up(k, 8) * 2; break;
+    default: steps = up(k, 8) * 4;
+  }
+  groups = grouped ? up(k, weight.group) : 0;
+  sides = weight.gate == Gate::none ? 1 : 2;
+  panels = up(weight.n, PANEL * sides);
+  columns = weight.outputs;
+  units = grouped ? groups : steps;
+  unit_bytes = (grouped ? weight.group / 8 : 1) * PANEL * WORD;
+  panel_bytes = (grouped ? up(k, 8) : steps) * PANEL * WORD;
+  stretches = up(panel_bytes, STRETCH);
+  if (stretches > units) stretches = units;
+  tiles = up(rows, MOST);
+  const int64_t kept = L2_ROWS / (MOST * steps * WORD);
+  blocks = up(tiles, kept < 2 ? 2 : kept);
+  words_bytes = aligned((rows * steps + tiles * LANES) * WORD);
+  amounts_bytes = aligned(rows * (grouped ? 2 * groups : 1) * 4);
+  sums_bytes = aligned(up(tiles, blocks) * MOST * PANEL * 4 * sides);
+  tile = TILES[(int)weight.kind];
 }
+
+void Layer::share(char *memory) {
+  words = (uint32_t *)memory;
+  amounts = (float *)(memory + words_bytes);
+}
+
+// Rounds `count` numbers to whole multiples of a scale, at most 127 of it; the excess up to 16 is zero. Returns the scale
+// (not finite where a number is not), and adds up the multiples.
+float quantise(const uint16_t *x, int64_t count, uint8_t *out, float *total) {
+  uint16_t rest[LANES] = {};
+  const int64_t whole = count / LANES * LANES;
+  if (whole < count) __builtin_memcpy(rest, x + whole, (count - whole) * 2);
+  vi top = {};
+  for (int64_t i = 0; i < count; i += LANES) {
+    const vi bits = (vi)absolute(load(i < whole ? x + i : rest));  // as integers, NaN is the largest
+    top = bits > top ? bits : top;
+  }
+  int32_t lanes[LANES], most = 0;
+  __builtin_memcpy(lanes, &top, sizeof lanes);
+  for (int64_t i = 0; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
+  float largest;
+  __builtin_memcpy(&largest, &most, 4);
+  const bool finite = most < 0x7f800000, zero = largest < 1e-30f;
+  const float by = finite && !zero ? 127.f / largest : 0.f;
+  vi sums = {};
+  for (int64_t i = 0; i < count; i += LANES) {
+    const vf v = load(i < whole ? x + i : rest) * by + 12582912.f;  // whose last bits are the nearest whole number
+    const vi q = finite ? (vi)v - 0x4b400000 : (vi){};
+    sums += q;
+    typedef int8_t bytes __attribute__((vector_size(16)));
+    const bytes b = __builtin_convertvector(q, bytes);
+    __builtin_memcpy(out + i, &b, 16);
+  }
+  int32_t sum = 0;
+  __builtin_memcpy(lanes, &sums, sizeof lanes);
+  for (int64_t i = 0; i < LANES; i++) sum += lanes[i];
+  *total = (float)sum;
+  return zero ? 0.f : largest / 127.f;
+}
+
+float sum_of(const uint16_t *x, int64_t count) {
+  vf total = {};
+  for (int64_t i = 0; i < count; i += LANES) {
+    uint16_t rest[LANES] = {};
+    const bool whole = i + LANES <= count;
+    if (!whole) __builtin_memcpy(rest, x + i, (count - i) * 2);
+    total += load(whole ? x + i : rest);
+  }
+  return sum(total);
+}
+
+// Puts the rows of a tile into words, by step.
+void Layer::prepare(int64_t tile, char *spare) const {
+  const int64_t first = start(tile), count = start(tile + 1) - first, k = weight.k;
+  const int64_t size = weight.kind == Kind::fp32 ? 4 : 2, row_bytes = steps * WORD;
+  const char *from = (const char *)x + first * k * size;
+  float *amount = amounts + first * 2 * groups;
+  if (!quantised()) interleave(from, k * size, k * size, count, steps, words_of(tile));
+  for (int64_t r = 0; r < count; r++) {
+    const uint16_t *row = (const uint16_t *)(from + r * k * size);
+    uint8_t *out = (uint8_t *)spare + r * row_bytes;
+    if (weight.kind == Kind::int8) {
+      float total;
+      amounts[first + r] = quantise(row, k, out, &total);
+      for (int64_t i = 0; i < k; i++) out[i] ^= 128;
+    }
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t at = g * weight.group, length = k - at < weight.group ? k - at : weight.group;
+      float *scale = amount + g * 2 * count + r, *total = scale + count;
+      if (weight.kind == Kind::int4) {
+        *scale = quantise(row + at, length, out + at, total);
+      } else {
+        *scale = 1.f;
+        *total = sum_of(row + at, length);
+      }
+    }
+  }
+  if (quantised()) interleave(spare, row_bytes, k, count, steps, words_of(tile));
+}
+
+INLINE vf sigmoid(vf v) {
+  const vf e = exponential((vf)((vu)v | 0x80000000u));
+  return (v < 0 ? e : splat(1.f)) / (e + 1.f);
+}
+
+INLINE vf activate(Gate gate, vf v) {
+  if (gate == Gate::silu) return v * sigmoid(v);
+  // gelu: v / 2 * (1 + tanh(u)) is v * sigmoid(2u)
+  return v * sigmoid(v * fma(v * v, splat(2 * 0.044715f * 0.7978845608f), splat(2 * 0.7978845608f)));
+}
+
+// The value of sixteen sums of a row: of output n and those after it.
+INLINE vf value_of(const Weight &weight, float row_scale, const float *sums, int64_t n) {
+  vf v = load(sums);
+  if (weight.kind == Kind::int8) {  // activations were stored 128 too high
+    const vi whole = (vi)v - (__builtin_convertvector(load((const float *)weight.zero + n), vi) << 7);
+    v = __builtin_convertvector(whole, vf) * (load((const float *)weight.scale + n) * row_scale);
+  }
+  return weight.bias ? v + load(weight.bias + n) : v;
+}
+
+// Writes a panel's columns of y for the tiles first to last.
+template <class T>
+void Layer::finish(int64_t first, int64_t last, int64_t panel, const float *sums) const {
+  const int64_t begin = start(first), end = start(last);
+  for (int64_t half = 0; half < PANEL; half += LANES) {
+    const int64_t column = panel * PANEL + half, count = columns - column < LANES ? columns - column : LANES;
+    if (count <= 0) break;
+    for (int64_t r = begin; r < end; r++) {
+      const float *row = sums + (r - begin) * PANEL + half;
+      const float row_scale = weight.kind == Kind::int8 ? amounts[r] : 1.f;
+      const int64_t n = panel * PANEL * sides + half;
+      vf v = value_of(weight, row_scale, row, n);
+      if (sides == 2) {
+        v = activate(weight.gate, v) * value_of(weight, row_scale, row + (end - begin) * PANEL, n + PANEL);
+      } else {
+        v = v * factor;
+      }
+      T *to = (T *)y + r * columns + column;
+      const T *also = residual ? (const T *)residual + r * columns + column : nullptr;
+      if (count == LANES) {
+        store(to, also ? v + load(also) : v);
+      } else {
+        T part[LANES] = {};
+        if (also) __builtin_memcpy(part, also, count * sizeof(T));
+        store(part, also ? v + load(part) : v);
+        __builtin_memcpy(to, part, count * sizeof(T));
+      }
+    }
+  }
+}
+
+// The sums of one panel (not a pair) for the tiles first to last; meanwhile, what comes `after` it is fetched.
+void Layer::panel(int64_t first, int64_t last, int64_t index, const char *after, float *sums) const {
+  const char *base = (const char *)weight.panels + index * panel_bytes;
+  const int64_t begin = start(first);
+  for (int64_t s = 0; s < stretches; s++) {
+    const int64_t from = cut(units, stretches, s), to = cut(units, stretches, s + 1);
+    Stretch t;
+    t.panel = base + from * unit_bytes;
+    t.steps = to - from;
+    t.fresh = s == 0;
+    t.next = s + 1 < stretches ? base + to * unit_bytes : after;
+    t.pace = up(128, last - first);
+    if (grouped) {
+      t.scale = (const uint16_t *)weight.scale + (index * groups + from) * PANEL;
+      t.zero = (const uint8_t *)weight.zero + (index * groups + from) * PANEL;
+      t.group = weight.group / 8;
+      t.last = to == groups ? up(weight.k, 8) - (groups - 1) * t.group : t.group;
+    }
+    for (int64_t i = first; i < last; i++) {
+      const int64_t row = start(i), count = start(i + 1) - row;
+      t.x = words_of(i) + from * (grouped ? weight.group * steps / (up(weight.k, 8) * 8) : 1) * count;
+      t.sums = sums + (row - begin) * PANEL;
+      if (grouped) t.amounts = amounts + row * 2 * groups + from * 2 * count;
+      tile[count - 1](t);
+      t.next += t.steps * (grouped ? t.group : 1) * t.pace;
+    }
+  }
+}
+
+// Items are panels (or pairs) of a block of rows; those of one block follow each other.
+void Layer::run(Queue &queue, int64_t threads, char *own) const {
+  float *sums = (float *)own;
+  const char *base = (const char *)weight.panels;
+  Span span = take(queue, threads);
+  while (span.begin < span.end) {
+    Span then = span;
+    for (int64_t item = span.begin; item < span.end; item++) {
+      if (item + 1 == span.end) then = take(queue, threads);
+      const int64_t following = item + 1 < span.end ? item + 1 : then.begin < then.end ? then.begin : item;
+      const int64_t block = item / panels, at = item % panels;
+      const int64_t first = cut(tiles, blocks, block), last = cut(tiles, blocks, block + 1);
+      const int64_t count = start(last) - start(first);
+      for (int64_t side = 0; side < sides; side++) {
+        const int64_t index = at * sides + side;
+        const int64_t next = side + 1 < sides ? index + 1 : following % panels * sides;
+        panel(first, last, index, base + next * panel_bytes, sums + side * count * PANEL);
+      }
+      if (weight.kind == Kind::fp32 || weight.wide) finish<float>(first, last, at, sums);
+      else finish<uint16_t>(first, last, at, sums);
+    }
+    span = then;
+  }
+}
+
+}  // namespace
+
+void linear(const Weight &weight, const void *x, int64_t rows, const void *residual, float factor, void *y) {
+  if (rows <= 0) return;
+  Layer layer(weight, x, rows, residual, factor, y);
+  char *memory = (char *)scratch(layer.shared_bytes() + layer.own_bytes());
+  layer.share(memory);
+  const bool serial = rows * weight.k <= SERIAL;
+  const bool tiny = layer.tiles * weight.n * weight.k <= TINY;
+  if (serial)
+    for (int64_t t = 0; t < layer.tiles; t++) layer.prepare(t, memory + layer.shared_bytes() + layer.sums_bytes);
+  Queue queue = {0, layer.items()};
+#pragma omp parallel if (!tiny)
+  {
+    char *own = omp_get_thread_num() == 0 ? memory + layer.shared_bytes() : (char *)scratch(layer.own_bytes());
+    if (!serial) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t t = 0; t < layer.tiles; t++) layer.prepare(t, own + layer.sums_bytes);
+    }
+    layer.run(queue, omp_get_num_threads(), own);
+  }
+}
+
+}  // namespace SHOAL_SET
+}  // namespace shoal

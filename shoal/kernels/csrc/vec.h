@@ -21,6 +21,18 @@ typedef uint32_t vu __attribute__((vector_size(64)));
 typedef float vf_any __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t vu_any __attribute__((vector_size(64), aligned(1)));
 typedef uint16_t vh __attribute__((vector_size(32)));
+
+// What one register holds. The compiler takes a comparison of vectors wider than that apart into single numbers.
+#if defined(__AVX512F__)
+constexpr int PARTS = 1;
+#elif defined(__AVX2__)
+constexpr int PARTS = 2;
+#else
+constexpr int PARTS = 4;
+#endif
+typedef float part __attribute__((vector_size(64 / PARTS)));
+typedef int32_t part_bits __attribute__((vector_size(64 / PARTS)));
+
 typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2)));
 
 #define INLINE static inline __attribute__((always_inline))
@@ -57,7 +69,7 @@ INLINE void store(uint16_t *p, vf v) {
 #else
   vu bits = (vu)v;
   vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  vu nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
+  vu nan = (vu)((0x7f800000 - (vi)(bits & 0x7fffffffu)) >> 31);
   vu out = (nan & ((bits >> 16) | 0x40)) | (~nan & rounded);
   *(vh_any *)p = __builtin_convertvector(out, vh);
 #endif
@@ -101,13 +113,24 @@ INLINE vi dot_bytes(vi total, vu a, vu b) {
 #endif
 }
 
+// All bits set where a < b, none elsewhere.
+INLINE vi less(vf a, vf b) {
+  part x[PARTS], y[PARTS];
+  part_bits z[PARTS];
+  __builtin_memcpy(x, &a, 64), __builtin_memcpy(y, &b, 64);
+  for (int i = 0; i < PARTS; i++) z[i] = x[i] < y[i];
+  vi mask;
+  __builtin_memcpy(&mask, z, 64);
+  return mask;
+}
+
 // The larger of two; of a NaN and a number, either.
 INLINE vf larger(vf a, vf b) {
-#ifdef __AVX512F__
-  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-  return a > b ? a : b;
-#endif
+  part x[PARTS], y[PARTS];
+  __builtin_memcpy(x, &a, 64), __builtin_memcpy(y, &b, 64);
+  for (int i = 0; i < PARTS; i++) y[i] = x[i] > y[i] ? x[i] : y[i];
+  __builtin_memcpy(&b, y, 64);
+  return b;
 }
 
 INLINE vf absolute(vf v) { return (vf)((vu)v & 0x7fffffffu); }
@@ -148,7 +171,7 @@ INLINE vf exponential(vf x) {
   p = fma(p, f, splat(1.f));
   const vi power = __builtin_convertvector(larger(whole, splat(-126.f)), vi);
   const vf y = (vf)((vi)p + (power << 23));
-  return x < -87.f ? (vf){} : y;
+  return (vf)((vi)y & ~less(x, splat(-87.f)));
 }
 
 }  // namespace

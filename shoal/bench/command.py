@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from shoal.bench import floor as floors
-from shoal.bench import machine, single
+from shoal.bench import machine, single, steps
 from shoal.bench.limits import Limits, measure
 from shoal.bench.options import KERNELS, BenchOptions
 from shoal.bench.ours import Ours, Run, first_token_seconds
@@ -37,12 +37,23 @@ def run_bench(options: BenchOptions) -> int:
     record: Record = {"machine": machine.describe(), "limits": asdict(limits), "workloads": {}}
     print(_limits_line(limits, record["machine"]), flush=True)
     if options.what == (KERNELS,):
-        record["kernels"] = single.run(limits, options)
-        _write(options.json, record)
+        _kernels(options, limits, record)
         return 0
     machine.forget_peak()  # the buffer of the bandwidth is not the engine's
     _workloads(options, limits, record)
     return 0
+
+
+def _kernels(options: BenchOptions, limits: Limits, record: Record) -> None:
+    record["kernels"], record["steps"] = [], []
+    for kernel in single.run(limits):
+        record["kernels"].append(asdict(kernel))
+        print(kernel.line(), flush=True)
+        _write(options.json, record)
+    for step in steps.run(limits):
+        record["steps"].append(asdict(step))
+        print(step.line(), flush=True)
+        _write(options.json, record)
 
 
 def _workloads(options: BenchOptions, limits: Limits, record: Record) -> None:
@@ -76,6 +87,8 @@ def _by_turns(workload: Workload, rounds: int, least: floors.Floor, ours: Ours, 
     runs: list[Run] = []
     theirs: dict[str, list[PeerRun]] = {peer.name: [] for peer in peers}
     for _ in range(rounds):
+        if peers:
+            machine.wait_quiet()  # as the peers' runners do
         runs.append(ours.run(workload))
         for peer in peers:
             theirs[peer.name].append(peer.run())

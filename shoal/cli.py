@@ -63,7 +63,7 @@ OrderFlag = Annotated[Order, typer.Option(help="plan: share most; input: as the 
 Memory = Annotated[str | None, typer.Option(help="Memory for keys and values: 2GB, 512MiB. Without it, what is free.")]
 StepTokens = Annotated[int | None, typer.Option(help="Most tokens in one step of the model.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
-Weights = Annotated[str, typer.Option(help="Numbers of the weights: fp32, bf16; auto takes the checkpoint's.")]
+Weights = Annotated[str, typer.Option(help="Weights: fp32, bf16, int8, int4, int4-a16; auto: as the checkpoint.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the model. Without it, one for each core.")]
 Seed = Annotated[int, typer.Option(help="Decides the seed of rows that bring none.")]
 MaxFailures = Annotated[str | None, typer.Option(help="End the job after so many failed lines: 100 or 1%.")]

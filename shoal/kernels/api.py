@@ -7,7 +7,7 @@ D model width, H query heads, G key/value heads, E head width, F half of the rot
 
 Every backend is **batch-invariant**: the bits of a token's result depend on that token and its context alone, never on
 the other tokens of the step, on how the prompt was cut into steps, on which pages it lives in, or on the number of
-threads. tests/cpu/test_kernels_ref.py states this as tests.
+threads. tests/cpu/test_kernels.py states this as tests.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ class Batch:
 
 Activation = Literal["silu", "gelu"]
 
+Mode = Literal["plain", "int8", "int4", "int4-a16"]
+"""How a weight is kept and multiplied: as it comes, or quantised (quantize.py says exactly how)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Heads:
@@ -47,6 +50,34 @@ class Heads:
     norms: tuple[Tensor, Tensor] | None = None  # float32 weights for queries and keys
     whole: bool = False  # a norm runs over all heads of a token together instead of each
     eps: float = 1e-6
+
+
+WEIGHT_BITS = 40  # weights are multiples of 2**-40 of the best token's; 2**22 of them cannot overflow 63 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Tokens to be drawn from rows of logits that end in a finite largest number, on the kernels' device."""
+
+    row_S: Tensor  # int64, row of the logits
+    number_S: Tensor  # int64, 64 random bits
+    best_S: Tensor  # float32, the row's largest number
+    heat_S: Tensor  # float32, above 0
+    top_k_S: Tensor  # int64, 0 keeps every token
+    top_p_S: Tensor  # float64, in (0, 1]
+    min_p_S: Tensor  # float32, in [0, 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Where tokens stand in their rows of logits. K best tokens are listed, of equals the lowest id first."""
+
+    best_S: Tensor  # float32, the row's largest number
+    value_S: Tensor  # float32, the token's own
+    weight_S: Tensor  # int64, sum of e**(x - best) over the row in units of 2**-40, each rounded down
+    rank_S: Tensor  # int64, 1 is best; of equals the lowest id first
+    top_id_SK: Tensor  # int64
+    top_value_SK: Tensor  # float32
 
 
 class KV(Protocol):
@@ -80,11 +111,17 @@ class Kernels(Protocol):
         """Bytes of one page in one layer, keys and values, whatever the backend adds to fill up its units."""
         ...
 
-    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> object:
-        """Prepare a weight of N outputs and K inputs for `linear`. The backend may keep or copy the tensors."""
+    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None, mode: Mode = "plain") -> object:
+        """Prepare a weight of N outputs and K inputs for `linear`. The backend may keep or copy the tensors.
+
+        A plain weight has the dtype of the activations. To be quantised it may have any floating-point dtype, and the
+        activations are bf16; ValueError when it has numbers that are not finite.
+        """
         ...
 
-    def pack_gated(self, weight_2FK: Tensor, bias_2F: Tensor | None = None, activation: Activation = "silu") -> object:
+    def pack_gated(
+        self, weight_2FK: Tensor, bias_2F: Tensor | None = None, activation: Activation = "silu", mode: Mode = "plain"
+    ) -> object:
         """Prepare a gate (the first F outputs) and what it lets through (the others) for `gated`."""
         ...
 
@@ -145,6 +182,22 @@ class Kernels(Protocol):
         """Index (int64) and value of each row's largest number; of equals the first. A NaN is larger than any number.
 
         x is float32 and contiguous.
+        """
+        ...
+
+    def draw(self, x_RV: Tensor, draws: Draws) -> Tensor:
+        """Draw a token for each, int64 [S], from the row's distribution under heat, top-k, top-p and min-p.
+
+        It is the first at which the weights of what is kept, cumulated in the order of ids, exceed number * 2**-64 of
+        their sum. Tokens equal to the last one kept are kept. Integers throughout, the same on every backend:
+        `ref_sampling` says what a weight is. x is float32 and contiguous.
+        """
+        ...
+
+    def score(self, x_RV: Tensor, row_S: Tensor, token_S: Tensor, top: int) -> Scores:
+        """Find where tokens stand in their rows, and the best `top` <= V of each; the same on every backend.
+
+        A row with a NaN gives a NaN as its best, and something in the other places. x is float32 and contiguous.
         """
         ...
 

@@ -13,13 +13,18 @@ import torch  # before the extension, so that both use the OpenMP runtime that t
 from torch import Tensor
 
 from shoal.kernels import _cpu
-from shoal.kernels.api import KV, Activation, Batch, Heads
+from shoal.kernels.api import KV, Activation, Batch, Draws, Heads, Mode, Scores
+from shoal.kernels.quantize import Quantized, quantize
 
 UNIT = 16  # positions: a page holds whole units
 PANEL = 32  # outputs of a weight that lie together; values of a head are filled up to it
 TILE = 256  # positions of one partial of attention
 
 _KINDS = {torch.float32: _cpu.Kind.FP32, torch.bfloat16: _cpu.Kind.BF16}
+_DRAW_TYPES = [
+    torch.int64, torch.int64, torch.float32, torch.float32, torch.int64, torch.float64, torch.float32
+]  # fmt: skip
+_QUANTIZED = {"int8": _cpu.Kind.INT8, "int4": _cpu.Kind.INT4, "int4-a16": _cpu.Kind.INT4_A16}
 _GATES = {"silu": _cpu.Gate.SILU, "gelu": _cpu.Gate.GELU}
 
 
@@ -113,31 +118,39 @@ class CpuKernels:
         ]  # fmt: skip
         return UnitKV(memory, pages, num_pages, page_size)
 
-    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:
-        return self._pack(weight_NK, bias_N, len(weight_NK), _cpu.Gate.NONE)
+    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None, mode: Mode = "plain") -> PackedLinear:
+        return self._pack(weight_NK, bias_N, len(weight_NK), _cpu.Gate.NONE, mode)
 
     def pack_gated(
-        self, weight_2FK: Tensor, bias_2F: Tensor | None = None, activation: Activation = "silu"
+        self, weight_2FK: Tensor, bias_2F: Tensor | None = None, activation: Activation = "silu", mode: Mode = "plain"
     ) -> PackedLinear:
         bias = None if bias_2F is None else _alternating(bias_2F[:, None])[:, 0]
-        return self._pack(_alternating(weight_2FK), bias, len(weight_2FK) // 2, _GATES[activation])
+        return self._pack(_alternating(weight_2FK), bias, len(weight_2FK) // 2, _GATES[activation], mode)
 
-    def _pack(self, weight_NK: Tensor, bias_N: Tensor | None, outputs: int, gate: _cpu.Gate) -> PackedLinear:
-        kind, (n, k) = _KINDS[weight_NK.dtype], weight_NK.shape
-        weight_NK = weight_NK.contiguous()
+    def _pack(
+        self, weight_NK: Tensor, bias_N: Tensor | None, outputs: int, gate: _cpu.Gate, mode: Mode
+    ) -> PackedLinear:
+        n, k = weight_NK.shape
+        if mode == "plain":
+            kind, dtype, values, group, scales = _KINDS[weight_NK.dtype], weight_NK.dtype, weight_NK.contiguous(), 0, ()
+        else:
+            quantized = quantize(weight_NK, mode)
+            kind, dtype, values, group = _QUANTIZED[mode], torch.bfloat16, quantized.values_NK, quantized.group
+            scales = _scales(quantized)
         panels = torch.empty(self._table.packed_bytes(kind, n, k), dtype=torch.uint8)
-        self._table.pack(kind, weight_NK.data_ptr(), panels.data_ptr(), n, k)
+        self._table.pack(kind, values.data_ptr(), panels.data_ptr(), n, k)
         bias = torch.zeros(n + -n % PANEL)
         if bias_N is not None:
             bias[:n] = bias_N
+        scale, zero = (each.data_ptr() for each in scales) if scales else (0, 0)
         narrow, wide = (
             _cpu.Linear(
-                self._table, kind, gate, n, k, 0, panels.data_ptr(),
+                self._table, kind, gate, n, k, group, panels.data_ptr(), scale=scale, zero=zero,
                 bias=bias.data_ptr() if bias_N is not None else 0, wide=wide, outputs=outputs,
             )
             for wide in (False, True)
         )  # fmt: skip
-        return PackedLinear(narrow, wide, weight_NK.dtype, k, outputs, (panels, bias))
+        return PackedLinear(narrow, wide, dtype, k, outputs, (panels, bias, *scales))
 
     def linear(self, x_TK: Tensor, packed: object, residual_TN: Tensor | None = None, factor: float = 1.0) -> Tensor:
         assert isinstance(packed, PackedLinear)
@@ -195,13 +208,13 @@ class CpuKernels:
 
     def place(self, qkv_TW: Tensor, prepared: object, kv: KV, layer: int, batch: Batch) -> Tensor:
         assert isinstance(prepared, PreparedHeads) and isinstance(kv, UnitKV)
-        about, tokens = prepared.about, len(qkv_TW)
-        width = (about.num_heads + 2 * about.num_kv_heads) * about.head_dim
-        assert qkv_TW.shape[1] == width and qkv_TW.is_contiguous(), (qkv_TW.shape, about)
+        about, (tokens, width) = prepared.about, qkv_TW.shape
+        assert width == (about.num_heads + 2 * about.num_kv_heads) * about.head_dim, (qkv_TW.shape, about)
+        assert qkv_TW.is_contiguous(), "tensors must be contiguous"
         self._table.place(
             qkv_TW.data_ptr(), prepared.heads, kv.pages[layer], batch.pos_T.data_ptr(), batch.slot_T.data_ptr(), tokens
         )
-        return qkv_TW[:, : about.num_heads * about.head_dim].unflatten(1, (about.num_heads, about.head_dim))
+        return qkv_TW.as_strided((tokens, about.num_heads, about.head_dim), (width, about.head_dim, 1))
 
     def plan(self, batch: Batch, kv: KV) -> SharedPlan:
         rows, row_length = batch.table_NB.shape
@@ -235,6 +248,30 @@ class CpuKernels:
         self._table.largest(x_RV.data_ptr(), index_R.data_ptr(), value_R.data_ptr(), rows, columns)
         return index_R, value_R
 
+    def draw(self, x_RV: Tensor, draws: Draws) -> Tensor:
+        assert x_RV.dtype == torch.float32 and x_RV.is_contiguous(), x_RV.dtype
+        token_S = torch.empty_like(draws.row_S)
+        fields = (draws.row_S, draws.number_S, draws.best_S, draws.heat_S, draws.top_k_S, draws.top_p_S, draws.min_p_S)
+        assert [each.dtype for each in fields] == _DRAW_TYPES, draws
+        assert all(len(each) == len(token_S) and each.is_contiguous() for each in fields), draws
+        addresses = [each.data_ptr() for each in fields]
+        self._table.draw(x_RV.data_ptr(), x_RV.shape[1], len(token_S), *addresses, token_S.data_ptr())
+        return token_S
+
+    def score(self, x_RV: Tensor, row_S: Tensor, token_S: Tensor, top: int) -> Scores:
+        assert x_RV.dtype == torch.float32 and x_RV.is_contiguous(), x_RV.dtype
+        assert row_S.dtype == token_S.dtype == torch.int64 and row_S.is_contiguous() and token_S.is_contiguous()
+        count, columns = len(row_S), x_RV.shape[1]
+        assert len(token_S) == count and 0 <= top <= columns, (row_S.shape, token_S.shape, top)
+        floats, integers = torch.empty((2, count)), torch.empty((2, count), dtype=torch.int64)
+        ids, values = torch.empty((count, top), dtype=torch.int64), torch.empty((count, top))
+        found = Scores(floats[0], floats[1], integers[0], integers[1], ids, values)
+        self._table.score(
+            x_RV.data_ptr(), columns, count, top, row_S.data_ptr(), token_S.data_ptr(),
+            *(part.data_ptr() for part in (*floats, *integers, ids, values)),
+        )  # fmt: skip
+        return found
+
     def move_blocks(self, kv: KV, moves_M3: Tensor) -> None:
         assert isinstance(kv, UnitKV)
         for pages in kv.pages:
@@ -247,3 +284,16 @@ def _alternating(both_2FK: Tensor) -> Tensor:
     filled = torch.zeros((2, half + -half % PANEL, columns), dtype=both_2FK.dtype)
     filled[:, :half] = both_2FK.view(2, half, columns)
     return filled.view(2, -1, PANEL, columns).transpose(0, 1).reshape(-1, columns)
+
+
+def _scales(weight: Quantized) -> tuple[Tensor, Tensor]:
+    """An output's scale and what stands for its zero, filled up to whole panels: for int8 float32 [panels * 32], the
+    zero being the sum of its numbers, as activations are multiplied 128 too high; else [panels, groups, 32]."""
+    scale_NC = weight.scale_NC
+    zero_NC = weight.values_NK.sum(1, True).float() if weight.zero_NC is None else weight.zero_NC
+    fill = (0, 0, 0, -len(scale_NC) % PANEL)
+    scale, zero = (
+        torch.nn.functional.pad(each, fill).view(-1, PANEL, each.shape[1]).transpose(1, 2).contiguous()
+        for each in (scale_NC, zero_NC)
+    )
+    return scale, zero

@@ -7,6 +7,7 @@ tensor, so that loading never holds more than the model and one tensor. Pickle f
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shoal.core.errors import ModelError
+from shoal.kernels.api import Mode
+from shoal.kernels.quantize import weight_bytes
 from shoal.nn.arch import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Names of the arithmetic a model can run in."""
+"""Names of the arithmetic of plain weights."""
+
+MODES: Mapping[str, tuple[torch.dtype, Mode]] = {
+    **{name: (dtype, "plain") for name, dtype in DTYPES.items()},
+    "int8": (torch.bfloat16, "int8"),
+    "int4": (torch.bfloat16, "int4"),
+    "int4-a16": (torch.bfloat16, "int4-a16"),
+}
+"""Every arithmetic a model can run in: the dtype of its activations, and how its layers' linears are kept. Embeddings
+and head keep the activations' dtype: they are few in a large model, and the head decides between near tokens."""
 
 _READABLE = ("F32", "BF16", "F16")
 _PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.")
@@ -65,6 +77,18 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def model_bytes(config: ModelConfig, arithmetic: str) -> int:
+    """Bytes of a loaded model's tensors in one of MODES."""
+    dtype, mode = MODES[arithmetic]
+    total = 0
+    for name, shape in expected_shapes(config).items():
+        if mode != "plain" and name.startswith("layers.") and len(shape) == 2:
+            total += weight_bytes(mode, shape[0], shape[1])
+        else:
+            total += dtype.itemsize * math.prod(shape)
+    return total
+
+
 def norm_names(config: ModelConfig) -> tuple[str, ...]:
     """A layer's norms in the order of use. Checkpoints call the norm before the feed-forward layer after its place
     (post_attention_layernorm) unless there is also one after attention."""
@@ -80,8 +104,9 @@ def norm_names(config: ModelConfig) -> tuple[str, ...]:
 class Weights:
     """Open files of a checkpoint whose tensors have all been checked; tensors are named without its prefix."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, places: Mapping[str, _Place]) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, mode: Mode, places: Mapping[str, _Place]) -> None:
         self.dtype = dtype
+        self.mode = mode
         self._offset = config.norm_offset
         self._places = places
 
@@ -91,6 +116,11 @@ class Weights:
     def take(self, name: str) -> Tensor:
         """Read one tensor into memory of its own, in the model's dtype."""
         return self._read(name).to(self.dtype)
+
+    def take_for_layer(self, name: str) -> Tensor:
+        """Read a linear layer's tensor: in the model's dtype, or as it is stored when it is going to be quantised, so
+        that it is rounded once."""
+        return self.take(name) if self.mode == "plain" else self._read(name)
 
     def norm(self, name: str) -> Tensor:
         """Read a norm's weight as float32, with the architecture's offset added."""
@@ -110,9 +140,12 @@ class _Place:
     stored: str  # its name there
 
 
-def load_weights(folder: str | Path, config: ModelConfig, dtype: torch.dtype = torch.float32) -> Weights:
+def load_weights(
+    folder: str | Path, config: ModelConfig, dtype: torch.dtype = torch.float32, mode: Mode = "plain"
+) -> Weights:
     """Open a checkpoint, check every name, shape and type from the files' headers, and return it for reading.
 
+    `mode` is for the layers' linears. Nothing is converted or quantised before it is read.
     ModelError names the tensor that is missing, of another shape or type, or not part of the architecture.
     """
     places: dict[str, _Place] = {}
@@ -140,7 +173,7 @@ def load_weights(folder: str | Path, config: ModelConfig, dtype: torch.dtype = t
             f"{folder}: tensor {missing[0]} with shape {list(expected[missing[0]])} is missing{more}; "
             f"a {config.architecture} model as config.json describes it needs it"
         )
-    return Weights(config, dtype, places)
+    return Weights(config, dtype, mode, places)
 
 
 def _find_files(folder: Path) -> list[Path]:

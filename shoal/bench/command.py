@@ -17,6 +17,7 @@ import torch
 
 from shoal.bench import floor as floors
 from shoal.bench import machine, single, steps
+from shoal.bench.floor import ARITHMETIC
 from shoal.bench.limits import Limits, measure
 from shoal.bench.options import KERNELS, BenchOptions
 from shoal.bench.ours import Ours, Run, first_token_seconds
@@ -24,6 +25,7 @@ from shoal.bench.peers import Peer, PeerRun, started
 from shoal.bench.watch import Watch
 from shoal.bench.workloads import NAMES, Workload, make
 from shoal.core.config import EngineConfig
+from shoal.core.errors import UsageError
 from shoal.nn.arch import read_config
 from shoal.text.checkpoint import resolve_model, weight_mode
 
@@ -45,12 +47,15 @@ def run_bench(options: BenchOptions) -> int:
 
 
 def _kernels(options: BenchOptions, limits: Limits, record: Record) -> None:
-    record["kernels"], record["steps"] = [], []
-    for kernel in single.run(limits):
+    mode = "bf16" if options.weights == "auto" else options.weights
+    if mode not in ARITHMETIC:
+        raise UsageError(f"weights is {mode!r}; it must be one of {', '.join(ARITHMETIC)}")
+    record["settings"], record["kernels"], record["steps"] = {"weights": mode}, [], []
+    for kernel in single.run(limits, mode):
         record["kernels"].append(asdict(kernel))
         print(kernel.line(), flush=True)
         _write(options.json, record)
-    for step in steps.run(limits):
+    for step in steps.run(limits, mode):
         record["steps"].append(asdict(step))
         print(step.line(), flush=True)
         _write(options.json, record)
@@ -79,6 +84,9 @@ def _workloads(options: BenchOptions, limits: Limits, record: Record) -> None:
                 _write(options.json, record)
             record["peers"] = {peer.name: peer.finish() for peer in peers}
     print(f"peak memory {(record['peak_memory'] or 0) / 2**30:.2f} GiB", flush=True)
+    after = measure()  # shows whether the machine has changed meanwhile
+    record["limits_after"] = asdict(after)
+    print("afterwards: " + _limits_line(after, machine.describe()), flush=True)
     _write(options.json, record)
 
 

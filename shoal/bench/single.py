@@ -8,13 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
 
+from shoal.bench.floor import ARITHMETIC
 from shoal.bench.limits import Limits
 from shoal.kernels import Batch, Kernels, load
 from shoal.kernels.api import Heads
+from shoal.kernels.quantize import weight_bytes
+from shoal.nn.weights import MODES
 
 ROWS = (1, 8, 32, 64, 256, 2048)
 WIDTH, INNER, VOCAB = 896, 4864, 151936  # Qwen2.5-0.5B
@@ -44,10 +48,12 @@ class Measured:
         )
 
 
-def measure(limits: Limits, name: str, operations: float, size: float, calls: list[Callable[[], object]]) -> Measured:
+def measure(
+    limits: Limits, arithmetic: str, name: str, operations: float, size: float, calls: list[Callable[[], object]]
+) -> Measured:
     """Time the calls in turn: the median of rounds, as neighbours disturb some. `size` and `operations` are a call's.
 
-    The limit is the larger of operations at the bf16 register peak and bytes at the bandwidth.
+    The limit is the larger of operations at the register peak of the arithmetic and bytes at the bandwidth.
     """
     rounds: list[float] = []
     end = time.perf_counter() + _TRY
@@ -58,50 +64,55 @@ def measure(limits: Limits, name: str, operations: float, size: float, calls: li
             call()
         rounds.append((time.perf_counter() - began) / len(calls))
     seconds = median(rounds)
-    least = max(operations / limits.peak["bf16"], size / limits.bandwidth)
+    least = max(operations / limits.peak[arithmetic], size / limits.bandwidth)
     return Measured(name, seconds, operations, size, least / seconds)
 
 
-def run(limits: Limits) -> Iterator[Measured]:
-    """Linear layers of Qwen2.5-0.5B in bf16, then attention."""
+def run(limits: Limits, mode: str) -> Iterator[Measured]:
+    """Linear layers of Qwen2.5-0.5B with weights of a mode, then its head, and attention."""
     kernels = load("auto")
     for name, outputs, inputs in _SHAPES:
-        yield from _linear(limits, kernels, name, outputs, inputs)
-    yield from _head(limits, kernels)
+        yield from _linear(limits, kernels, mode, name, outputs, inputs)
+    yield from _head(limits, kernels, mode)
     for heads in _HEADS:
-        yield from _attention(limits, kernels, *heads)
+        yield from _attention(limits, kernels, mode, *heads)
 
 
-def random(*shape: int, scale: float = 0.02) -> torch.Tensor:
-    """bf16 numbers of that scale; a block of random ones over and over, as drawing them all would take seconds."""
+def random(*shape: int, scale: float = 0.02, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Numbers of that scale; a block of random ones over and over, as drawing them all would take seconds."""
     count = 1
     for size in shape:
         count *= size
-    block = (torch.randn(min(count, 1 << 20)) * scale).to(torch.bfloat16)
+    block = (torch.randn(min(count, 1 << 20)) * scale).to(dtype)
     return block.repeat(-(-count // len(block)))[:count].view(shape)
 
 
-def _linear(limits: Limits, kernels: Kernels, name: str, outputs: int, inputs: int) -> Iterator[Measured]:
-    weight, size = random(outputs, inputs), 2 * outputs * inputs
-    gated = name == "gate up"
-    pack = kernels.pack_gated if gated else kernels.pack
+def _linear(limits: Limits, kernels: Kernels, mode: str, name: str, outputs: int, inputs: int) -> Iterator[Measured]:
+    dtype, kept = MODES[mode]
+    weight = random(outputs, inputs, dtype=dtype)
+    size = dtype.itemsize * outputs * inputs if kept == "plain" else weight_bytes(kept, outputs, inputs)
     # As in a model, where a layer's weights are long out of the caches when they are needed again.
-    packed = [pack(weight) for _ in range(-(-_COLD // size))]
-    run = kernels.gated if gated else kernels.linear
+    copies = range(-(-_COLD // size))
+    if name == "gate up":
+        packed, run = [kernels.pack_gated(weight, mode=kept) for _ in copies], kernels.gated
+    else:
+        packed, run = [kernels.pack(weight, mode=kept) for _ in copies], kernels.linear
     for rows in ROWS:
-        x = random(rows, inputs, scale=1.0)
-        calls: list[Callable[[], object]] = [lambda each=each, x=x: run(x, each) for each in packed]  # type: ignore[misc]
+        x = random(rows, inputs, scale=1.0, dtype=dtype)
+        calls: list[Callable[[], object]] = [partial(run, x, each) for each in packed]
         calls = calls if rows < 256 else calls[: max(1, len(calls) // rows)]
-        label = f"linear {name} {outputs} x {inputs}, {rows} rows"
-        yield measure(limits, label, 2.0 * rows * outputs * inputs, size, calls)
+        label = f"{mode} linear {name} {outputs} x {inputs}, {rows} rows"
+        yield measure(limits, ARITHMETIC[mode], label, 2.0 * rows * outputs * inputs, size, calls)
 
 
-def _head(limits: Limits, kernels: Kernels) -> Iterator[Measured]:
-    packed, size = kernels.pack(random(VOCAB, WIDTH)), 2 * VOCAB * WIDTH
+def _head(limits: Limits, kernels: Kernels, mode: str) -> Iterator[Measured]:
+    dtype, _ = MODES[mode]
+    packed, size = kernels.pack(random(VOCAB, WIDTH, dtype=dtype)), dtype.itemsize * VOCAB * WIDTH
     for rows in ROWS[:-2]:
-        x = random(rows, WIDTH, scale=1.0)
+        x = random(rows, WIDTH, scale=1.0, dtype=dtype)
         label = f"head {VOCAB} x {WIDTH}, {rows} rows"
-        yield measure(limits, label, 2.0 * rows * VOCAB * WIDTH, size, [lambda x=x: kernels.logits(x, packed)])  # type: ignore[misc]
+        arithmetic = "fp32" if mode == "fp32" else "bf16"
+        yield measure(limits, arithmetic, label, 2.0 * rows * VOCAB * WIDTH, size, [partial(kernels.logits, x, packed)])
 
 
 # -- attention -----------------------------------------------------------------------------------------
@@ -129,28 +140,30 @@ def _batch(table: torch.Tensor, begin: int, end: int) -> Batch:
     )  # fmt: skip
 
 
-def _attention(limits: Limits, kernels: Kernels, queries: int, keys: int, width: int) -> Iterator[Measured]:
+def _attention(limits: Limits, kernels: Kernels, mode: str, queries: int, keys: int, width: int) -> Iterator[Measured]:
     """One new token for each of 32 sequences, all alone or with 1,024 positions shared; then chunks of one prompt."""
     length, name = _SHARED + _OWN, f"{queries}/{keys}/{width}"
-    position = 4 * keys * width  # bytes of a position in one layer
+    dtype, _ = MODES[mode]
+    position = 2 * dtype.itemsize * keys * width  # bytes of a position in one layer
     layers = max(2, -(-_COLD // (position * _SEQUENCES * length)))
-    kv = kernels.new_kv(layers, _SEQUENCES * length // _PAGE, _PAGE, keys, width, torch.bfloat16)
+    kv = kernels.new_kv(layers, _SEQUENCES * length // _PAGE, _PAGE, keys, width, dtype)
     heads = kernels.prepare_heads(Heads(queries, keys, width))
     private = _tables(0)
     for first in range(0, _SEQUENCES, 4):
         batch = _batch(private[first : first + 4], 0, length)
         for layer in range(layers):
-            kernels.place(random(4 * length, (queries + 2 * keys) * width, scale=1.0), heads, kv, layer, batch)
+            qkv = random(4 * length, (queries + 2 * keys) * width, scale=1.0, dtype=dtype)
+            kernels.place(qkv, heads, kv, layer, batch)
     scale = width**-0.5
 
     def timed(label: str, batch: Batch, operations: float, size: float) -> Measured:
-        q = random(len(batch.ids_T), queries, width, scale=1.0)
+        q = random(len(batch.ids_T), queries, width, scale=1.0, dtype=dtype)
         plan = kernels.plan(batch, kv)
         calls: list[Callable[[], object]] = [
-            lambda layer=layer: kernels.attention(q, kv, layer, plan, scale)  # type: ignore[misc]
-            for layer in range(layers)
+            partial(kernels.attention, q, kv, layer, plan, scale) for layer in range(layers)
         ]
-        return measure(limits, f"attention {name}, {label}", operations, size, calls)
+        arithmetic = "fp32" if mode == "fp32" else "bf16"
+        return measure(limits, arithmetic, f"attention {name}, {label}", operations, size, calls)
 
     pairs = 4.0 * queries * width
     label = f"{_SEQUENCES} x {length} tokens"

@@ -25,7 +25,7 @@ from shoal.engine import Engine, Executor, Pending
 from shoal.kernels import Kernels, load
 from shoal.nn.arch import ModelConfig, make_config
 from shoal.nn.decoder import Decoder
-from shoal.nn.weights import Weights, expected_shapes
+from shoal.nn.weights import MODES, Weights, expected_shapes
 from shoal.runtime.runner import ModelRunner
 from shoal.sched.policies.batch import BatchPolicy
 from shoal.sched.policy import Budget
@@ -65,16 +65,17 @@ class Decodes:
 class _RandomWeights:
     """A checkpoint that is nowhere."""
 
-    dtype = torch.bfloat16
-
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, mode: str) -> None:
+        self.dtype, self.mode = MODES[mode]
         self._shapes = expected_shapes(config)
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
 
     def take(self, name: str) -> torch.Tensor:
-        return random(*self._shapes[name])
+        return random(*self._shapes[name], dtype=self.dtype)
+
+    take_for_layer = take
 
     def norm(self, name: str) -> torch.Tensor:
         return torch.ones(self._shapes[f"{name}.weight"])
@@ -97,18 +98,19 @@ class _Skipping:
         return replace(part, start=end - 1, tokens=part.tokens[-1:], want=min(part.want, 1))
 
 
-def run(limits: Limits) -> Iterator[Decodes]:
-    """Decode steps of Qwen2.5-0.5B's full shape in bf16: small batches of short rows, then 256 rows of 8,000."""
+def run(limits: Limits, mode: str) -> Iterator[Decodes]:
+    """Decode steps of Qwen2.5-0.5B's full shape with weights of a mode: small batches of short rows, then 256 rows of
+    8,000 tokens."""
     config = make_config(QWEN)
     kernels = load("auto")
-    decoder = Decoder(config, cast(Weights, _RandomWeights(config)), kernels)
+    decoder = Decoder(config, cast(Weights, _RandomWeights(config, mode)), kernels)
     rows, shared, own = _LARGE
     pages = -(-shared // _PAGE) + rows * (-(-(own + 2 * _STEPS) // _PAGE) + 1)
     kv = decoder.new_kv(pages, _PAGE)
     for tensor in vars(kv).values():
         if isinstance(tensor, torch.Tensor):
             tensor.zero_()  # skipped positions are read: they must be numbers, and in memory
-    runner, model = ModelRunner(decoder, kernels, kv, config.vocab_size), costs(config, "bf16")
+    runner, model = ModelRunner(decoder, kernels, kv, config.vocab_size), costs(config, mode)
     try:
         for batch in BATCHES:
             prompts = [_tokens(row, 32) for row in range(batch)]
@@ -145,9 +147,10 @@ def _decodes(
         engine.step()
     produced = len(prompts) * _STEPS
     context = len(prompts[0]) + _STEPS
-    operations = 2 * (model.linear + model.head) + model.query_key * context * len(model.windows)
+    work = 2 * model.linear / limits.peak[model.linear_arithmetic]
+    work += (2 * model.head + model.query_key * context * len(model.windows)) / limits.peak[model.other_arithmetic]
     size = model.weight_bytes + model.position_bytes * len(model.windows) * (distinct + produced)
-    least = max(len(prompts) * operations / limits.peak["bf16"], size / limits.bandwidth)
+    least = max(len(prompts) * work, size / limits.bandwidth)
     return Decodes(len(prompts), context, seconds, least / seconds, parts)
 
 

@@ -194,8 +194,9 @@ def test_a_function_that_uses_another_is_counted_once_and_the_clocks_go_away() -
 # -- single kernels and steps ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "int8", "int4"])
 def test_every_kernel_and_step_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "measure", lambda: LIMITS)
     for name, value in {
@@ -209,10 +210,11 @@ def test_every_kernel_and_step_is_measured(
     monkeypatch.setattr(steps, "BATCHES", (1, 3))
     monkeypatch.setattr(steps, "_LARGE", (5, 300, 40))
     path = tmp_path / "kernels.json"
-    assert command.run_bench(BenchOptions(what=("kernels",), threads=1, json=path)) == 0
+    assert command.run_bench(BenchOptions(what=("kernels",), weights=mode, threads=1, json=path)) == 0
     record = json.loads(path.read_text())
     assert [kernel["name"].split(",")[0] for kernel in record["kernels"]] == [
-        *["linear qkv 48 x 32"] * 3, *["linear gate up 64 x 32"] * 3, "head 64 x 32", *["attention 4/2/16"] * 4,
+        *[f"{mode} linear qkv 48 x 32"] * 3, *[f"{mode} linear gate up 64 x 32"] * 3,
+        "head 64 x 32", *["attention 4/2/16"] * 4,
     ]  # fmt: skip
     assert all(kernel["seconds"] > 0 and kernel["share"] > 0 for kernel in record["kernels"])
     assert [(step["rows"], step["context"]) for step in record["steps"]] == [(1, 56), (3, 56), (5, 364)]

@@ -93,6 +93,7 @@ struct Stretch {
   const uint16_t *scale;  // bf16 [groups][32]
   const uint8_t *zero;    // [groups][32]
   const float *amounts;   // [groups][2][rows]: scale (1 for int4_a16) and sum of the activations
+  int64_t after;          // groups * 32: where the next panel's scales are
   int64_t group, last;    // eights of inputs in a group, and in the last of the stretch
 };
 
@@ -180,23 +181,13 @@ INLINE rf group_zero(const uint8_t *p) {
 #endif
 }
 
-// Writes the words that a tile multiplies with: for eight inputs at a time, all their words of 32 outputs.
-template <class Dot>
-__attribute__((noinline)) void unpack(const char *panel, int64_t eights, char *out) {
-  for (int64_t s = 0; s < eights; s++, panel += PANEL * WORD, out += Dot::words * PANEL * WORD)
-#pragma GCC unroll 8
-    for (int64_t at = 0; at < PANEL; at += REGISTER) {
-      const ru packed = get(panel + at * WORD);
-#pragma GCC unroll 4
-      for (int j = 0; j < Dot::words; j++) put(out + (j * PANEL + at) * WORD, Dot::weight(packed, j));
-    }
-}
-
 // Each group is summed on its own, from nothing; then sums += (sum - zero * sum of activations) * scales.
-// `open`: the panel has been unpacked.
-template <class Dot, bool open, int rows>
+// Unpacking the nibbles once for many tiles, into memory, was no faster than doing it again in each.
+template <class Dot, int rows>
 __attribute__((noinline)) void tile_groups(const Stretch &t) {
   const char *next = t.next;
+  if (t.fresh)
+    for (int64_t i = 0; i < rows * PANEL; i += REGISTER) put(t.sums + i, (ru){});
   for (int64_t at = 0; at < PANEL; at += 2 * REGISTER) {
     const uint32_t *x = t.x;
     const char *w = t.panel + at * WORD;
@@ -204,14 +195,13 @@ __attribute__((noinline)) void tile_groups(const Stretch &t) {
       ru a[rows], b[rows];
 #pragma GCC unroll 16
       for (int r = 0; r < rows; r++) a[r] = b[r] = (ru){};
-      int64_t count = g + 1 < t.steps ? t.group : t.last;
-      if (open) count *= Dot::words;
-      for (int64_t s = 0; s < count; s++, x += (open ? 1 : Dot::words) * rows, w += PANEL * WORD, next += t.pace) {
+      const int64_t eights = g + 1 < t.steps ? t.group : t.last;
+      for (int64_t s = 0; s < eights; s++, x += Dot::words * rows, w += PANEL * WORD, next += t.pace) {
         fetch(next, t.pace);
         const ru p0 = get(w), p1 = get(w + REGISTER * WORD);
 #pragma GCC unroll 4
-        for (int j = 0; j < (open ? 1 : Dot::words); j++) {
-          const ru w0 = open ? p0 : Dot::weight(p0, j), w1 = open ? p1 : Dot::weight(p1, j);
+        for (int j = 0; j < Dot::words; j++) {
+          const ru w0 = Dot::weight(p0, j), w1 = Dot::weight(p1, j);
 #pragma GCC unroll 16
           for (int r = 0; r < rows; r++) {
             const ru value = spread(x[j * rows + r]);
@@ -225,16 +215,17 @@ __attribute__((noinline)) void tile_groups(const Stretch &t) {
       const uint16_t *scale = t.scale + g * PANEL + at;
       const uint8_t *zero = t.zero + g * PANEL + at;
       const float *amounts = t.amounts + g * 2 * rows;
+      __builtin_prefetch(scale + t.after, 0, 3);
+      __builtin_prefetch(zero + t.after, 0, 3);
       const rf s0 = group_scale(scale), s1 = group_scale(scale + REGISTER);
       const rf z0 = Dot::offset - group_zero(zero), z1 = Dot::offset - group_zero(zero + REGISTER);
-      const bool fresh = t.fresh && g == 0;
 #pragma GCC unroll 16
       for (int r = 0; r < rows; r++) {
         const rf by = spread(amounts[r]), sum = spread(amounts[rows + r]);
         float *out = t.sums + r * PANEL + at;
-        const rf c0 = fresh ? (rf){} : (rf)get(out), c1 = fresh ? (rf){} : (rf)get(out + REGISTER);
-        put(out, (ru)multiply_add(multiply_add(z0, sum, Dot::value(a[r])), s0 * by, c0));
-        put(out + REGISTER, (ru)multiply_add(multiply_add(z1, sum, Dot::value(b[r])), s1 * by, c1));
+        const rf first = multiply_add(z0, sum, Dot::value(a[r])), second = multiply_add(z1, sum, Dot::value(b[r]));
+        put(out, (ru)multiply_add(first, s0 * by, (rf)get(out)));
+        put(out + REGISTER, (ru)multiply_add(second, s1 * by, (rf)get(out + REGISTER)));
       }
     }
   }
@@ -242,22 +233,17 @@ __attribute__((noinline)) void tile_groups(const Stretch &t) {
 
 using TileFunction = void (*)(const Stretch &);
 
-template <class Dot, int rows>
-constexpr TileFunction closed = tile_groups<Dot, false, rows>;
-template <class Dot, int rows>
-constexpr TileFunction opened = tile_groups<Dot, true, rows>;
-
 #if defined(__AVX512F__)
 #define SHOAL_TILES(f, dot) \
-  {f<dot, 1>, f<dot, 2>, f<dot, 3>, f<dot, 4>, f<dot, 5>, f<dot, 6>, f<dot, 7>, f<dot, 8>, f<dot, 9>, f<dot, 10>, f<dot, 11>, f<dot, 12>}
+  {f<dot, 1>, f<dot, 2>, f<dot, 3>, f<dot, 4>,  f<dot, 5>,  f<dot, 6>, \
+   f<dot, 7>, f<dot, 8>, f<dot, 9>, f<dot, 10>, f<dot, 11>, f<dot, 12>}
 #else
 #define SHOAL_TILES(f, dot) {f<dot, 1>, f<dot, 2>, f<dot, 3>, f<dot, 4>}
 #endif
 
-// By kind, then by rows - 1; and the int4 kinds' for panels that have been unpacked.
+// By kind, then by rows - 1.
 const TileFunction TILES[5][MOST] = {SHOAL_TILES(tile, Floats), SHOAL_TILES(tile, Pairs), SHOAL_TILES(tile, Bytes),
-                                     SHOAL_TILES(closed, Nibbles), SHOAL_TILES(closed, NibblePairs)};
-const TileFunction OPEN_TILES[2][MOST] = {SHOAL_TILES(opened, Nibbles), SHOAL_TILES(opened, NibblePairs)};
+                                     SHOAL_TILES(tile_groups, Nibbles), SHOAL_TILES(tile_groups, NibblePairs)};
 
 }  // namespace
 }  // namespace shoal

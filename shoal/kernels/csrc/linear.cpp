@@ -111,24 +111,24 @@ void Layer::share(char *memory) {
   amounts = (float *)(memory + words_bytes);
 }
 
+typedef int32_t vi_half __attribute__((vector_size(32)));
+typedef int32_t vi_quarter __attribute__((vector_size(16)));
+INLINE vi_half lower(vi v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+INLINE vi_half upper(vi v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+INLINE vi_quarter lower(vi_half v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
+INLINE vi_quarter upper(vi_half v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7); }
+
 INLINE int32_t largest_of(vi v) {
-#ifdef __AVX512F__
-  return _mm512_reduce_max_epi32((__m512i)v);
-#else
-  int32_t most = v[0];
-  for (int64_t i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
-  return most;
-#endif
+  const vi_half eight = lower(v) > upper(v) ? lower(v) : upper(v);
+  const vi_quarter four = lower(eight) > upper(eight) ? lower(eight) : upper(eight);
+  const int32_t a = four[0] > four[1] ? four[0] : four[1], b = four[2] > four[3] ? four[2] : four[3];
+  return a > b ? a : b;
 }
 
 INLINE int32_t sum_of(vi v) {
-#ifdef __AVX512F__
-  return _mm512_reduce_add_epi32((__m512i)v);
-#else
-  int32_t total = 0;
-  for (int64_t i = 0; i < LANES; i++) total += v[i];
-  return total;
-#endif
+  const vi_half eight = lower(v) + upper(v);
+  const vi_quarter four = lower(eight) + upper(eight);
+  return four[0] + four[1] + four[2] + four[3];
 }
 
 // Rounds `count` numbers to whole multiples of a scale, at most 127 of it, and flips bits of each. Returns the scale (not

@@ -70,6 +70,11 @@ INLINE ru dot_four(ru sum, ru u, ru s) {
                                          _mm256_srai_epi16(_mm256_slli_epi16((__m256i)s, 8), 8));
   const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16((__m256i)u, 8), _mm256_srai_epi16((__m256i)s, 8));
   return (ru)_mm256_add_epi32((__m256i)sum, _mm256_add_epi32(even, odd));
+#elif defined(__SSE2__)
+  const __m128i even = _mm_madd_epi16(_mm_and_si128((__m128i)u, _mm_set1_epi16(255)),
+                                      _mm_srai_epi16(_mm_slli_epi16((__m128i)s, 8), 8));
+  const __m128i odd = _mm_madd_epi16(_mm_srli_epi16((__m128i)u, 8), _mm_srai_epi16((__m128i)s, 8));
+  return (ru)_mm_add_epi32((__m128i)sum, _mm_add_epi32(even, odd));
 #else
   for (int j = 0; j < 4; j++) sum += ((u >> (8 * j)) & 255) * (ru)((ri)(s << (24 - 8 * j)) >> 24);
   return sum;
@@ -137,7 +142,14 @@ struct Nibbles {
   static constexpr int words = 2;
   static constexpr float offset = 0.f;
   INLINE ru weight(ru packed, int j) { return (j ? packed >> 4 : packed) & 0x0f0f0f0fu; }
-  INLINE ru dot(ru sum, ru x, ru w) { return dot_four(sum, w, x); }
+  INLINE ru dot(ru sum, ru x, ru w) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)  // two products of 15 and 127 do fit in 16 bits
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)x);
+    return (ru)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#else
+    return dot_four(sum, w, x);
+#endif
+  }
   INLINE rf value(ru sum) { return __builtin_convertvector((ri)sum, rf); }
 };
 

@@ -73,7 +73,7 @@ struct Layer {
   void (*const *tile)(const Stretch &);
 
  private:
-  void panel(int64_t first, int64_t last, int64_t index, const char *after, float *sums) const;
+  void panel(int64_t first, int64_t last, int64_t index, const char *after, int64_t ahead, float *sums) const;
   bool quantised() const { return weight.kind == Kind::int8 || weight.kind == Kind::int4; }
 };
 
@@ -257,8 +257,10 @@ void Layer::finish(int64_t first, int64_t last, int64_t panel, const float *sums
   }
 }
 
-// The sums of one panel (not a pair) for the tiles first to last; meanwhile, what comes `after` it is fetched.
-void Layer::panel(int64_t first, int64_t last, int64_t index, const char *after, float *sums) const {
+// The sums of one panel (not a pair) for the tiles first to last. Meanwhile, what comes after it is fetched: weights
+// from `after` on, and the rows `ahead` tiles further.
+void Layer::panel(int64_t first, int64_t last, int64_t index, const char *after, int64_t ahead,
+                  float *sums) const {
   const char *base = (const char *)weight.panels + index * panel_bytes;
   const int64_t begin = start(first);
   for (int64_t s = 0; s < stretches; s++) {
@@ -279,6 +281,7 @@ void Layer::panel(int64_t first, int64_t last, int64_t index, const char *after,
     for (int64_t i = first; i < last; i++) {
       const int64_t row = start(i), count = start(i + 1) - row;
       t.x = words_of(i) + from * (grouped ? weight.group * steps / (up(weight.k, 8) * 8) : 1) * count;
+      t.then = s + 1 < stretches ? t.x + t.steps * count : words_of(i + ahead);
       t.sums = sums + (row - begin) * PANEL;
       if (grouped) t.amounts = amounts + row * 2 * groups + from * 2 * count;
       tile[count - 1](t);
@@ -300,10 +303,11 @@ void Layer::run(Queue &queue, int64_t threads, char *own) const {
       const int64_t block = item / panels, at = item % panels;
       const int64_t first = cut(tiles, blocks, block), last = cut(tiles, blocks, block + 1);
       const int64_t count = start(last) - start(first);
+      const int64_t ahead = following / panels != block && last < tiles ? last - first : 0;
       for (int64_t side = 0; side < sides; side++) {
         const int64_t index = at * sides + side;
         const int64_t next = side + 1 < sides ? index + 1 : following % panels * sides;
-        panel(first, last, index, base + next * panel_bytes, sums + side * count * PANEL);
+        panel(first, last, index, base + next * panel_bytes, ahead, sums + side * count * PANEL);
       }
       if (weight.kind == Kind::fp32 || weight.wide) finish<float>(first, last, at, sums);
       else finish<uint16_t>(first, last, at, sums);

@@ -87,6 +87,7 @@ struct Bytes {
 // What a tile works on. All but the activations and the sums is the same for all tiles of a panel.
 struct Stretch {
   const uint32_t *x;    // activations, [steps][rows] words
+  const uint32_t *then;  // activations that will be read after all tiles have passed
   const char *panel;    // weights, [steps][32] words; int4: [steps / 8 inputs][32] words
   int64_t steps;        // words of a row; int4: groups
   float *sums;          // [rows][32], float or int32
@@ -117,10 +118,11 @@ __attribute__((noinline)) void tile(const Stretch &t) {
       a[r] = t.fresh ? (ru){} : get(t.sums + r * PANEL + at);
       b[r] = t.fresh ? (ru){} : get(t.sums + r * PANEL + at + REGISTER);
     }
-    const uint32_t *x = t.x;
+    const uint32_t *x = t.x, *then = t.then;
     const char *w = t.panel + at * WORD;
-    for (int64_t s = 0; s < t.steps; s++, x += rows, w += PANEL * WORD, next += t.pace) {
+    for (int64_t s = 0; s < t.steps; s++, x += rows, then += rows, w += PANEL * WORD, next += t.pace) {
       fetch(next, t.pace);
+      if (rows > 6) __builtin_prefetch(then, 0, 2);
       const ru w0 = get(w), w1 = get(w + REGISTER * WORD);
 #pragma GCC unroll 16
       for (int r = 0; r < rows; r++) {

@@ -70,6 +70,11 @@ INLINE ru dot_four(ru sum, ru u, ru s) {
                                          _mm256_srai_epi16(_mm256_slli_epi16((__m256i)s, 8), 8));
   const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16((__m256i)u, 8), _mm256_srai_epi16((__m256i)s, 8));
   return (ru)_mm256_add_epi32((__m256i)sum, _mm256_add_epi32(even, odd));
+#elif defined(__SSE2__)
+  const __m128i even = _mm_madd_epi16(_mm_and_si128((__m128i)u, _mm_set1_epi16(255)),
+                                      _mm_srai_epi16(_mm_slli_epi16((__m128i)s, 8), 8));
+  const __m128i odd = _mm_madd_epi16(_mm_srli_epi16((__m128i)u, 8), _mm_srai_epi16((__m128i)s, 8));
+  return (ru)_mm_add_epi32((__m128i)sum, _mm_add_epi32(even, odd));
 #else
   for (int j = 0; j < 4; j++) sum += ((u >> (8 * j)) & 255) * (ru)((ri)(s << (24 - 8 * j)) >> 24);
   return sum;
@@ -82,6 +87,7 @@ struct Bytes {
 // What a tile works on. All but the activations and the sums is the same for all tiles of a panel.
 struct Stretch {
   const uint32_t *x;    // activations, [steps][rows] words
+  const uint32_t *then;  // activations that will be read after all tiles have passed
   const char *panel;    // weights, [steps][32] words; int4: [steps / 8 inputs][32] words
   int64_t steps;        // words of a row; int4: groups
   float *sums;          // [rows][32], float or int32
@@ -93,6 +99,7 @@ struct Stretch {
   const uint16_t *scale;  // bf16 [groups][32]
   const uint8_t *zero;    // [groups][32]
   const float *amounts;   // [groups][2][rows]: scale (1 for int4_a16) and sum of the activations
+  int64_t after;          // groups * 32: where the next panel's scales are
   int64_t group, last;    // eights of inputs in a group, and in the last of the stretch
 };
 
@@ -111,10 +118,11 @@ __attribute__((noinline)) void tile(const Stretch &t) {
       a[r] = t.fresh ? (ru){} : get(t.sums + r * PANEL + at);
       b[r] = t.fresh ? (ru){} : get(t.sums + r * PANEL + at + REGISTER);
     }
-    const uint32_t *x = t.x;
+    const uint32_t *x = t.x, *then = t.then;
     const char *w = t.panel + at * WORD;
-    for (int64_t s = 0; s < t.steps; s++, x += rows, w += PANEL * WORD, next += t.pace) {
+    for (int64_t s = 0; s < t.steps; s++, x += rows, then += rows, w += PANEL * WORD, next += t.pace) {
       fetch(next, t.pace);
+      if (rows > 6) __builtin_prefetch(then, 0, 2);
       const ru w0 = get(w), w1 = get(w + REGISTER * WORD);
 #pragma GCC unroll 16
       for (int r = 0; r < rows; r++) {
@@ -136,7 +144,14 @@ struct Nibbles {
   static constexpr int words = 2;
   static constexpr float offset = 0.f;
   INLINE ru weight(ru packed, int j) { return (j ? packed >> 4 : packed) & 0x0f0f0f0fu; }
-  INLINE ru dot(ru sum, ru x, ru w) { return dot_four(sum, w, x); }
+  INLINE ru dot(ru sum, ru x, ru w) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)  // two products of 15 and 127 do fit in 16 bits
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)x);
+    return (ru)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#else
+    return dot_four(sum, w, x);
+#endif
+  }
   INLINE rf value(ru sum) { return __builtin_convertvector((ri)sum, rf); }
 };
 
@@ -180,23 +195,13 @@ INLINE rf group_zero(const uint8_t *p) {
 #endif
 }
 
-// Writes the words that a tile multiplies with: for eight inputs at a time, all their words of 32 outputs.
-template <class Dot>
-__attribute__((noinline)) void unpack(const char *panel, int64_t eights, char *out) {
-  for (int64_t s = 0; s < eights; s++, panel += PANEL * WORD, out += Dot::words * PANEL * WORD)
-#pragma GCC unroll 8
-    for (int64_t at = 0; at < PANEL; at += REGISTER) {
-      const ru packed = get(panel + at * WORD);
-#pragma GCC unroll 4
-      for (int j = 0; j < Dot::words; j++) put(out + (j * PANEL + at) * WORD, Dot::weight(packed, j));
-    }
-}
-
 // Each group is summed on its own, from nothing; then sums += (sum - zero * sum of activations) * scales.
-// `open`: the panel has been unpacked.
-template <class Dot, bool open, int rows>
+// Unpacking the nibbles once for many tiles, into memory, was no faster than doing it again in each.
+template <class Dot, int rows>
 __attribute__((noinline)) void tile_groups(const Stretch &t) {
   const char *next = t.next;
+  if (t.fresh)
+    for (int64_t i = 0; i < rows * PANEL; i += REGISTER) put(t.sums + i, (ru){});
   for (int64_t at = 0; at < PANEL; at += 2 * REGISTER) {
     const uint32_t *x = t.x;
     const char *w = t.panel + at * WORD;
@@ -204,14 +209,13 @@ __attribute__((noinline)) void tile_groups(const Stretch &t) {
       ru a[rows], b[rows];
 #pragma GCC unroll 16
       for (int r = 0; r < rows; r++) a[r] = b[r] = (ru){};
-      int64_t count = g + 1 < t.steps ? t.group : t.last;
-      if (open) count *= Dot::words;
-      for (int64_t s = 0; s < count; s++, x += (open ? 1 : Dot::words) * rows, w += PANEL * WORD, next += t.pace) {
+      const int64_t eights = g + 1 < t.steps ? t.group : t.last;
+      for (int64_t s = 0; s < eights; s++, x += Dot::words * rows, w += PANEL * WORD, next += t.pace) {
         fetch(next, t.pace);
         const ru p0 = get(w), p1 = get(w + REGISTER * WORD);
 #pragma GCC unroll 4
-        for (int j = 0; j < (open ? 1 : Dot::words); j++) {
-          const ru w0 = open ? p0 : Dot::weight(p0, j), w1 = open ? p1 : Dot::weight(p1, j);
+        for (int j = 0; j < Dot::words; j++) {
+          const ru w0 = Dot::weight(p0, j), w1 = Dot::weight(p1, j);
 #pragma GCC unroll 16
           for (int r = 0; r < rows; r++) {
             const ru value = spread(x[j * rows + r]);
@@ -225,16 +229,17 @@ __attribute__((noinline)) void tile_groups(const Stretch &t) {
       const uint16_t *scale = t.scale + g * PANEL + at;
       const uint8_t *zero = t.zero + g * PANEL + at;
       const float *amounts = t.amounts + g * 2 * rows;
+      __builtin_prefetch(scale + t.after, 0, 3);
+      __builtin_prefetch(zero + t.after, 0, 3);
       const rf s0 = group_scale(scale), s1 = group_scale(scale + REGISTER);
       const rf z0 = Dot::offset - group_zero(zero), z1 = Dot::offset - group_zero(zero + REGISTER);
-      const bool fresh = t.fresh && g == 0;
 #pragma GCC unroll 16
       for (int r = 0; r < rows; r++) {
         const rf by = spread(amounts[r]), sum = spread(amounts[rows + r]);
         float *out = t.sums + r * PANEL + at;
-        const rf c0 = fresh ? (rf){} : (rf)get(out), c1 = fresh ? (rf){} : (rf)get(out + REGISTER);
-        put(out, (ru)multiply_add(multiply_add(z0, sum, Dot::value(a[r])), s0 * by, c0));
-        put(out + REGISTER, (ru)multiply_add(multiply_add(z1, sum, Dot::value(b[r])), s1 * by, c1));
+        const rf first = multiply_add(z0, sum, Dot::value(a[r])), second = multiply_add(z1, sum, Dot::value(b[r]));
+        put(out, (ru)multiply_add(first, s0 * by, (rf)get(out)));
+        put(out + REGISTER, (ru)multiply_add(second, s1 * by, (rf)get(out + REGISTER)));
       }
     }
   }
@@ -242,22 +247,17 @@ __attribute__((noinline)) void tile_groups(const Stretch &t) {
 
 using TileFunction = void (*)(const Stretch &);
 
-template <class Dot, int rows>
-constexpr TileFunction closed = tile_groups<Dot, false, rows>;
-template <class Dot, int rows>
-constexpr TileFunction opened = tile_groups<Dot, true, rows>;
-
 #if defined(__AVX512F__)
 #define SHOAL_TILES(f, dot) \
-  {f<dot, 1>, f<dot, 2>, f<dot, 3>, f<dot, 4>, f<dot, 5>, f<dot, 6>, f<dot, 7>, f<dot, 8>, f<dot, 9>, f<dot, 10>, f<dot, 11>, f<dot, 12>}
+  {f<dot, 1>, f<dot, 2>, f<dot, 3>, f<dot, 4>,  f<dot, 5>,  f<dot, 6>, \
+   f<dot, 7>, f<dot, 8>, f<dot, 9>, f<dot, 10>, f<dot, 11>, f<dot, 12>}
 #else
 #define SHOAL_TILES(f, dot) {f<dot, 1>, f<dot, 2>, f<dot, 3>, f<dot, 4>}
 #endif
 
-// By kind, then by rows - 1; and the int4 kinds' for panels that have been unpacked.
+// By kind, then by rows - 1.
 const TileFunction TILES[5][MOST] = {SHOAL_TILES(tile, Floats), SHOAL_TILES(tile, Pairs), SHOAL_TILES(tile, Bytes),
-                                     SHOAL_TILES(closed, Nibbles), SHOAL_TILES(closed, NibblePairs)};
-const TileFunction OPEN_TILES[2][MOST] = {SHOAL_TILES(opened, Nibbles), SHOAL_TILES(opened, NibblePairs)};
+                                     SHOAL_TILES(tile_groups, Nibbles), SHOAL_TILES(tile_groups, NibblePairs)};
 
 }  // namespace
 }  // namespace shoal

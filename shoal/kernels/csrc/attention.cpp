@@ -22,6 +22,7 @@ namespace {
 constexpr int64_t BLOCK = 48;            // rows of a task
 constexpr int64_t UNITS = TILE / UNIT;   // of a position tile
 constexpr int64_t SCORES = TILE + UNIT;  // floats from row to row: not a power of two, rows would compete for the cache
+constexpr int64_t AHEAD_UNITS = 16;      // how many units before they are read keys and values are fetched
 constexpr float LOG2E = 1.44269504088896f;
 #ifdef __AVX512F__
 constexpr int64_t ROWS = 12;  // of a register tile: 24 registers of sums
@@ -36,6 +37,7 @@ constexpr int64_t ROWS = 4;
 // A word is a float, or two neighbouring bf16. Words of queries and weights from row to row are multiplied by words of
 // keys and values from lane to lane.
 typedef uint32_t word;
+typedef uint32_t word_any __attribute__((aligned(2), may_alias));
 
 template <bool WIDE>
 constexpr int64_t PER_WORD = WIDE ? 1 : 2;
@@ -85,6 +87,36 @@ INLINE vf power_of_two(vf x) {
 #endif
 }
 
+INLINE vf add(vf a, vf b) { return a + b; }
+
+// Reduces the lanes of 16 vectors: lane r is that of rows[r]. As in `sum`, each step joins lanes i and i + half.
+template <vf (*join)(vf, vf)>
+INLINE vf reduce_rows(const float *rows) {
+#ifdef __AVX512F__
+  __m512 v[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; r++) v[r] = _mm512_load_ps(rows + (r % 4 * 4 + r / 4) * LANES);  // undoes the steps' order
+#define JOIN(shuffle, from, low, high) \
+  _Pragma("GCC unroll 16") for (int r = 0; r < from / 2; r++) v[r] = \
+      (__m512)join((vf)shuffle(v[2 * r], v[2 * r + 1], low), (vf)shuffle(v[2 * r], v[2 * r + 1], high));
+  JOIN(_mm512_shuffle_f32x4, 16, 0x44, 0xee)
+  JOIN(_mm512_shuffle_f32x4, 8, 0x88, 0xdd)
+  JOIN(_mm512_shuffle_ps, 4, 0x44, 0xee)
+  JOIN(_mm512_shuffle_ps, 2, 0x88, 0xdd)
+#undef JOIN
+  return (vf)v[0];
+#else
+  vf out;
+  for (int r = 0; r < LANES; r++) {
+    float lane[2 * LANES] = {};
+    __builtin_memcpy(lane, rows + r * LANES, LANES * sizeof(float));
+    for (int64_t half = LANES / 2; half > 0; half /= 2) store(lane, join(load(lane), load(lane + half)));
+    out[r] = lane[0];
+  }
+  return out;
+#endif
+}
+
 // tanh(x) = sign(x) (1 - e) / (1 + e) with e = exp(-2 |x|)
 INLINE vf hyperbolic_tangent(vf x) {
   const vf e = power_of_two<true>(absolute(x) * (-2.f * LOG2E));
@@ -100,14 +132,15 @@ template <bool WIDE, bool AHEAD, int m>
 __attribute__((noinline)) void score(const word *q, const word *const *keys, int64_t steps, float *scores, float *tops,
                                      const word *const *ahead) {
   const word *left = keys[0], *right = keys[1];
-  const word *ahead_left = AHEAD ? ahead[0] : nullptr, *ahead_right = AHEAD ? ahead[1] : nullptr;
+  const word *next = AHEAD ? ahead[0] : nullptr;
   vf a[m], b[m];
 #pragma GCC unroll 16
   for (int r = 0; r < m; r++) a[r] = b[r] = (vf){};
   for (int64_t k = 0; k < steps; k++) {
     if (AHEAD) {
-      __builtin_prefetch(ahead_left, 0, 2), __builtin_prefetch(ahead_right, 0, 2);
-      ahead_left += LANES, ahead_right += LANES;
+      if (k == (steps + 1) / 2) next = ahead[1];
+      __builtin_prefetch(next, 0, 3), __builtin_prefetch(next + LANES, 0, 3);
+      next += 2 * LANES;
     }
     const vu x = load_bits(left), y = load_bits(right);
     left += LANES, right += LANES;
@@ -137,10 +170,10 @@ __attribute__((noinline)) void mix(const word *weights, const word *const *value
 #pragma GCC unroll 16
   for (int r = 0; r < m; r++) a[r] = b[r] = (vf){};
   for (int64_t u = 0; u < units; u++) {
-    const word *v = values[u] + offset, *next = AHEAD ? ahead[u] + offset : nullptr;
+    const word *v = values[u] + offset, *next = AHEAD ? ahead[u] : nullptr;
     for (int64_t k = 0; k < STEPS; k++) {
       if (AHEAD) {
-        __builtin_prefetch(next, 0, 2), __builtin_prefetch(next + LANES, 0, 2);
+        __builtin_prefetch(next, 0, 3), __builtin_prefetch(next + LANES, 0, 3);
         next += 2 * LANES;
       }
       const vu x = load_bits(v), y = load_bits(v + LANES);
@@ -200,13 +233,23 @@ struct Task {
 // Memory of a thread.
 struct Room {
   word *q;          // by register tile: [steps][rows]
-  float *scores;    // [BLOCK][SCORES]
-  word *weights;    // [BLOCK][WEIGHTS], the same memory as the scores if they are floats
-  float *tops;      // [BLOCK][LANES], largest scores by lane
+  float *scores;    // [ROWS][SCORES]
+  word *weights;    // [ROWS][WEIGHTS], the same memory as the scores if they are floats
+  float *tops;      // [LANES][LANES], largest scores, then sums of weights, by row and lane
   float *out;       // [BLOCK][padded]
   word *last_unit;  // values of the last unit, with zeros where nobody has written yet
-  float weight[BLOCK], largest[BLOCK], top[BLOCK], mass[BLOCK], old[BLOCK], fresh[BLOCK];
+  float weight[BLOCK + LANES], largest[BLOCK + LANES];
+  float old[LANES], fresh[LANES];                         // of a register tile
   int64_t position[BLOCK];
+};
+
+// Units in the order in which they will be read: of this task, then of the next. Fetching goes on at the pace of reading,
+// whatever is being read, so that memory is never idle.
+struct Feed {
+  const Task *task, *next;
+  int64_t tile;
+  int64_t given, count;  // of units[]
+  const word *units[AHEAD_UNITS + 3 * UNITS];
 };
 
 // A tile's units `from` <= u < `to` are visited; those before `open` and from `shut` on are not seen by all rows.
@@ -216,8 +259,8 @@ struct Extent {
 
 template <bool WIDE>
 void give(const Call &call, Room &room) {
-  const int64_t q = BLOCK * call.steps * 4, scores = BLOCK * SCORES * 4, weights = WIDE ? 0 : BLOCK * WEIGHTS<WIDE> * 4;
-  const int64_t tops = BLOCK * LANES * 4, out = BLOCK * call.padded * 4, unit = call.unit_words * 4;
+  const int64_t q = BLOCK * call.steps * 4, scores = ROWS * SCORES * 4, weights = WIDE ? 0 : ROWS * WEIGHTS<WIDE> * 4;
+  const int64_t tops = LANES * LANES * 4, out = BLOCK * call.padded * 4, unit = call.unit_words * 4;
   char *memory = (char *)scratch(q + scores + weights + tops + out + unit);
   room.scores = (float *)memory, memory += scores;
   room.weights = (word *)(WIDE ? (char *)room.scores : memory), memory += weights;
@@ -227,8 +270,11 @@ void give(const Call &call, Room &room) {
   room.q = (word *)memory;
 }
 
-int64_t token_of(const Call &call, const Task &task, int64_t row) {
-  return call.work.order[task.segment->first + (task.row + row) / call.group];
+// The token and the query head of a row.
+INLINE void locate(const Call &call, const Task &task, int64_t row, int64_t &token, int64_t &head) {
+  const uint32_t at = (uint32_t)(task.row + row), group = (uint32_t)call.group;
+  token = call.work.order[task.segment->first + at / group];
+  head = task.head * call.group + at % group;
 }
 
 Task find_task(const Call &call, int64_t index, int64_t from, int64_t to) {
@@ -281,17 +327,52 @@ void find_units(const Call &call, const Task &task, const Extent &extent, const 
   if (extent.to % 2) keys[extent.to] = keys[extent.to - 1], values[extent.to] = values[extent.to - 1];
 }
 
+// Addresses of the next `wanted` units to be fetched, or null when there are none.
+const word *const *take(const Call &call, Feed &feed, int64_t wanted) {
+  while (feed.count - feed.given < wanted && feed.task) {
+    if (feed.tile >= feed.task->end) {
+      feed.task = feed.next, feed.next = nullptr;
+      if (feed.task) feed.tile = feed.task->begin;
+      continue;
+    }
+    if (feed.given) {
+      for (int64_t i = feed.given; i < feed.count; i++) feed.units[i - feed.given] = feed.units[i];
+      feed.count -= feed.given, feed.given = 0;
+    }
+    const Extent extent = find_extent(call, *feed.task, feed.tile++);
+    const word *keys[UNITS], *values[UNITS];
+    find_units(call, *feed.task, extent, keys, values);
+    for (int64_t u = extent.from; u < extent.to; u++) feed.units[feed.count++] = keys[u];
+    for (int64_t u = extent.from; u < extent.to; u++) feed.units[feed.count++] = values[u];
+    const int64_t fresh = 2 * (extent.to - extent.from);
+    for (const word *const *unit = feed.units + feed.count - fresh; unit < feed.units + feed.count; unit++) {
+      __builtin_prefetch(*unit, 0, 3), __builtin_prefetch(*unit + call.unit_words - 1, 0, 3);
+    }
+  }
+  if (feed.given == feed.count) return nullptr;
+  for (; feed.count - feed.given < wanted; feed.count++) feed.units[feed.count] = feed.units[feed.count - 1];
+  feed.given += wanted;
+  return feed.units + feed.given - wanted;
+}
+
+// Words of one row, `apart` from each other where they go.
+template <bool WIDE>
+INLINE void spread(const void *__restrict from, word *__restrict to, int64_t width, int64_t apart) {
+  const int64_t whole = width / PER_WORD<WIDE>;
+  for (int64_t k = 0; k < whole; k++) to[k * apart] = *((const word_any *)from + k);
+  if (!WIDE && width % 2) to[whole * apart] = ((const bf16 *)from)[width - 1];
+}
+
 template <bool WIDE>
 void begin_task(const Call &call, const Task &task, Room &room) {
-  const int64_t tiles = (task.rows + ROWS - 1) / ROWS;
+  const int64_t tiles = (task.rows + ROWS - 1) / ROWS, width = call.width;
+  int64_t token = 0, head = 0;
   for (int64_t i = 0, r = 0; i < tiles; i++) {
     const int64_t next = task.rows * (i + 1) / tiles, count = next - r;
     word *to = room.q + r * call.steps;
     for (; r < next; r++, to++) {
-      const int64_t token = token_of(call, task, r), head = task.head * call.group + (task.row + r) % call.group;
-      const char *from = (const char *)call.q + (token * call.stride + head * call.width) * (WIDE ? 4 : 2);
-      for (int64_t k = 0; k < call.width / PER_WORD<WIDE>; k++) __builtin_memcpy(to + k * count, from + k * 4, 4);
-      if (!WIDE && call.width % 2) to[(call.steps - 1) * count] = *(const bf16 *)(from + (call.steps - 1) * 4);
+      locate(call, task, r, token, head);
+      spread<WIDE>((const char *)call.q + (token * call.stride + head * width) * (WIDE ? 4 : 2), to, width, count);
       room.position[r] = call.work.position[token];
       float *out = room.out + r * call.padded;
       if (task.segment->resume) {
@@ -309,7 +390,8 @@ void begin_task(const Call &call, const Task &task, Room &room) {
 template <bool WIDE>
 void end_task(const Call &call, const Task &task, Room &room) {
   for (int64_t r = 0; r < task.rows; r++) {
-    const int64_t token = token_of(call, task, r), head = task.head * call.group + (task.row + r) % call.group;
+    int64_t token, head;
+    locate(call, task, r, token, head);
     float *out = room.out + r * call.padded;
     if (task.segment->keep) {
       float *state = call.states + (token * call.heads + head) * (call.padded + 2);
@@ -335,31 +417,32 @@ void end_task(const Call &call, const Task &task, Room &room) {
 // ------------------------------------------------------------------------------------------------ one tile
 
 // Caps and hides scores where need be, and takes what `score` could not into the largest ones.
-INLINE vf finish_scores(const Call &call, const Extent &extent, float *scores, int64_t position, vf top) {
+INLINE void finish_scores(const Call &call, const Extent &extent, bool capped, float *scores, int64_t position,
+                          float *tops) {
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const int64_t last = position - extent.start, before = call.window ? last - call.window : -1;
-  const int32_t high = (int32_t)(last < TILE ? last : TILE), low = (int32_t)(before > -1 ? before : -1);
+  const vi high = lane * 0 + (int32_t)(last < TILE ? last : TILE), low = lane * 0 + (int32_t)(before > -1 ? before : -1);
+  vf top = load(tops);
   for (int64_t u = extent.from; u < extent.to + extent.to % 2; u++) {
     const bool partly = u < extent.open || u >= extent.shut;
-    if (!partly && call.outward == 0.f) continue;
+    if (!partly && !capped) continue;
     vf s = load(scores + u * UNIT);
-    if (call.outward != 0.f) s = hyperbolic_tangent(s * call.inward) * call.outward;
+    if (capped) s = hyperbolic_tangent(s * call.inward) * call.outward;
     const vi at = lane + (int32_t)(u * UNIT);
     if (partly) s = (at <= high) & (at > low) ? s : splat(-__builtin_inff());
     store(scores + u * UNIT, s);
     top = larger(top, s);
   }
-  return top;
+  store(tops, top);
 }
 
-// Scores to weights, whose sum is returned: even and odd units by lane, then both, then the lanes.
+// Scores to weights, 2 to the power of score * factor + shift, and their sum by lane: even and odd units, then both.
 template <bool WIDE>
-INLINE float weigh(const float *scores, word *weights, const Extent &extent, float factor, float top) {
+INLINE vf weigh(const float *scores, word *weights, const Extent &extent, vf factor, vf shift) {
   vf even = {}, odd = {};
-  const vf scale = splat(factor), shift = splat(top == -__builtin_inff() ? 0.f : -top);
   for (int64_t u = extent.from; u < extent.to; u += 2) {
-    const vf a = power_of_two<WIDE>(fma(load(scores + u * UNIT), scale, shift));
-    const vf b = power_of_two<WIDE>(fma(load(scores + u * UNIT + UNIT), scale, shift));
+    const vf a = power_of_two<WIDE>(fma(load(scores + u * UNIT), factor, shift));
+    const vf b = power_of_two<WIDE>(fma(load(scores + u * UNIT + UNIT), factor, shift));
     even += a, odd += b;
     if (WIDE) {
       store((float *)weights + u * UNIT, a), store((float *)weights + u * UNIT + UNIT, b);
@@ -367,7 +450,7 @@ INLINE float weigh(const float *scores, word *weights, const Extent &extent, flo
       store((bf16 *)weights + u * UNIT, a), store((bf16 *)weights + u * UNIT + UNIT, b);
     }
   }
-  return sum(even + odd);
+  return even + odd;
 }
 
 // The last unit of values with zeros from position `count` on: 0 times what lies there might be NaN.
@@ -382,77 +465,71 @@ const word *without_rest(const Call &call, Room &room, const word *values, int64
   return room.last_unit;
 }
 
-// New states of all rows but for `out`, and what `mix` needs to renew that.
-void fold(Room &room, int64_t rows) {
-  for (int64_t r = 0; r < rows; r += LANES) {
-    const vf before = load(room.largest + r), top = load(room.top + r), after = larger(before, top);
-    const vf base = after == -__builtin_inff() ? (vf){} : after;
-    const vf old = power_of_two<true>(before - base), fresh = power_of_two<true>(top - base);
-    store(room.largest + r, after);
-    store(room.weight + r, fma(load(room.mass + r), fresh, load(room.weight + r) * old));
-    store(room.old + r, old), store(room.fresh + r, fresh);
+// Scores of `rows` rows from r on to weights, and to new states but for `out`, with what `mix` needs to renew that.
+template <bool WIDE>
+void weigh_and_fold(const Call &call, const Extent &extent, int64_t r, int64_t rows, Room &room) {
+  const bool capped = call.outward != 0.f;
+  if (capped || extent.open > extent.from || extent.shut < extent.to)
+    for (int64_t i = 0; i < rows; i++)
+      finish_scores(call, extent, capped, room.scores + i * SCORES, room.position[r + i], room.tops + i * LANES);
+  const vf none = splat(-__builtin_inff()), factor = splat(call.factor);
+  const vf top = reduce_rows<larger>(room.tops) * factor;
+  float shift[LANES];
+  store(shift, top == none ? (vf){} : -top);
+  for (int64_t i = 0; i < rows; i++) {
+    const vf sums = weigh<WIDE>(room.scores + i * SCORES, room.weights + i * WEIGHTS<WIDE>, extent, factor, splat(shift[i]));
+    store(room.tops + i * LANES, sums);
   }
+  const vf mass = reduce_rows<add>(room.tops);
+  const vf before = load(room.largest + r), after = larger(before, top), base = after == none ? (vf){} : after;
+  const vf old = power_of_two<true>(before - base), fresh = power_of_two<true>(top - base);
+  store(room.old, old), store(room.fresh, fresh);
+  float state[2][LANES];
+  store(state[0], after), store(state[1], fma(mass, fresh, load(room.weight + r) * old));
+  for (int64_t i = 0; i < rows; i++) room.largest[r + i] = state[0][i], room.weight[r + i] = state[1][i];
 }
 
+// Rows `r` to `r + rows` of a task, one register tile, through the units of a position tile. `feed` is null if another
+// register tile has fetched what lies ahead.
 template <bool WIDE>
-void run_tile(const Call &call, const Task &task, const Extent &extent, const word *const *keys, const word **values,
-              const word *const *ahead, Room &room) {
-  const int64_t tiles = (task.rows + ROWS - 1) / ROWS;
-  for (int64_t i = 0; i < task.rows * LANES; i += LANES) store(room.tops + i, splat(-__builtin_inff()));
+void run_tile(const Call &call, const Extent &extent, const word *const *keys, const word *const *values, int64_t r,
+              int64_t rows, Feed *feed, Room &room) {
+  for (int64_t i = 0; i < rows; i++) store(room.tops + i * LANES, splat(-__builtin_inff()));
   for (int64_t u = extent.from; u < extent.to; u += 2) {
     const bool whole = u >= extent.open && u < extent.shut && call.outward == 0.f;
-    for (int64_t i = 0, r = 0; i < tiles; i++) {
-      const int64_t next = task.rows * (i + 1) / tiles;
-      SCORE<WIDE>[i == 0][next - r - 1](room.q + r * call.steps, keys + u, call.steps,
-                                        room.scores + r * SCORES + u * UNIT, whole ? room.tops + r * LANES : nullptr,
-                                        values + u);
-      r = next;
-    }
+    const word *const *ahead = feed ? take(call, *feed, 2) : nullptr;
+    SCORE<WIDE>[ahead != nullptr][rows - 1](room.q + r * call.steps, keys + u, call.steps, room.scores + u * UNIT,
+                                            whole ? room.tops : nullptr, ahead);
   }
-  for (int64_t r = 0; r < task.rows; r++) {
-    float *scores = room.scores + r * SCORES;
-    const vf top = finish_scores(call, extent, scores, room.position[r], load(room.tops + r * LANES));
-    room.top[r] = shoal::largest(top) * call.factor;
-    room.mass[r] = weigh<WIDE>(scores, room.weights + r * WEIGHTS<WIDE>, extent, call.factor, room.top[r]);
+  weigh_and_fold<WIDE>(call, extent, r, rows, room);
+  const int64_t from = extent.from, units = extent.to - from;
+  const word *const *ahead = feed ? take(call, *feed, units) : nullptr;
+  const int64_t panels = call.padded / PANEL, panel_words = PANEL * UNIT / PER_WORD<WIDE>;
+  for (int64_t d = 0; d < panels; d++) {
+    const word *chunks[UNITS];  // as much of the units ahead as is read of these, in the order of addresses
+    for (int64_t u = 0; u < units && ahead; u++)
+      chunks[u] = ahead[(d * units + u) / panels] + (d * units + u) % panels * panel_words;
+    MIX<WIDE>[ahead != nullptr][rows - 1](room.weights + from * UNIT / PER_WORD<WIDE>, values + from, units,
+                                          d * panel_words, room.old, room.fresh,
+                                          room.out + r * call.padded + d * PANEL, call.padded, chunks);
   }
-  fold(room, task.rows);
-  const int64_t seen = task.high + 1 - extent.start;
-  if (seen < extent.to * UNIT)
-    values[extent.to - 1] = without_rest<WIDE>(call, room, values[extent.to - 1], seen % UNIT);
-  const int64_t from = extent.from, panel_words = PANEL * UNIT / PER_WORD<WIDE>;
-  for (int64_t d = 0; d < call.padded / PANEL; d++)
-    for (int64_t i = 0, r = 0; i < tiles; i++) {
-      const int64_t next = task.rows * (i + 1) / tiles;
-      MIX<WIDE>[ahead && i == 0][next - r - 1](
-          room.weights + r * WEIGHTS<WIDE> + from * UNIT / PER_WORD<WIDE>, values + from, extent.to - from,
-          d * panel_words, room.old + r, room.fresh + r, room.out + r * call.padded + d * PANEL, call.padded,
-          ahead ? ahead + from : nullptr);
-      r = next;
-    }
 }
 
-// `next`: what this thread will do after this task, so that its keys can be on their way, or null.
 template <bool WIDE>
-void run_task(const Call &call, const Task &task, const Task *next, Room &room) {
-  const word *keys[2][UNITS], *values[2][UNITS];
-  Extent extent[2];
-  int now = 0;
+void run_task(const Call &call, const Task &task, Feed &feed, Room &room) {
+  const word *keys[UNITS], *values[UNITS];
   begin_task<WIDE>(call, task, room);
-  if (task.begin < task.end) {
-    extent[0] = find_extent(call, task, task.begin);
-    find_units(call, task, extent[0], keys[0], values[0]);
-  }
-  for (int64_t tile = task.begin; tile < task.end; tile++, now ^= 1) {
-    const Task *then = tile + 1 < task.end ? &task : next && next->begin < next->end ? next : nullptr;
-    if (then) {
-      Extent &other = extent[now ^ 1];
-      const word **ahead = keys[now ^ 1];
-      other = find_extent(call, *then, then == &task ? tile + 1 : then->begin);
-      find_units(call, *then, other, ahead, values[now ^ 1]);
-      for (int64_t u = 0; u < other.from; u++) ahead[u] = ahead[other.from];
-      for (int64_t u = other.to; u < UNITS; u++) ahead[u] = ahead[other.to - 1];
+  for (int64_t tile = task.begin; tile < task.end; tile++) {
+    const Extent extent = find_extent(call, task, tile);
+    find_units(call, task, extent, keys, values);
+    const int64_t seen = task.high + 1 - extent.start, tiles = (task.rows + ROWS - 1) / ROWS;
+    if (seen < extent.to * UNIT)
+      values[extent.to - 1] = without_rest<WIDE>(call, room, values[extent.to - 1], seen % UNIT);
+    for (int64_t i = 0, r = 0; i < tiles; i++) {
+      const int64_t end = task.rows * (i + 1) / tiles;
+      run_tile<WIDE>(call, extent, keys, values, r, end - r, i ? nullptr : &feed, room);
+      r = end;
     }
-    run_tile<WIDE>(call, task, extent[now], keys[now], values[now], then ? keys[now ^ 1] : nullptr, room);
   }
   end_task<WIDE>(call, task, room);
 }
@@ -475,16 +552,26 @@ void run(Call &call) {
     give<WIDE>(call, room);
     for (int64_t level = 0; level < work.num_levels; level++) {
       const int64_t from = level ? work.level_ends[level - 1] : 0, to = work.level_ends[level];
-      Task task, next;
+      Task tasks[2];
+      Feed feed = {};
       bool some = false;
-      do {
-        // The next task is taken before this one is done: its keys are fetched meanwhile.
+      for (int now = 0;; now ^= 1) {
+        // The next task is taken before this one is done: its first units are fetched meanwhile.
+        Task &task = tasks[now], &next = tasks[now ^ 1];
         const int64_t index = __atomic_fetch_add(counter + level, 1, __ATOMIC_RELAXED);
         const bool more = index < first[to];
         if (more) next = find_task(call, index, from, to);
-        if (some) run_task<WIDE>(call, task, more ? &next : nullptr, room);
-        task = next, some = more;
-      } while (some);
+        if (some) {
+          if (!feed.task) feed.task = more ? &next : nullptr, feed.tile = next.begin;
+          else feed.next = more ? &next : nullptr;
+          run_task<WIDE>(call, task, feed, room);
+        } else if (more) {
+          feed.task = &next, feed.tile = next.begin;
+          take(call, feed, AHEAD_UNITS);
+        }
+        some = more;
+        if (!some) break;
+      }
       if (level + 1 < work.num_levels) {
 #pragma omp barrier
       }

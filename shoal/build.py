@@ -6,7 +6,6 @@ It must not decide anything while the engine runs.
 from __future__ import annotations
 
 import importlib
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from shoal.engine import Engine
 from shoal.kernels import Kernels
 from shoal.nn.arch import ModelConfig, read_config
 from shoal.nn.decoder import Decoder
-from shoal.nn.weights import DTYPES, expected_shapes, load_weights
+from shoal.nn.weights import MODES, load_weights, model_bytes
 from shoal.runtime.memory import MemoryPlan, available_bytes, plan_memory
 from shoal.runtime.runner import ModelRunner
 from shoal.sched.policies.batch import BatchPolicy
@@ -62,6 +61,7 @@ class BuiltEngine:
     engine: Engine
     facts: EngineFacts
     runner: ModelRunner
+    kernels: Kernels
 
     def close(self) -> None:
         """Wait for the step in flight and end the kernels' thread."""
@@ -80,7 +80,7 @@ def build_engine(config: EngineConfig, useful_tokens: int | None = None) -> Buil
     mode = weight_mode(config.weights, folder)
     kernels = _load_kernels(config)
     memory = _memory(config, model, mode, kernels, useful_tokens)
-    decoder = Decoder(model, load_weights(folder, model, DTYPES[mode]), kernels)
+    decoder = Decoder(model, load_weights(folder, model, *MODES[mode]), kernels)
     kv = decoder.new_kv(memory.num_blocks, config.block_size)
     runner = ModelRunner(decoder, kernels, kv, model.vocab_size)
     scheduler = Scheduler(make_policy(config), memory.num_blocks, config.block_size, config.reuse)
@@ -89,7 +89,7 @@ def build_engine(config: EngineConfig, useful_tokens: int | None = None) -> Buil
         weights=mode, kernels=kernels.name, device=config.device, threads=torch.get_num_threads(),
         block_size=config.block_size, memory=memory, load_seconds=time.monotonic() - began,
     )  # fmt: skip
-    return BuiltEngine(Engine(scheduler, runner, WallClock(), int(config.overlap)), facts, runner)
+    return BuiltEngine(Engine(scheduler, runner, WallClock(), int(config.overlap)), facts, runner, kernels)
 
 
 def make_policy(config: EngineConfig) -> Policy:
@@ -126,13 +126,12 @@ def _check_device(name: str) -> None:
 def _memory(
     config: EngineConfig, model: ModelConfig, mode: str, kernels: Kernels, useful_tokens: int | None
 ) -> MemoryPlan:
-    dtype = DTYPES[mode]
-    weights = dtype.itemsize * sum(math.prod(shape) for shape in expected_shapes(model).values())
+    dtype, _ = MODES[mode]
     block = model.num_layers * kernels.kv_bytes(config.block_size, model.num_kv_heads, model.head_dim, dtype)
     useful = useful_tokens if useful_tokens is not None else config.max_sequences * model.context
     return plan_memory(
         available=available_bytes(kernels.device),
-        weights=weights,
+        weights=model_bytes(model, mode),
         block=block,
         asked=config.memory_bytes,
         useful_blocks=-(-useful // config.block_size) + config.max_sequences,  # a row's last block is seldom full

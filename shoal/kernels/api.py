@@ -7,7 +7,7 @@ D model width, H query heads, G key/value heads, E head width, F half of the rot
 
 Every backend is **batch-invariant**: the bits of a token's result depend on that token and its context alone, never on
 the other tokens of the step, on how the prompt was cut into steps, on which pages it lives in, or on the number of
-threads. tests/cpu/test_kernels_ref.py states this as tests.
+threads. tests/cpu/test_kernels.py states this as tests.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ class Batch:
 
 
 Activation = Literal["silu", "gelu"]
+
+Mode = Literal["plain", "int8", "int4", "int4-a16"]
+"""How a weight is kept and multiplied: as it comes, or quantised (quantize.py says exactly how)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +111,17 @@ class Kernels(Protocol):
         """Bytes of one page in one layer, keys and values, whatever the backend adds to fill up its units."""
         ...
 
-    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> object:
-        """Prepare a weight of N outputs and K inputs for `linear`. The backend may keep or copy the tensors."""
+    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None, mode: Mode = "plain") -> object:
+        """Prepare a weight of N outputs and K inputs for `linear`. The backend may keep or copy the tensors.
+
+        A plain weight has the dtype of the activations. To be quantised it may have any floating-point dtype, and the
+        activations are bf16; ValueError when it has numbers that are not finite.
+        """
         ...
 
-    def pack_gated(self, weight_2FK: Tensor, bias_2F: Tensor | None = None, activation: Activation = "silu") -> object:
+    def pack_gated(
+        self, weight_2FK: Tensor, bias_2F: Tensor | None = None, activation: Activation = "silu", mode: Mode = "plain"
+    ) -> object:
         """Prepare a gate (the first F outputs) and what it lets through (the others) for `gated`."""
         ...
 

@@ -13,7 +13,8 @@ import torch  # before the extension, so that both use the OpenMP runtime that t
 from torch import Tensor
 
 from shoal.kernels import _cpu
-from shoal.kernels.api import KV, Activation, Batch, Draws, Heads, Scores
+from shoal.kernels.api import KV, Activation, Batch, Draws, Heads, Mode, Scores
+from shoal.kernels.quantize import Quantized, quantize
 
 UNIT = 16  # positions: a page holds whole units
 PANEL = 32  # outputs of a weight that lie together; values of a head are filled up to it
@@ -23,6 +24,7 @@ _KINDS = {torch.float32: _cpu.Kind.FP32, torch.bfloat16: _cpu.Kind.BF16}
 _DRAW_TYPES = [
     torch.int64, torch.int64, torch.float32, torch.float32, torch.int64, torch.float64, torch.float32
 ]  # fmt: skip
+_QUANTIZED = {"int8": _cpu.Kind.INT8, "int4": _cpu.Kind.INT4, "int4-a16": _cpu.Kind.INT4_A16}
 _GATES = {"silu": _cpu.Gate.SILU, "gelu": _cpu.Gate.GELU}
 
 
@@ -116,31 +118,39 @@ class CpuKernels:
         ]  # fmt: skip
         return UnitKV(memory, pages, num_pages, page_size)
 
-    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> PackedLinear:
-        return self._pack(weight_NK, bias_N, len(weight_NK), _cpu.Gate.NONE)
+    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None, mode: Mode = "plain") -> PackedLinear:
+        return self._pack(weight_NK, bias_N, len(weight_NK), _cpu.Gate.NONE, mode)
 
     def pack_gated(
-        self, weight_2FK: Tensor, bias_2F: Tensor | None = None, activation: Activation = "silu"
+        self, weight_2FK: Tensor, bias_2F: Tensor | None = None, activation: Activation = "silu", mode: Mode = "plain"
     ) -> PackedLinear:
         bias = None if bias_2F is None else _alternating(bias_2F[:, None])[:, 0]
-        return self._pack(_alternating(weight_2FK), bias, len(weight_2FK) // 2, _GATES[activation])
+        return self._pack(_alternating(weight_2FK), bias, len(weight_2FK) // 2, _GATES[activation], mode)
 
-    def _pack(self, weight_NK: Tensor, bias_N: Tensor | None, outputs: int, gate: _cpu.Gate) -> PackedLinear:
-        kind, (n, k) = _KINDS[weight_NK.dtype], weight_NK.shape
-        weight_NK = weight_NK.contiguous()
+    def _pack(
+        self, weight_NK: Tensor, bias_N: Tensor | None, outputs: int, gate: _cpu.Gate, mode: Mode
+    ) -> PackedLinear:
+        n, k = weight_NK.shape
+        if mode == "plain":
+            kind, dtype, values, group, scales = _KINDS[weight_NK.dtype], weight_NK.dtype, weight_NK.contiguous(), 0, ()
+        else:
+            quantized = quantize(weight_NK, mode)
+            kind, dtype, values, group = _QUANTIZED[mode], torch.bfloat16, quantized.values_NK, quantized.group
+            scales = _scales(quantized)
         panels = torch.empty(self._table.packed_bytes(kind, n, k), dtype=torch.uint8)
-        self._table.pack(kind, weight_NK.data_ptr(), panels.data_ptr(), n, k)
+        self._table.pack(kind, values.data_ptr(), panels.data_ptr(), n, k)
         bias = torch.zeros(n + -n % PANEL)
         if bias_N is not None:
             bias[:n] = bias_N
+        scale, zero = (each.data_ptr() for each in scales) if scales else (0, 0)
         narrow, wide = (
             _cpu.Linear(
-                self._table, kind, gate, n, k, 0, panels.data_ptr(),
+                self._table, kind, gate, n, k, group, panels.data_ptr(), scale=scale, zero=zero,
                 bias=bias.data_ptr() if bias_N is not None else 0, wide=wide, outputs=outputs,
             )
             for wide in (False, True)
         )  # fmt: skip
-        return PackedLinear(narrow, wide, weight_NK.dtype, k, outputs, (panels, bias))
+        return PackedLinear(narrow, wide, dtype, k, outputs, (panels, bias, *scales))
 
     def linear(self, x_TK: Tensor, packed: object, residual_TN: Tensor | None = None, factor: float = 1.0) -> Tensor:
         assert isinstance(packed, PackedLinear)
@@ -198,13 +208,13 @@ class CpuKernels:
 
     def place(self, qkv_TW: Tensor, prepared: object, kv: KV, layer: int, batch: Batch) -> Tensor:
         assert isinstance(prepared, PreparedHeads) and isinstance(kv, UnitKV)
-        about, tokens = prepared.about, len(qkv_TW)
-        width = (about.num_heads + 2 * about.num_kv_heads) * about.head_dim
-        assert qkv_TW.shape[1] == width and qkv_TW.is_contiguous(), (qkv_TW.shape, about)
+        about, (tokens, width) = prepared.about, qkv_TW.shape
+        assert width == (about.num_heads + 2 * about.num_kv_heads) * about.head_dim, (qkv_TW.shape, about)
+        assert qkv_TW.is_contiguous(), "tensors must be contiguous"
         self._table.place(
             qkv_TW.data_ptr(), prepared.heads, kv.pages[layer], batch.pos_T.data_ptr(), batch.slot_T.data_ptr(), tokens
         )
-        return qkv_TW[:, : about.num_heads * about.head_dim].unflatten(1, (about.num_heads, about.head_dim))
+        return qkv_TW.as_strided((tokens, about.num_heads, about.head_dim), (width, about.head_dim, 1))
 
     def plan(self, batch: Batch, kv: KV) -> SharedPlan:
         rows, row_length = batch.table_NB.shape
@@ -274,3 +284,16 @@ def _alternating(both_2FK: Tensor) -> Tensor:
     filled = torch.zeros((2, half + -half % PANEL, columns), dtype=both_2FK.dtype)
     filled[:, :half] = both_2FK.view(2, half, columns)
     return filled.view(2, -1, PANEL, columns).transpose(0, 1).reshape(-1, columns)
+
+
+def _scales(weight: Quantized) -> tuple[Tensor, Tensor]:
+    """An output's scale and what stands for its zero, filled up to whole panels: for int8 float32 [panels * 32], the
+    zero being the sum of its numbers, as activations are multiplied 128 too high; else [panels, groups, 32]."""
+    scale_NC = weight.scale_NC
+    zero_NC = weight.values_NK.sum(1, True).float() if weight.zero_NC is None else weight.zero_NC
+    fill = (0, 0, 0, -len(scale_NC) % PANEL)
+    scale, zero = (
+        torch.nn.functional.pad(each, fill).view(-1, PANEL, each.shape[1]).transpose(1, 2).contiguous()
+        for each in (scale_NC, zero_NC)
+    )
+    return scale, zero

@@ -3,8 +3,7 @@
 It knows how to make torch's results independent of company, and must not know models or be clever about speed.
 
 Why each function is batch-invariant:
-- matrix products are always the same call: 16 rows by K by N, rows padded with zeros, K and N padded to multiples of
-  16 when the weight is packed (odd widths change the summation order with the number of threads);
+- matrix products are always the same call (ref_product.py), or sums of whole numbers, which are exact (quantize.py);
 - sums along a row are folded by halves, element by element, so no library chooses an order;
 - what is not correctly rounded (exp, tanh, rsqrt) is the same function for every element; torch's own silu, gelu and
   sigmoid are avoided, as they compute the last elements of an array by another formula.
@@ -19,12 +18,10 @@ import torch
 from torch import Tensor
 
 from shoal.kernels import ref_sampling
-from shoal.kernels.api import KV, Activation, Batch, Draws, Heads, Scores
+from shoal.kernels.api import KV, Activation, Batch, Draws, Heads, Mode, Scores
+from shoal.kernels.quantize import Quantized, product, quantize
 from shoal.kernels.ref_attention import TILE, TilePlan, attend, fold_sum
-
-ROWS = 16  # rows of one matrix product
-WIDTH = 16  # K and N are padded to a multiple of this
-ALIGNMENT = 64  # bytes; libraries may begin a row differently elsewhere
+from shoal.kernels.ref_product import fill_weight, tiled_product
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +42,9 @@ class PagedKV:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A weight as it is multiplied: [N, K] padded, with the number of outputs that count."""
+    """A weight as it is multiplied: [N, K] padded, with the number of outputs that count; or quantised."""
 
-    weight: Tensor
+    weight: Tensor | Quantized
     bias: Tensor | None
     num_outputs: int
     activation: Activation = "silu"  # of a gated layer
@@ -74,37 +71,39 @@ class RefKernels:
     def kv_bytes(self, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         return 2 * page_size * num_kv_heads * head_dim * dtype.itemsize
 
-    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> Packed:
-        num_outputs, num_inputs = weight_NK.shape
-        pad = (0, -num_inputs % WIDTH, 0, -num_outputs % WIDTH)
-        weight = torch.nn.functional.pad(weight_NK, pad) if any(pad) else weight_NK
+    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None, mode: Mode = "plain") -> Packed:
         bias = None if bias_N is None else bias_N.to(self.device)
-        return Packed(weight.contiguous().to(self.device), bias, num_outputs)
+        weight = weight_NK.to(self.device)
+        return Packed(fill_weight(weight) if mode == "plain" else quantize(weight, mode), bias, len(weight))
 
-    def pack_gated(self, weight_2FK: Tensor, bias_2F: Tensor | None = None, activation: Activation = "silu") -> Packed:
-        return replace(self.pack(weight_2FK, bias_2F), activation=activation)
+    def pack_gated(
+        self, weight_2FK: Tensor, bias_2F: Tensor | None = None, activation: Activation = "silu", mode: Mode = "plain"
+    ) -> Packed:
+        return replace(self.pack(weight_2FK, bias_2F, mode), activation=activation)
 
     def linear(self, x_TK: Tensor, packed: object, residual_TN: Tensor | None = None, factor: float = 1.0) -> Tensor:
+        out = self._outputs(x_TK, packed)
+        plain = residual_TN is None and factor == 1.0
+        return (out if plain else self.add(residual_TN, out, factor)).to(x_TK.dtype)
+
+    def _outputs(self, x_TK: Tensor, packed: object) -> Tensor:
+        """The product with its bias: in the dtype of x, or float32 where the weight is quantised."""
         assert isinstance(packed, Packed)
-        num_rows, num_inputs = x_TK.shape
-        padded_rows = num_rows + -num_rows % ROWS
-        x = _padded(x_TK, padded_rows, packed.weight.shape[1])
-        weight_KN = packed.weight.t()
-        out = torch.empty(padded_rows, weight_KN.shape[1], dtype=x.dtype, device=x.device)
-        for start in range(0, padded_rows, ROWS):
-            torch.mm(x[start : start + ROWS], weight_KN, out=out[start : start + ROWS])
-        out = out[:num_rows, : packed.num_outputs].contiguous()
+        if isinstance(packed.weight, Quantized):
+            out = product(x_TK, packed.weight)
+        else:
+            out = tiled_product(x_TK, packed.weight)[:, : packed.num_outputs].contiguous()
         if packed.bias is not None:
             out += packed.bias
-        return out if residual_TN is None and factor == 1.0 else self.add(residual_TN, out, factor)
+        return out
 
     def gated(self, x_TK: Tensor, packed: object) -> Tensor:
         assert isinstance(packed, Packed)
-        both = self.linear(x_TK, packed)
-        return self.silu_mul(both) if packed.activation == "silu" else self.gelu_mul(both)
+        both = self._outputs(x_TK, packed)
+        return (self.silu_mul(both) if packed.activation == "silu" else self.gelu_mul(both)).to(x_TK.dtype)
 
     def logits(self, x_RD: Tensor, packed: object) -> Tensor:
-        return self.linear(x_RD, packed).float()
+        return self._outputs(x_RD, packed).float()
 
     def embedding(self, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
         return weight_VD.index_select(0, ids_T)
@@ -190,9 +189,3 @@ class RefKernels:
         for src, dst, tokens in moves_M3.tolist():
             for pages in (kv.k, kv.v):
                 pages[:, :, dst, :tokens] = pages[:, :, src, :tokens]
-
-
-def _padded(x: Tensor, num_rows: int, num_columns: int) -> Tensor:
-    if x.shape == (num_rows, num_columns) and x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0:
-        return x
-    return torch.nn.functional.pad(x, (0, num_columns - x.shape[1], 0, num_rows - x.shape[0]))

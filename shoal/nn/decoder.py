@@ -11,7 +11,6 @@ from torch import Tensor
 from shoal.kernels.api import KV, Batch, Kernels
 from shoal.nn.arch import ModelConfig
 from shoal.nn.layers import Layer, Norm, StepState
-from shoal.nn.linear import load_linear
 from shoal.nn.rope import make_table
 from shoal.nn.weights import Weights
 
@@ -33,7 +32,7 @@ class Decoder:
             for index, layer in enumerate(config.layers)
         ]
         self.norm = Norm(kernels, weights, "norm", config.norm_eps)
-        self.head = kernels.pack(self.embedding_VD) if config.tied else load_linear(kernels, weights, "lm_head")
+        self.head = kernels.pack(self.embedding_VD if config.tied else weights.take("lm_head.weight"))
 
     def new_kv(self, num_pages: int, page_size: int) -> KV:
         """Pages for this model's keys and values, in its dtype."""

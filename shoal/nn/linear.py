@@ -5,27 +5,46 @@ It knows which tensors make one layer, and must not know which layer of a model 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
+from shoal.core.errors import ModelError
 from shoal.kernels.api import Activation, Kernels
 from shoal.nn.weights import Weights
 
 
 def load_linear(kernels: Kernels, weights: Weights, *names: str) -> object:
-    """Read the named layers as one whose outputs follow each other, with the biases that the checkpoint has."""
-    return kernels.pack(*_read(weights, names))
+    """Read the named layers as one whose outputs follow each other, with the biases that the checkpoint has.
+
+    ModelError when it is to be quantised and has numbers that are not finite.
+    """
+    weight_NK, bias_N = _read(weights, names)
+    with _named(names):
+        return kernels.pack(weight_NK, bias_N, weights.mode)
 
 
 def load_gated(kernels: Kernels, weights: Weights, activation: Activation, *names: str) -> object:
-    """Read a gate and what it lets through, from two layers or from one that holds both."""
-    return kernels.pack_gated(*_read(weights, names), activation)
+    """Read a gate and what it lets through, from two layers or from one that holds both. Errors as `load_linear`."""
+    weight_2FK, bias_2F = _read(weights, names)
+    with _named(names):
+        return kernels.pack_gated(weight_2FK, bias_2F, activation, weights.mode)
+
+
+@contextmanager
+def _named(names: tuple[str, ...]) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ModelError(f"tensor {', '.join(f'{name}.weight' for name in names)}: {error}") from error
 
 
 def _read(weights: Weights, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
     biased = f"{names[0]}.bias" in weights
-    bias_N = _joined([weights.take(f"{name}.bias") for name in names]) if biased else None
-    return _joined([weights.take(f"{name}.weight") for name in names]), bias_N
+    bias_N = _joined([weights.take_for_layer(f"{name}.bias") for name in names]) if biased else None
+    return _joined([weights.take_for_layer(f"{name}.weight") for name in names]), bias_N
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

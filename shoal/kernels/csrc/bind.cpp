@@ -194,5 +194,11 @@ NB_MODULE(_cpu, m) {
                                    at<float>(values)};
             t.kernels->score(at<const float>(x), columns, scores);
           },
+          release())
+      .def(
+          "peak", [](const Table &t, Kind kind, int64_t iterations) { return t.kernels->peak(kind, iterations); },
+          release())
+      .def(
+          "read", [](const Table &t, uintptr_t memory, int64_t bytes) { return t.kernels->read(at(memory), bytes); },
           release());
 }

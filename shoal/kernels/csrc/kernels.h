@@ -119,6 +119,12 @@ struct Kernels {
   // Rows of finite float32 logits (sampling.cpp says what a weight is). The same bits in every table.
   void (*draw)(const float *x, int64_t columns, const Draws &draws, int64_t *token);
   void (*score)(const float *x, int64_t columns, const Scores &scores);
+
+  // The machine's limits, for whoever has a clock. On every thread, `iterations` rounds of the products that a kind's
+  // linear layers are made of, in registers alone; returns the operations of all threads. Then a buffer read once by
+  // all threads together; returns the bytes.
+  double (*peak)(Kind kind, int64_t iterations);
+  double (*read)(const void *memory, int64_t bytes);
 };
 
 extern const Kernels kernels_scalar;

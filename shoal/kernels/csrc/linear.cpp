@@ -12,7 +12,7 @@ namespace shoal {
 namespace SHOAL_SET {
 namespace {
 
-constexpr int64_t L2_ROWS = 640 << 10;   // bytes of activations that stay in the second cache while panels pass
+constexpr int64_t L2_ROWS = 512 << 10;   // bytes of activations that stay in the second cache while panels pass
 constexpr int64_t STRETCH = 32 << 10;    // bytes of a panel that stay in the first cache while tiles of rows pass
 constexpr int64_t SERIAL = 48 << 10;     // numbers of activations that one thread prepares sooner than two agree
 constexpr int64_t TINY = 128 << 10;      // products per tile row that are not worth a second thread
@@ -45,7 +45,7 @@ Span take(Queue &queue, int64_t threads) {
 struct Layer {
   Layer(const Weight &weight, const void *x, int64_t rows, const void *residual, float factor, void *y);
   int64_t shared_bytes() const { return words_bytes + amounts_bytes; }
-  int64_t own_bytes() const { return sums_bytes + aligned(MOST * steps * WORD); }
+  int64_t own_bytes() const { return sums_bytes + open_bytes + aligned(MOST * steps * WORD); }
   void share(char *memory);
   void prepare(int64_t tile, char *spare) const;
   void run(Queue &queue, int64_t threads, char *own) const;
@@ -60,20 +60,22 @@ struct Layer {
   const void *x, *residual;
   void *y;
   float factor;
-  bool grouped;
+  bool grouped;                     // an int4 kind
+  bool open;                        // whose panels are unpacked for several tiles
   int64_t rows, tiles, blocks;      // tiles of rows, and blocks of tiles
   int64_t steps;                    // words of a row
   int64_t groups;                   // of the int4 kinds
   int64_t sides, panels, columns;   // panels counts pairs with a gate (sides = 2); columns of y
   int64_t units, stretches;         // what a panel is cut into along the inputs: words, or groups
+  int64_t opened;                   // times as long as it was, an unpacked panel
   int64_t unit_bytes, panel_bytes;
-  int64_t words_bytes, amounts_bytes, sums_bytes;
+  int64_t words_bytes, amounts_bytes, sums_bytes, open_bytes;
   uint32_t *words;                  // rows in tiles: [steps][rows of the tile], and LANES words to spare after each
   float *amounts;                   // int8: scale of each row; int4 kinds: by tile [groups][2][rows]
   void (*const *tile)(const Stretch &);
 
  private:
-  void panel(int64_t first, int64_t last, int64_t index, const char *after, float *sums) const;
+  void panel(int64_t first, int64_t last, int64_t index, const char *after, float *sums, char *unpacked) const;
   bool quantised() const { return weight.kind == Kind::int8 || weight.kind == Kind::int4; }
 };
 
@@ -95,15 +97,19 @@ Layer::Layer(const Weight &weight, const void *x, int64_t rows, const void *resi
   units = grouped ? groups : steps;
   unit_bytes = (grouped ? weight.group / 8 : 1) * PANEL * WORD;
   panel_bytes = (grouped ? up(k, 8) : steps) * PANEL * WORD;
-  stretches = up(panel_bytes, STRETCH);
-  if (stretches > units) stretches = units;
   tiles = up(rows, MOST);
+  open = grouped && tiles > 1;
+  opened = !open ? 1 : weight.kind == Kind::int4 ? 2 : 4;
+  stretches = up(panel_bytes * opened, STRETCH);
+  if (stretches > units) stretches = units;
   const int64_t kept = L2_ROWS / (MOST * steps * WORD);
   blocks = up(tiles, kept < 2 ? 2 : kept);
   words_bytes = aligned((rows * steps + tiles * LANES) * WORD);
   amounts_bytes = aligned(rows * (grouped ? 2 * groups : 1) * 4);
+  open_bytes = open ? aligned((units / stretches + 1) * unit_bytes * opened) : 0;
   sums_bytes = aligned(up(tiles, blocks) * MOST * PANEL * 4 * sides);
   tile = TILES[(int)weight.kind];
+  if (open) tile = OPEN_TILES[weight.kind == Kind::int4_a16];
 }
 
 void Layer::share(char *memory) {
@@ -238,7 +244,8 @@ void Layer::finish(int64_t first, int64_t last, int64_t panel, const float *sums
 }
 
 // The sums of one panel (not a pair) for the tiles first to last; meanwhile, what comes `after` it is fetched.
-void Layer::panel(int64_t first, int64_t last, int64_t index, const char *after, float *sums) const {
+void Layer::panel(int64_t first, int64_t last, int64_t index, const char *after, float *sums,
+                  char *unpacked) const {
   const char *base = (const char *)weight.panels + index * panel_bytes;
   const int64_t begin = start(first);
   for (int64_t s = 0; s < stretches; s++) {
@@ -248,12 +255,17 @@ void Layer::panel(int64_t first, int64_t last, int64_t index, const char *after,
     t.steps = to - from;
     t.fresh = s == 0;
     t.next = s + 1 < stretches ? base + to * unit_bytes : after;
-    t.pace = up(128, last - first);
+    t.pace = up(128, (last - first) * opened);
     if (grouped) {
       t.scale = (const uint16_t *)weight.scale + (index * groups + from) * PANEL;
       t.zero = (const uint8_t *)weight.zero + (index * groups + from) * PANEL;
       t.group = weight.group / 8;
       t.last = to == groups ? up(weight.k, 8) - (groups - 1) * t.group : t.group;
+    }
+    if (open) {
+      (weight.kind == Kind::int4 ? unpack<Nibbles> : unpack<NibblePairs>)(
+          t.panel, (t.steps - 1) * t.group + t.last, unpacked);
+      t.panel = unpacked;
     }
     for (int64_t i = first; i < last; i++) {
       const int64_t row = start(i), count = start(i + 1) - row;
@@ -261,7 +273,7 @@ void Layer::panel(int64_t first, int64_t last, int64_t index, const char *after,
       t.sums = sums + (row - begin) * PANEL;
       if (grouped) t.amounts = amounts + row * 2 * groups + from * 2 * count;
       tile[count - 1](t);
-      t.next += t.steps * (grouped ? t.group : 1) * t.pace;
+      t.next += t.steps * (grouped ? t.group * opened : 1) * t.pace;
     }
   }
 }
@@ -282,7 +294,7 @@ void Layer::run(Queue &queue, int64_t threads, char *own) const {
       for (int64_t side = 0; side < sides; side++) {
         const int64_t index = at * sides + side;
         const int64_t next = side + 1 < sides ? index + 1 : following % panels * sides;
-        panel(first, last, index, base + next * panel_bytes, sums + side * count * PANEL);
+        panel(first, last, index, base + next * panel_bytes, sums + side * count * PANEL, own + sums_bytes);
       }
       if (weight.kind == Kind::fp32 || weight.wide) finish<float>(first, last, at, sums);
       else finish<uint16_t>(first, last, at, sums);
@@ -301,14 +313,14 @@ void linear(const Weight &weight, const void *x, int64_t rows, const void *resid
   const bool serial = rows * weight.k <= SERIAL;
   const bool tiny = layer.tiles * weight.n * weight.k <= TINY;
   if (serial)
-    for (int64_t t = 0; t < layer.tiles; t++) layer.prepare(t, memory + layer.shared_bytes() + layer.sums_bytes);
+    for (int64_t t = 0; t < layer.tiles; t++) layer.prepare(t, memory + layer.shared_bytes() + layer.sums_bytes + layer.open_bytes);
   Queue queue = {0, layer.items()};
 #pragma omp parallel if (!tiny)
   {
     char *own = omp_get_thread_num() == 0 ? memory + layer.shared_bytes() : (char *)scratch(layer.own_bytes());
     if (!serial) {
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t t = 0; t < layer.tiles; t++) layer.prepare(t, own + layer.sums_bytes);
+      for (int64_t t = 0; t < layer.tiles; t++) layer.prepare(t, own + layer.sums_bytes + layer.open_bytes);
     }
     layer.run(queue, omp_get_num_threads(), own);
   }

@@ -24,6 +24,13 @@ typedef uint16_t rh __attribute__((vector_size(2 * REGISTER)));
 typedef uint16_t rh_any __attribute__((vector_size(2 * REGISTER), aligned(1)));
 typedef uint8_t rb_any __attribute__((vector_size(REGISTER), aligned(1)));
 
+// Keeps a sum in its register here: without it the compiler stores it in every round of the loop before.
+INLINE void hold(ru &v) {
+#if defined(__x86_64__)
+  asm volatile("" : "+v"(v));
+#endif
+}
+
 INLINE ru get(const void *p) { return *(const ru_any *)p; }
 INLINE void put(void *p, ru v) { *(ru_any *)p = v; }
 INLINE ru spread(uint32_t x) { return x - (ru){}; }
@@ -154,13 +161,40 @@ struct NibblePairs {
   INLINE rf value(ru sum) { return (rf)sum; }
 };
 
-INLINE rf group_scale(const uint16_t *p) { return (rf)(__builtin_convertvector(*(const rh_any *)p, ru) << 16); }
+INLINE rf group_scale(const uint16_t *p) {
+#if defined(__AVX512F__)
+  return (rf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#elif defined(__AVX2__)
+  return (rf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#else
+  return (rf)(__builtin_convertvector(*(const rh_any *)p, ru) << 16);
+#endif
+}
 INLINE rf group_zero(const uint8_t *p) {
+#if defined(__AVX512F__)
+  return (rf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+  return (rf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
   return __builtin_convertvector(__builtin_convertvector(*(const rb_any *)p, ri), rf);
+#endif
+}
+
+// Writes the words that a tile multiplies with: for eight inputs at a time, all their words of 32 outputs.
+template <class Dot>
+__attribute__((noinline)) void unpack(const char *panel, int64_t eights, char *out) {
+  for (int64_t s = 0; s < eights; s++, panel += PANEL * WORD, out += Dot::words * PANEL * WORD)
+#pragma GCC unroll 8
+    for (int64_t at = 0; at < PANEL; at += REGISTER) {
+      const ru packed = get(panel + at * WORD);
+#pragma GCC unroll 4
+      for (int j = 0; j < Dot::words; j++) put(out + (j * PANEL + at) * WORD, Dot::weight(packed, j));
+    }
 }
 
 // Each group is summed on its own, from nothing; then sums += (sum - zero * sum of activations) * scales.
-template <class Dot, int rows>
+// `open`: the panel has been unpacked.
+template <class Dot, bool open, int rows>
 __attribute__((noinline)) void tile_groups(const Stretch &t) {
   const char *next = t.next;
   for (int64_t at = 0; at < PANEL; at += 2 * REGISTER) {
@@ -170,13 +204,14 @@ __attribute__((noinline)) void tile_groups(const Stretch &t) {
       ru a[rows], b[rows];
 #pragma GCC unroll 16
       for (int r = 0; r < rows; r++) a[r] = b[r] = (ru){};
-      const int64_t eights = g + 1 < t.steps ? t.group : t.last;
-      for (int64_t s = 0; s < eights; s++, x += Dot::words * rows, w += PANEL * WORD, next += t.pace) {
+      int64_t count = g + 1 < t.steps ? t.group : t.last;
+      if (open) count *= Dot::words;
+      for (int64_t s = 0; s < count; s++, x += (open ? 1 : Dot::words) * rows, w += PANEL * WORD, next += t.pace) {
         fetch(next, t.pace);
         const ru p0 = get(w), p1 = get(w + REGISTER * WORD);
 #pragma GCC unroll 4
-        for (int j = 0; j < Dot::words; j++) {
-          const ru w0 = Dot::weight(p0, j), w1 = Dot::weight(p1, j);
+        for (int j = 0; j < (open ? 1 : Dot::words); j++) {
+          const ru w0 = open ? p0 : Dot::weight(p0, j), w1 = open ? p1 : Dot::weight(p1, j);
 #pragma GCC unroll 16
           for (int r = 0; r < rows; r++) {
             const ru value = spread(x[j * rows + r]);
@@ -185,6 +220,8 @@ __attribute__((noinline)) void tile_groups(const Stretch &t) {
           }
         }
       }
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; r++) hold(a[r]), hold(b[r]);
       const uint16_t *scale = t.scale + g * PANEL + at;
       const uint8_t *zero = t.zero + g * PANEL + at;
       const float *amounts = t.amounts + g * 2 * rows;
@@ -205,17 +242,22 @@ __attribute__((noinline)) void tile_groups(const Stretch &t) {
 
 using TileFunction = void (*)(const Stretch &);
 
+template <class Dot, int rows>
+constexpr TileFunction closed = tile_groups<Dot, false, rows>;
+template <class Dot, int rows>
+constexpr TileFunction opened = tile_groups<Dot, true, rows>;
+
 #if defined(__AVX512F__)
-#define SHOAL_TILES(f, kind) \
-  {f<kind, 1>, f<kind, 2>, f<kind, 3>, f<kind, 4>,  f<kind, 5>,  f<kind, 6>, \
-   f<kind, 7>, f<kind, 8>, f<kind, 9>, f<kind, 10>, f<kind, 11>, f<kind, 12>}
+#define SHOAL_TILES(f, dot) \
+  {f<dot, 1>, f<dot, 2>, f<dot, 3>, f<dot, 4>, f<dot, 5>, f<dot, 6>, f<dot, 7>, f<dot, 8>, f<dot, 9>, f<dot, 10>, f<dot, 11>, f<dot, 12>}
 #else
-#define SHOAL_TILES(f, kind) {f<kind, 1>, f<kind, 2>, f<kind, 3>, f<kind, 4>}
+#define SHOAL_TILES(f, dot) {f<dot, 1>, f<dot, 2>, f<dot, 3>, f<dot, 4>}
 #endif
 
-// By kind, then by rows - 1.
+// By kind, then by rows - 1; and the int4 kinds' for panels that have been unpacked.
 const TileFunction TILES[5][MOST] = {SHOAL_TILES(tile, Floats), SHOAL_TILES(tile, Pairs), SHOAL_TILES(tile, Bytes),
-                                     SHOAL_TILES(tile_groups, Nibbles), SHOAL_TILES(tile_groups, NibblePairs)};
+                                     SHOAL_TILES(closed, Nibbles), SHOAL_TILES(closed, NibblePairs)};
+const TileFunction OPEN_TILES[2][MOST] = {SHOAL_TILES(opened, Nibbles), SHOAL_TILES(opened, NibblePairs)};
 
 }  // namespace
 }  // namespace shoal

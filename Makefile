@@ -45,7 +45,7 @@ sanitize: $(VENV)/.installed-dev
 	else echo "No libasan beside $(CXX): the kernels' addresses are not checked."; fi
 
 $(CHECKED)/.built: $(BUILT)
-	$(PIP) . --no-deps --upgrade --target $(CHECKED) -C build-dir=$(CHECKED)/cmake -C install.strip=false \
+	$(PIP) . --no-deps --upgrade --target $(CHECKED) -C build-dir=$(CHECKED)/cmake -C cmake.build-type=RelWithDebInfo \
 	  -C cmake.define.SHOAL_SANITIZE=ON
 	touch $@
 

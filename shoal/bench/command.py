@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from shoal.bench import floor as floors
-from shoal.bench import machine, single
+from shoal.bench import machine, single, steps
+from shoal.bench.floor import ARITHMETIC
 from shoal.bench.limits import Limits, measure
 from shoal.bench.options import KERNELS, BenchOptions
 from shoal.bench.ours import Ours, Run, first_token_seconds
@@ -24,6 +25,7 @@ from shoal.bench.peers import Peer, PeerRun, started
 from shoal.bench.watch import Watch
 from shoal.bench.workloads import NAMES, Workload, make
 from shoal.core.config import EngineConfig
+from shoal.core.errors import UsageError
 from shoal.nn.arch import read_config
 from shoal.text.checkpoint import resolve_model, weight_mode
 
@@ -37,12 +39,26 @@ def run_bench(options: BenchOptions) -> int:
     record: Record = {"machine": machine.describe(), "limits": asdict(limits), "workloads": {}}
     print(_limits_line(limits, record["machine"]), flush=True)
     if options.what == (KERNELS,):
-        record["kernels"] = single.run(limits, options)
-        _write(options.json, record)
+        _kernels(options, limits, record)
         return 0
     machine.forget_peak()  # the buffer of the bandwidth is not the engine's
     _workloads(options, limits, record)
     return 0
+
+
+def _kernels(options: BenchOptions, limits: Limits, record: Record) -> None:
+    mode = "bf16" if options.weights == "auto" else options.weights
+    if mode not in ARITHMETIC:
+        raise UsageError(f"weights is {mode!r}; it must be one of {', '.join(ARITHMETIC)}")
+    record["settings"], record["kernels"], record["steps"] = {"weights": mode}, [], []
+    for kernel in single.run(limits, mode):
+        record["kernels"].append(asdict(kernel))
+        print(kernel.line(), flush=True)
+        _write(options.json, record)
+    for step in steps.run(limits, mode):
+        record["steps"].append(asdict(step))
+        print(step.line(), flush=True)
+        _write(options.json, record)
 
 
 def _workloads(options: BenchOptions, limits: Limits, record: Record) -> None:
@@ -68,6 +84,9 @@ def _workloads(options: BenchOptions, limits: Limits, record: Record) -> None:
                 _write(options.json, record)
             record["peers"] = {peer.name: peer.finish() for peer in peers}
     print(f"peak memory {(record['peak_memory'] or 0) / 2**30:.2f} GiB", flush=True)
+    after = measure()  # shows whether the machine has changed meanwhile
+    record["limits_after"] = asdict(after)
+    print("afterwards: " + _limits_line(after, machine.describe()), flush=True)
     _write(options.json, record)
 
 
@@ -76,6 +95,8 @@ def _by_turns(workload: Workload, rounds: int, least: floors.Floor, ours: Ours, 
     runs: list[Run] = []
     theirs: dict[str, list[PeerRun]] = {peer.name: [] for peer in peers}
     for _ in range(rounds):
+        if peers:
+            machine.wait_quiet()  # as the peers' runners do
         runs.append(ours.run(workload))
         for peer in peers:
             theirs[peer.name].append(peer.run())

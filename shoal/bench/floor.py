@@ -21,7 +21,7 @@ Ints = npt.NDArray[np.int64]
 
 NO_WINDOW = 1 << 40
 _BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5, "int4-a16": 0.5}  # of one weight of a linear layer
-_ARITHMETIC = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8", "int4-a16": "bf16"}
+ARITHMETIC = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8", "int4-a16": "bf16"}  # of products
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def costs(model: ModelConfig, mode: str) -> Costs:
         position_bytes=2 * keys * wide,
         query_key=4 * queries,
         windows=tuple(layer.window for layer in model.layers),
-        linear_arithmetic=_ARITHMETIC[mode],
+        linear_arithmetic=ARITHMETIC[mode],
         other_arithmetic="fp32" if mode == "fp32" else "bf16",
     )
 

@@ -56,6 +56,16 @@ def _busy() -> float | None:
     return (sum(numbers) - idle) / os.sysconf("SC_CLK_TCK")
 
 
+def wait_quiet(cores: float = 0.2) -> None:
+    """Return when others have kept fewer cores busy for two seconds, or at last after QUIET_WAIT seconds (120)."""
+    quiet, end = 0, time.perf_counter() + float(os.environ.get("QUIET_WAIT", "120"))
+    while quiet < 2 and time.perf_counter() < end:
+        stopwatch = Stopwatch()
+        time.sleep(1.0)
+        others = stopwatch.stop().others
+        quiet = quiet + 1 if others is None or others < cores else 0
+
+
 def forget_peak() -> None:
     """Let `peak_memory` count from now on, where the system can do that."""
     try:

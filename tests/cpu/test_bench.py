@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.bench import command, limits, machine, peers
+from shoal.bench import command, limits, machine, peers, single, steps
 from shoal.bench.floor import Costs, costs, floor
 from shoal.bench.limits import Limits
 from shoal.bench.options import BenchOptions
@@ -191,6 +191,38 @@ def test_a_function_that_uses_another_is_counted_once_and_the_clocks_go_away() -
     assert not vars(kernels).keys() & {"linear", "gated"}
 
 
+# -- single kernels and steps ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "int8", "int4"])
+def test_every_kernel_and_step_is_measured(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "measure", lambda: LIMITS)
+    for name, value in {
+        "ROWS": (1, 3, 300), "_SHAPES": (("qkv", 48, 32), ("gate up", 64, 32)), "WIDTH": 32, "VOCAB": 64,
+        "_HEADS": ((4, 2, 16),), "_SEQUENCES": 4, "_SHARED": 64, "_OWN": 32, "_COLD": 1 << 14, "_TRY": 0.0,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(single, name, value)
+    small = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    monkeypatch.setattr(steps, "QWEN", {**steps.QWEN, **small, "num_attention_heads": 4})
+    monkeypatch.setattr(steps, "VOCAB", 64)
+    monkeypatch.setattr(steps, "BATCHES", (1, 3))
+    monkeypatch.setattr(steps, "_LARGE", (5, 300, 40))
+    path = tmp_path / "kernels.json"
+    assert command.run_bench(BenchOptions(what=("kernels",), weights=mode, threads=1, json=path)) == 0
+    record = json.loads(path.read_text())
+    assert [kernel["name"].split(",")[0] for kernel in record["kernels"]] == [
+        *[f"{mode} linear qkv 48 x 32"] * 3, *[f"{mode} linear gate up 64 x 32"] * 3,
+        "head 64 x 32", *["attention 4/2/16"] * 4,
+    ]  # fmt: skip
+    assert all(kernel["seconds"] > 0 and kernel["share"] > 0 for kernel in record["kernels"])
+    assert [(step["rows"], step["context"]) for step in record["steps"]] == [(1, 56), (3, 56), (5, 364)]
+    for step in record["steps"]:
+        assert sum(step["parts"].values()) == pytest.approx(1.0) and step["parts"]["attention"] > 0
+    assert "decode step, 5 rows" in capsys.readouterr().out
+
+
 # -- our own runs ------------------------------------------------------------------------------------
 
 
@@ -259,6 +291,7 @@ RUNNER = """
 @pytest.fixture
 def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Workload]:
     (tmp_path / "run_ov.py").write_text(textwrap.dedent(RUNNER))
+    monkeypatch.setenv("QUIET_WAIT", "0")
     monkeypatch.setenv("SHOAL_PEER_RUNNERS", str(tmp_path))
     monkeypatch.setenv("SHOAL_PEER_OPENVINO", sys.executable)
     monkeypatch.setenv("SHOAL_PEER_OPENVINO_MODEL", str(tmp_path))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,7 +79,7 @@ def _edge(z_SV: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
     edge_S1 = torch.full((len(z_SV), 1), _MINUS_INFINITY, device=z_SV.device)
     if all(k == 0 or k > last for k in top_k) and min(top_p) >= 1:
         return edge_S1
-    value_SV = _descending(z_SV)
+    value_SV = z_SV.sort(dim=1, descending=True).values
     ranks = [min(k - 1, last) if k > 0 else last for k in top_k]
     edge_S1 = value_SV.gather(1, torch.tensor(ranks, device=z_SV.device)[:, None])
     sum_SV = integer_weights(exponential(value_SV)).masked_fill_(value_SV < edge_S1, 0).cumsum(dim=1)
@@ -92,13 +91,6 @@ def _edge(z_SV: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
     short_S1 = (sum_SV < limit_S1).sum(dim=1, keepdim=True)
     # where top-p keeps all, its run ends at the last token of any weight, and lighter ones are nobody's anyway
     return torch.maximum(edge_S1, value_SV.gather(1, short_S1))
-
-
-def _descending(x_SV: Tensor) -> Tensor:
-    """The values of each row, largest first. On a host numpy sorts many times faster than torch."""
-    if x_SV.device.type == "cpu":
-        return torch.from_numpy(-np.sort(-x_SV.numpy(), axis=1))
-    return torch.sort(x_SV, dim=1, descending=True).values
 
 
 # -- scores -------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -64,12 +65,19 @@ def started(
     """
     commands = [(name, _command(name, model, cores, os.environ)) for name in names]  # all, before any is started
     with ExitStack() as stack:
+        before = signal.signal(signal.SIGTERM, _leave)
+        stack.callback(signal.signal, signal.SIGTERM, before)
         peers: list[Peer] = []
         for name, command in commands:
             peers.append(Peer(name, command, workloads, runs, shlex.split(arguments)))
             stack.callback(peers[-1].close)
             peers[-1].load()
         yield peers
+
+
+def _leave(number: int, frame: object) -> None:
+    """Asked to end: go through what ends the peers."""
+    sys.exit(128 + number)
 
 
 class Peer:
@@ -85,11 +93,12 @@ class Peer:
         self._asked = [workload for workload in workloads for _ in range(runs)]
         self._results: list[dict[str, Any]] = []
         self._log = folder / "log"
+        # A group of its own in our session: should we be killed while it is stopped, the kernel hangs it up.
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*command.words, "--w", *files, "--runs", str(runs), *arguments],
                 cwd=folder, env={**os.environ, **command.environment, "RESULTS": str(folder / "results.jsonl")},
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True, process_group=0,
             )  # fmt: skip
         assert self._process.stdout is not None
         self._out: IO[str] = self._process.stdout

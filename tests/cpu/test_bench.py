@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
+import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +33,8 @@ from shoal.kernels.ref import RefKernels
 from shoal.nn.arch import read_config
 from shoal.text.checkpoint import EMBEDDED
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "bench"
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared" / "bench"
 LIMITS = Limits(2, "some", {"fp32": 478e9, "bf16": 956e9, "int8": 1912e9}, 45e9)
 QWEN = Costs(
     linear=357_826_560, head=28_672_000, weight_bytes=773e6, position_bytes=512, query_key=3584, windows=(0,) * 24,
@@ -319,6 +323,31 @@ def test_a_peer_with_other_lengths_is_refused_and_ended(pretend: list[Workload])
     ):
         peer.run()
     assert peer._process.poll() is not None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's rules for orphaned process groups")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_peer_outlives_us(pretend: list[Workload], number: signal.Signals) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from shoal.bench import peers
+from shoal.bench.workloads import make
+with peers.started(["openvino"], Path("."), [make("W3", 400, 0.05)], 2, 1, "") as (peer,):
+    print(peer._process.pid, flush=True)
+    time.sleep(60)
+"""
+    ours = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert ours.stdout is not None
+    peer = int(ours.stdout.readline())
+    assert state(peer) == "T"
+    ours.send_signal(number)
+    ours.wait()
+    ours.stdout.close()
+    end = time.monotonic() + 10
+    while Path(f"/proc/{peer}").exists() and state(peer) != "Z":
+        assert time.monotonic() < end, state(peer)
+        time.sleep(0.01)
 
 
 def test_a_peer_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

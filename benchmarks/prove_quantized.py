@@ -32,7 +32,8 @@ from shoal.text.chat import ChatTemplate
 from shoal.text.checkpoint import EMBEDDED
 from shoal.text.tokenizer import Tokenizer
 
-sys.path[:0] = [str(ROOT / "tests" / "cpu"), str(ROOT / "tools")]
+sys.path.insert(0, str(ROOT / "tests" / "cpu"))  # the same driver as the tests
+sys.path.insert(0, str(ROOT / "tools"))  # the held-out tasks
 
 from make_tasks import MAKERS, held_out_chats
 from naive import make_batch

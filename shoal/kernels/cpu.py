@@ -290,10 +290,15 @@ def _scales(weight: Quantized) -> tuple[Tensor, Tensor]:
     """An output's scale and what stands for its zero, filled up to whole panels: for int8 float32 [panels * 32], the
     zero being the sum of its numbers, as activations are multiplied 128 too high; else [panels, groups, 32]."""
     scale_NC = weight.scale_NC
-    zero_NC = weight.values_NK.sum(1, True).float() if weight.zero_NC is None else weight.zero_NC
+    zero_NC = _row_sums(weight.values_NK) if weight.zero_NC is None else weight.zero_NC
     fill = (0, 0, 0, -len(scale_NC) % PANEL)
     scale, zero = (
         torch.nn.functional.pad(each, fill).view(-1, PANEL, each.shape[1]).transpose(1, 2).contiguous()
         for each in (scale_NC, zero_NC)
     )
     return scale, zero
+
+
+def _row_sums(values_NK: Tensor) -> Tensor:
+    """Sums of int8 rows as float32 [N, 1]. Each partial sum is a whole number that float32 holds up to K = 132,000."""
+    return torch.cat([part.float().sum(1, keepdim=True) for part in values_NK.split(64)])

@@ -19,6 +19,7 @@ from shoal.kernels.ref_product import fill_weight, tiled_product
 
 LEVELS = 127  # int8 numbers are -127 to 127: symmetric, so that a sign costs nothing
 NIBBLE = 15  # int4 numbers are 0 to 15, less a zero point
+CHUNK = 32000  # numbers rounded at a time: they stay in the cache, and are too few for torch to share among threads
 TINY = 1e-30  # rows and outputs whose largest number is below this count as zero: their inverse might be infinite
 
 
@@ -64,25 +65,34 @@ def quantize(weight_NK: Tensor, mode: Mode) -> Quantized:
     """
     if mode == "plain":
         raise ValueError("a plain weight is not quantised")
-    weight = weight_NK.float()
-    inputs = weight.shape[1]
+    outputs, inputs = weight_NK.shape
     group = group_size(mode, inputs)
-    if mode == "int8":
-        peak_N1 = weight.abs().amax(dim=1, keepdim=True)
-        _check_finite(peak_N1)
-        scale = _no_zeros(peak_N1 / LEVELS)
-        values = (weight / scale).round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
-        return Quantized(mode, values, scale, None, group)
+    many = max(1, CHUNK // inputs)
+    parts = [_round_int8(part) if mode == "int8" else _round_int4(part, group) for part in weight_NK.split(many)]
+    values, scales, zeros = (torch.cat(each) for each in zip(*parts, strict=True))
+    return Quantized(mode, values, scales, None if mode == "int8" else zeros, group)
+
+
+def _round_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    weight = weight_NK.float()
+    peak_N1 = weight.abs().amax(dim=1, keepdim=True)
+    _check_finite(peak_N1)
+    scale = _no_zeros(peak_N1 / LEVELS)
+    values = (weight / scale).round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
+    return values, scale, scale
+
+
+def _round_int4(weight_NK: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     # Filled up with zeros, which every group's range holds anyway.
-    filled = torch.nn.functional.pad(weight, (0, -inputs % group)).unflatten(1, (-1, group))
-    low_NC1 = filled.amin(dim=2, keepdim=True).clamp_(max=0)
-    high_NC1 = filled.amax(dim=2, keepdim=True).clamp_(min=0)
+    inputs = weight_NK.shape[1]
+    filled = torch.nn.functional.pad(weight_NK.float(), (0, -inputs % group)).unflatten(1, (-1, group))
+    low_NC1, high_NC1 = filled.amin(dim=2, keepdim=True).clamp_(max=0), filled.amax(dim=2, keepdim=True).clamp_(min=0)
     _check_finite(high_NC1 - low_NC1)
     scale = _no_zeros((high_NC1 - low_NC1) / NIBBLE).bfloat16()
-    zero = (-low_NC1 / scale.float()).round_().clamp_(0, NIBBLE)
-    values = (filled / scale.float()).round_().add_(zero).clamp_(0, NIBBLE).to(torch.uint8)
-    values = values.flatten(1)[:, :inputs].contiguous()
-    return Quantized(mode, values, scale[..., 0], zero[..., 0].to(torch.uint8), group)
+    step = scale.float()
+    zero = (-low_NC1 / step).round_().clamp_(0, NIBBLE)
+    values = (filled / step).round_().add_(zero).clamp_(0, NIBBLE).to(torch.int8).view(torch.uint8)
+    return values.flatten(1)[:, :inputs], scale[..., 0], zero[..., 0].to(torch.uint8)
 
 
 def _check_finite(peak: Tensor) -> None:

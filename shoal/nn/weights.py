@@ -119,17 +119,21 @@ class Weights:
         return self._read(name).to(self.dtype)
 
     def take_for_layer(self, name: str) -> Tensor:
-        """Read a linear layer's tensor: in the model's dtype, or as it is stored when it is going to be quantised, so
-        that it is rounded once."""
-        return self.take(name) if self.mode == "plain" else self._read(name)
+        """Read a linear layer's weight, to be packed at once: in the model's dtype, or when it is going to be quantised
+        as it is stored, so that it is rounded once; that is the file's own memory."""
+        return self.take(name) if self.mode == "plain" else self._mapped(name)
 
     def norm(self, name: str) -> Tensor:
         """Read a norm's weight as float32, with the architecture's offset added."""
         return self._read(f"{name}.weight").float() + self._offset
 
     def _read(self, name: str) -> Tensor:
+        # A copy, so that nobody can change or cut the file under a running model.
+        return self._mapped(name).clone()
+
+    def _mapped(self, name: str) -> Tensor:
         place = self._places[name]
-        return place.file.read(place.stored)
+        return place.file.mapped(place.stored)
 
 
 class _File:
@@ -144,13 +148,13 @@ class _File:
     def _map(self) -> Any:
         return safe_open(self._path, framework="pt", device="cpu")
 
-    def read(self, stored: str) -> Tensor:
-        """A copy of a tensor, so that nobody can change or cut the file under a running model."""
+    def mapped(self, stored: str) -> Tensor:
+        """A tensor as it lies in the file."""
         if self._read > _MAPPED_BYTES:
             self.open, self._read = self._map(), 0
-        copy = cast(Tensor, self.open.get_tensor(stored)).clone()
-        self._read += copy.nbytes
-        return copy
+        found = cast(Tensor, self.open.get_tensor(stored))
+        self._read += found.nbytes
+        return found
 
 
 @dataclass(frozen=True, slots=True)

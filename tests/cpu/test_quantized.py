@@ -116,7 +116,8 @@ def test_the_product_is_that_of_the_rounded_numbers(size: tuple[int, int, int], 
 @pytest.mark.parametrize("mode", QUANTIZED)
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 def test_a_quantised_product_is_the_specification(kernels: Kernels, inputs: int, outputs: int, mode: Mode) -> None:
-    """Before its one rounding to bf16 a result is within 1e-5 of the magnitude of what is summed."""
+    """Sums of whole numbers are the same bits on every instruction set; so are int4's totals where the machine adds and
+    multiplies with one rounding. Else results are within 1e-6 of the magnitude of what is summed."""
     spec = RefKernels(torch.device("cpu"))
     weight, bias = noise(outputs, inputs, seed=1), noise(outputs, seed=2)
     x = noise(70, inputs, dtype=torch.bfloat16)
@@ -125,7 +126,10 @@ def test_a_quantised_product_is_the_specification(kernels: Kernels, inputs: int,
     magnitude = x.float().abs() @ weight.abs().T + bias.abs()
     wide = kernels.logits(x, packed)
     assert wide.dtype == torch.float32
-    assert bool(((wide - spec.logits(x, meant)).abs() <= 1e-5 * magnitude).all())
+    expected = spec.logits(x, meant)
+    assert bool(((wide - expected).abs() <= 1e-6 * magnitude).all())
+    if mode == "int8" or (mode == "int4" and kernels.name != "scalar"):
+        assert torch.equal(wide, expected)
     near(kernels.linear(x, packed), spec.linear(x, meant), magnitude)
     near(kernels.linear(x, packed, residual, 0.25), spec.linear(x, meant, residual, 0.25), magnitude + residual.abs())
     assert kernels.linear(x[:0], packed).shape == (0, outputs)
@@ -134,7 +138,7 @@ def test_a_quantised_product_is_the_specification(kernels: Kernels, inputs: int,
 def near(found: Tensor, expected: Tensor, magnitude: Tensor) -> None:
     """Both are bf16: a number next to a border of rounding may go either way."""
     assert found.dtype == expected.dtype == torch.bfloat16
-    allowed = 1e-5 * magnitude + expected.float().abs() * 2**-7
+    allowed = 1e-6 * magnitude + expected.float().abs() * 2**-7
     assert bool(((found.float() - expected.float()).abs() <= allowed).all())
     assert (found != expected).float().mean() < 0.01
 

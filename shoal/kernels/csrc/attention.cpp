@@ -22,22 +22,26 @@ namespace {
 constexpr int64_t BLOCK = 48;            // rows of a task
 constexpr int64_t UNITS = TILE / UNIT;   // of a position tile
 constexpr int64_t SCORES = TILE + UNIT;  // floats from row to row: not a power of two, rows would compete for the cache
-constexpr int64_t AHEAD_UNITS = 16;      // how many units before they are read keys and values are fetched
+constexpr int64_t AHEAD_BYTES = 16384;   // how long before they are read keys and values are fetched
 constexpr float LOG2E = 1.44269504088896f;
 #ifdef __AVX512F__
 constexpr int64_t ROWS = 12;  // of a register tile: 24 registers of sums
 #define EACH_COUNT(f, ...) \
   {f<__VA_ARGS__, 1>, f<__VA_ARGS__, 2>, f<__VA_ARGS__, 3>, f<__VA_ARGS__, 4>,  f<__VA_ARGS__, 5>,  f<__VA_ARGS__, 6>, \
    f<__VA_ARGS__, 7>, f<__VA_ARGS__, 8>, f<__VA_ARGS__, 9>, f<__VA_ARGS__, 10>, f<__VA_ARGS__, 11>, f<__VA_ARGS__, 12>}
+constexpr int64_t FEW = 7;  // rows of which a register tile can be twice as wide
+#define EACH_FEW(f, ...)                                                                                          \
+  {f<__VA_ARGS__, 1>, f<__VA_ARGS__, 2>, f<__VA_ARGS__, 3>, f<__VA_ARGS__, 4>, f<__VA_ARGS__, 5>, f<__VA_ARGS__, 6>, \
+   f<__VA_ARGS__, 7>}
 #else
-constexpr int64_t ROWS = 4;
+constexpr int64_t ROWS = 4, FEW = 2;
+#define EACH_FEW(f, ...) {f<__VA_ARGS__, 1>, f<__VA_ARGS__, 2>}
 #define EACH_COUNT(f, ...) {f<__VA_ARGS__, 1>, f<__VA_ARGS__, 2>, f<__VA_ARGS__, 3>, f<__VA_ARGS__, 4>}
 #endif
 
 // A word is a float, or two neighbouring bf16. Words of queries and weights from row to row are multiplied by words of
 // keys and values from lane to lane.
 typedef uint32_t word;
-typedef uint32_t word_any __attribute__((aligned(2), may_alias));
 
 template <bool WIDE>
 constexpr int64_t PER_WORD = WIDE ? 1 : 2;
@@ -126,63 +130,73 @@ INLINE vf hyperbolic_tangent(vf x) {
 
 // ------------------------------------------------------------------------------------------------ register tiles
 
-// m rows of queries, packed by step, by the positions of two key units. `tops`, unless null, takes in the largest
-// scores by lane. `ahead`: two blocks of as many lines as the units have, to be fetched.
-template <bool WIDE, bool AHEAD, int m>
+// m rows of queries, packed by step, by the positions of C key units. `tops`, unless null, takes in the largest scores
+// by lane. `ahead`: as many units, to be fetched line after line.
+template <bool WIDE, bool AHEAD, int C, int m>
 __attribute__((noinline)) void score(const word *q, const word *const *keys, int64_t steps, float *scores, float *tops,
                                      const word *const *ahead) {
-  const word *left = keys[0], *right = keys[1];
-  const word *next = AHEAD ? ahead[0] : nullptr;
-  vf a[m], b[m];
+  const int64_t turn = (steps + C - 1) / C;
+  const word *unit[C], *next = nullptr;
+  vf total[m][C];
 #pragma GCC unroll 16
-  for (int r = 0; r < m; r++) a[r] = b[r] = (vf){};
-  for (int64_t k = 0; k < steps; k++) {
+  for (int c = 0; c < C; c++) unit[c] = keys[c];
+#pragma GCC unroll 16
+  for (int r = 0; r < m; r++)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) total[r][c] = (vf){};
+  for (int64_t k = 0, until = 0; k < steps; k++) {
     if (AHEAD) {
-      if (k == (steps + 1) / 2) next = ahead[1];
-      __builtin_prefetch(next, 0, 3), __builtin_prefetch(next + LANES, 0, 3);
-      next += 2 * LANES;
+      if (k == until) next = *ahead++, until += turn;
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++, next += LANES) __builtin_prefetch(next, 0, 3);
     }
-    const vu x = load_bits(left), y = load_bits(right);
-    left += LANES, right += LANES;
+    vu x[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) x[c] = load_bits(unit[c]), unit[c] += LANES;
 #pragma GCC unroll 16
     for (int r = 0; r < m; r++) {
       const vu w = splat_bits(q[r]);
-      a[r] = step<WIDE>(a[r], x, w);
-      b[r] = step<WIDE>(b[r], y, w);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++) total[r][c] = step<WIDE>(total[r][c], x[c], w);
     }
     q += m;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < m; r++) {
-    store(scores + r * SCORES, a[r]);
-    store(scores + r * SCORES + LANES, b[r]);
-    if (tops) store(tops + r * LANES, larger(load(tops + r * LANES), larger(a[r], b[r])));
+    vf top = total[r][0];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) store(scores + r * SCORES + c * LANES, total[r][c]), top = larger(top, total[r][c]);
+    if (tops) store(tops + r * LANES, larger(load(tops + r * LANES), top));
   }
 }
 
-// out = out * old + (m rows of weights by 32 numbers of the values of each unit) * fresh. `ahead`: as the units.
-template <bool WIDE, bool AHEAD, int m>
+// out = out * old + (m rows of weights by 16 C numbers of the values of each unit, `offset` words into it) * fresh.
+// `ahead`: for each unit an address from which as much as is read of it is to be fetched.
+template <bool WIDE, bool AHEAD, int C, int m>
 __attribute__((noinline)) void mix(const word *weights, const word *const *values, int64_t units, int64_t offset,
                                    const float *old, const float *fresh, float *out, int64_t padded,
                                    const word *const *ahead) {
   constexpr int64_t STEPS = UNIT / PER_WORD<WIDE>;
-  vf a[m], b[m];
+  vf total[m][C];
 #pragma GCC unroll 16
-  for (int r = 0; r < m; r++) a[r] = b[r] = (vf){};
+  for (int r = 0; r < m; r++)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) total[r][c] = (vf){};
   for (int64_t u = 0; u < units; u++) {
     const word *v = values[u] + offset, *next = AHEAD ? ahead[u] : nullptr;
     for (int64_t k = 0; k < STEPS; k++) {
-      if (AHEAD) {
-        __builtin_prefetch(next, 0, 3), __builtin_prefetch(next + LANES, 0, 3);
-        next += 2 * LANES;
+      vu x[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c++) {
+        if (AHEAD) __builtin_prefetch(next, 0, 3), next += LANES;
+        x[c] = load_bits(v + c / 2 * (STEPS * PANEL) + c % 2 * LANES);
       }
-      const vu x = load_bits(v), y = load_bits(v + LANES);
-      v += 2 * LANES;
+      v += PANEL;
 #pragma GCC unroll 16
       for (int r = 0; r < m; r++) {
         const vu w = splat_bits(weights[r * WEIGHTS<WIDE>]);
-        a[r] = step<WIDE>(a[r], x, w);
-        b[r] = step<WIDE>(b[r], y, w);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) total[r][c] = step<WIDE>(total[r][c], x[c], w);
       }
       weights++;
     }
@@ -191,8 +205,9 @@ __attribute__((noinline)) void mix(const word *weights, const word *const *value
   for (int r = 0; r < m; r++) {
     if (fresh[r] == 0.f) continue;
     float *o = out + r * padded;
-    store(o, fma(a[r], splat(fresh[r]), load(o) * old[r]));
-    store(o + LANES, fma(b[r], splat(fresh[r]), load(o + LANES) * old[r]));
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++)
+      store(o + c * LANES, fma(total[r][c], splat(fresh[r]), load(o + c * LANES) * old[r]));
   }
 }
 
@@ -201,9 +216,13 @@ typedef void (*Mix)(const word *, const word *const *, int64_t, int64_t, const f
                     const word *const *);
 
 template <bool WIDE>
-constexpr Score SCORE[2][ROWS] = {EACH_COUNT(score, WIDE, false), EACH_COUNT(score, WIDE, true)};
+constexpr Score SCORE[2][ROWS] = {EACH_COUNT(score, WIDE, false, 2), EACH_COUNT(score, WIDE, true, 2)};
 template <bool WIDE>
-constexpr Mix MIX[2][ROWS] = {EACH_COUNT(mix, WIDE, false), EACH_COUNT(mix, WIDE, true)};
+constexpr Mix MIX[2][ROWS] = {EACH_COUNT(mix, WIDE, false, 2), EACH_COUNT(mix, WIDE, true, 2)};
+template <bool WIDE>
+constexpr Score SCORE_FEW[2][FEW] = {EACH_FEW(score, WIDE, false, 4), EACH_FEW(score, WIDE, true, 4)};
+template <bool WIDE>
+constexpr Mix MIX_FEW[2][FEW] = {EACH_FEW(mix, WIDE, false, 4), EACH_FEW(mix, WIDE, true, 4)};
 
 // ------------------------------------------------------------------------------------------------ tasks
 
@@ -249,7 +268,7 @@ struct Feed {
   const Task *task, *next;
   int64_t tile;
   int64_t given, count;  // of units[]
-  const word *units[AHEAD_UNITS + 3 * UNITS];
+  const word *units[4 * UNITS];
 };
 
 // A tile's units `from` <= u < `to` are visited; those before `open` and from `shut` on are not seen by all rows.
@@ -259,7 +278,7 @@ struct Extent {
 
 template <bool WIDE>
 void give(const Call &call, Room &room) {
-  const int64_t q = BLOCK * call.steps * 4, scores = ROWS * SCORES * 4, weights = WIDE ? 0 : ROWS * WEIGHTS<WIDE> * 4;
+  const int64_t q = (BLOCK * call.steps + LANES) * 4, scores = ROWS * SCORES * 4, weights = WIDE ? 0 : ROWS * WEIGHTS<WIDE> * 4;
   const int64_t tops = LANES * LANES * 4, out = BLOCK * call.padded * 4, unit = call.unit_words * 4;
   char *memory = (char *)scratch(q + scores + weights + tops + out + unit);
   room.scores = (float *)memory, memory += scores;
@@ -304,11 +323,11 @@ Extent find_extent(const Call &call, const Task &task, int64_t tile) {
   const int64_t start = tile * TILE, left = task.high + 1 - start, seen = left < TILE ? left : TILE;
   Extent extent = {start, 0, (seen + UNIT - 1) / UNIT, 0, UNITS};
   const int64_t shut = task.low + 1 - start;
-  if (shut < TILE) extent.shut = shut < 0 ? 0 : shut / UNIT & ~1;
+  if (shut < TILE) extent.shut = shut < 0 ? 0 : shut / UNIT & ~3;
   if (call.window) {
     const int64_t from = task.low - call.window + 1 - start, open = task.high - call.window + 1 - start;
-    if (from > 0) extent.from = from / UNIT & ~1;
-    if (open > 0) extent.open = (open + 2 * UNIT - 1) / UNIT & ~1;
+    if (from > 0) extent.from = from / UNIT & ~3;
+    if (open > 0) extent.open = (open + 4 * UNIT - 1) / UNIT & ~3;
   }
   return extent;
 }
@@ -325,6 +344,11 @@ void find_units(const Call &call, const Task &task, const Extent &extent, const 
     values[u] = (const word *)call.pages.values + offset;
   }
   if (extent.to % 2) keys[extent.to] = keys[extent.to - 1], values[extent.to] = values[extent.to - 1];
+}
+
+int64_t ahead_units(const Call &call) {
+  const int64_t units = AHEAD_BYTES / (call.unit_words * 4);
+  return units < 2 ? 2 : units < UNITS ? units : UNITS;
 }
 
 // Addresses of the next `wanted` units to be fetched, or null when there are none.
@@ -355,24 +379,67 @@ const word *const *take(const Call &call, Feed &feed, int64_t wanted) {
   return feed.units + feed.given - wanted;
 }
 
-// Words of one row, `apart` from each other where they go.
+// Transposes 16 words of each of `count` <= 16 rows to [16][count]. Writes up to 16 words beyond the end.
+INLINE void transpose(const char *const *rows, int64_t count, word *to) {
+#ifdef __AVX512F__
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; r++) a[r] = _mm512_loadu_si512(rows[r]);
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; r++) {
+    b[2 * r] = _mm512_unpacklo_epi32(a[2 * r], a[2 * r + 1]);
+    b[2 * r + 1] = _mm512_unpackhi_epi32(a[2 * r], a[2 * r + 1]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; r++)
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {  // a[4 r + j]: word j of every four, of rows 4 r to 4 r + 3
+      a[4 * r + 2 * h] = _mm512_unpacklo_epi64(b[4 * r + h], b[4 * r + h + 2]);
+      a[4 * r + 2 * h + 1] = _mm512_unpackhi_epi64(b[4 * r + h], b[4 * r + h + 2]);
+    }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    const __m512i low = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88), high = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xdd);
+    const __m512i more = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88);
+    const __m512i most = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xdd);
+    b[j] = _mm512_shuffle_i32x4(low, more, 0x88), b[j + 8] = _mm512_shuffle_i32x4(low, more, 0xdd);
+    b[j + 4] = _mm512_shuffle_i32x4(high, most, 0x88), b[j + 12] = _mm512_shuffle_i32x4(high, most, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < 16; k++) _mm512_storeu_si512(to + k * count, b[k]);
+#else
+  for (int64_t r = 0; r < count; r++)
+    for (int64_t k = 0; k < LANES; k++) __builtin_memcpy(to + k * count + r, rows[r] + k * 4, 4);
+#endif
+}
+
+// Queries of a register tile's rows, by step.
 template <bool WIDE>
-INLINE void spread(const void *__restrict from, word *__restrict to, int64_t width, int64_t apart) {
-  const int64_t whole = width / PER_WORD<WIDE>;
-  for (int64_t k = 0; k < whole; k++) to[k * apart] = *((const word_any *)from + k);
-  if (!WIDE && width % 2) to[whole * apart] = ((const bf16 *)from)[width - 1];
+void gather(const Call &call, const char *const *rows, int64_t count, word *to) {
+  const char *at[LANES];
+  for (int64_t r = 0; r < LANES; r++) at[r] = rows[r < count ? r : count - 1];
+  const int64_t whole = call.width / PER_WORD<WIDE>;
+  int64_t k = 0;
+  for (; k + LANES <= whole; k += LANES) {
+    transpose(at, count, to + k * count);
+    for (int64_t r = 0; r < LANES; r++) at[r] += LANES * 4;
+  }
+  for (int64_t r = 0; r < count; r++) {
+    for (int64_t i = k; i < whole; i++) __builtin_memcpy(to + i * count + r, at[r] + (i - k) * 4, 4);
+    if (!WIDE && call.width % 2) to[whole * count + r] = *(const bf16 *)(at[r] + (whole - k) * 4);
+  }
 }
 
 template <bool WIDE>
 void begin_task(const Call &call, const Task &task, Room &room) {
-  const int64_t tiles = (task.rows + ROWS - 1) / ROWS, width = call.width;
+  const int64_t tiles = (task.rows + ROWS - 1) / ROWS;
   int64_t token = 0, head = 0;
   for (int64_t i = 0, r = 0; i < tiles; i++) {
-    const int64_t next = task.rows * (i + 1) / tiles, count = next - r;
-    word *to = room.q + r * call.steps;
-    for (; r < next; r++, to++) {
+    const int64_t first = r, end = task.rows * (i + 1) / tiles;
+    const char *rows[LANES];
+    for (; r < end; r++) {
       locate(call, task, r, token, head);
-      spread<WIDE>((const char *)call.q + (token * call.stride + head * width) * (WIDE ? 4 : 2), to, width, count);
+      rows[r - first] = (const char *)call.q + (token * call.stride + head * call.width) * (WIDE ? 4 : 2);
       room.position[r] = call.work.position[token];
       float *out = room.out + r * call.padded;
       if (task.segment->resume) {
@@ -384,6 +451,7 @@ void begin_task(const Call &call, const Task &task, Room &room) {
         room.weight[r] = 0, room.largest[r] = -__builtin_inff();
       }
     }
+    gather<WIDE>(call, rows, end - first, room.q + first * call.steps);
   }
 }
 
@@ -495,23 +563,27 @@ template <bool WIDE>
 void run_tile(const Call &call, const Extent &extent, const word *const *keys, const word *const *values, int64_t r,
               int64_t rows, Feed *feed, Room &room) {
   for (int64_t i = 0; i < rows; i++) store(room.tops + i * LANES, splat(-__builtin_inff()));
-  for (int64_t u = extent.from; u < extent.to; u += 2) {
+  for (int64_t u = extent.from, count; u < extent.to; u += count) {
+    count = rows <= FEW && u + 4 <= extent.to ? 4 : 2;
     const bool whole = u >= extent.open && u < extent.shut && call.outward == 0.f;
-    const word *const *ahead = feed ? take(call, *feed, 2) : nullptr;
-    SCORE<WIDE>[ahead != nullptr][rows - 1](room.q + r * call.steps, keys + u, call.steps, room.scores + u * UNIT,
-                                            whole ? room.tops : nullptr, ahead);
+    const word *const *ahead = feed ? take(call, *feed, count) : nullptr;
+    (count == 4 ? SCORE_FEW<WIDE>[ahead != nullptr] : SCORE<WIDE>[ahead != nullptr])[rows - 1](
+        room.q + r * call.steps, keys + u, call.steps, room.scores + u * UNIT, whole ? room.tops : nullptr, ahead);
   }
   weigh_and_fold<WIDE>(call, extent, r, rows, room);
   const int64_t from = extent.from, units = extent.to - from;
   const word *const *ahead = feed ? take(call, *feed, units) : nullptr;
   const int64_t panels = call.padded / PANEL, panel_words = PANEL * UNIT / PER_WORD<WIDE>;
-  for (int64_t d = 0; d < panels; d++) {
+  for (int64_t d = 0, count; d < panels; d += count) {
+    count = rows <= FEW && d + 2 <= panels ? 2 : 1;
     const word *chunks[UNITS];  // as much of the units ahead as is read of these, in the order of addresses
-    for (int64_t u = 0; u < units && ahead; u++)
-      chunks[u] = ahead[(d * units + u) / panels] + (d * units + u) % panels * panel_words;
-    MIX<WIDE>[ahead != nullptr][rows - 1](room.weights + from * UNIT / PER_WORD<WIDE>, values + from, units,
-                                          d * panel_words, room.old, room.fresh,
-                                          room.out + r * call.padded + d * PANEL, call.padded, chunks);
+    for (int64_t u = 0; u < units && ahead; u++) {
+      const int64_t at = d * units + u * count;
+      chunks[u] = ahead[at / panels] + at % panels * panel_words;
+    }
+    (count == 2 ? MIX_FEW<WIDE>[ahead != nullptr] : MIX<WIDE>[ahead != nullptr])[rows - 1](
+        room.weights + from * UNIT / PER_WORD<WIDE>, values + from, units, d * panel_words, room.old, room.fresh,
+        room.out + r * call.padded + d * PANEL, call.padded, chunks);
   }
 }
 
@@ -567,7 +639,7 @@ void run(Call &call) {
           run_task<WIDE>(call, task, feed, room);
         } else if (more) {
           feed.task = &next, feed.tile = next.begin;
-          take(call, feed, AHEAD_UNITS);
+          take(call, feed, ahead_units(call));
         }
         some = more;
         if (!some) break;

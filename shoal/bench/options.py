@@ -38,9 +38,7 @@ class BenchOptions:
             raise UsageError(f"unknown peer {unknown[0]!r}; known are {', '.join(PEERS)}")
         strange = sorted(set(self.what) - {*WORKLOADS, KERNELS})
         if strange:
-            raise UsageError(
-                f"nothing to measure is called {strange[0]!r}; known are {', '.join(WORKLOADS)} and kernels"
-            )
+            raise UsageError(f"cannot measure {strange[0]!r}; known are {', '.join((*WORKLOADS, KERNELS))}")
         if KERNELS in self.what and len(self.what) > 1:
             raise UsageError("bench kernels stands alone: name workloads in a run of their own")
 

@@ -26,7 +26,7 @@ from shoal.bench.limits import Limits
 from shoal.bench.options import WORKLOADS, BenchOptions
 from shoal.bench.ours import Ours, WrongAnswers
 from shoal.bench.watch import watched
-from shoal.bench.workloads import WORKLOADS, Row, Workload, make, plan_requests
+from shoal.bench.workloads import Row, Workload, make, plan_requests
 from shoal.core.config import EngineConfig
 from shoal.core.errors import UsageError
 from shoal.kernels.ref import RefKernels

@@ -19,11 +19,11 @@ from shoal.bench import floor as floors
 from shoal.bench import machine, single, steps
 from shoal.bench.floor import ARITHMETIC
 from shoal.bench.limits import Limits, measure
-from shoal.bench.options import KERNELS, BenchOptions
+from shoal.bench.options import KERNELS, WORKLOADS, BenchOptions
 from shoal.bench.ours import Ours, Run, first_token_seconds
 from shoal.bench.peers import Peer, PeerRun, started
 from shoal.bench.watch import Watch
-from shoal.bench.workloads import NAMES, Workload, make
+from shoal.bench.workloads import Workload, make
 from shoal.core.config import EngineConfig
 from shoal.core.errors import UsageError
 from shoal.nn.arch import read_config
@@ -66,7 +66,7 @@ def _workloads(options: BenchOptions, limits: Limits, record: Record) -> None:
     folder = resolve_model(config.model)
     model = read_config(folder)
     mode = weight_mode(config.weights, folder)
-    workloads = [make(name, model.vocab_size, options.scale) for name in options.what or NAMES]
+    workloads = [make(name, model.vocab_size, options.scale) for name in options.what or WORKLOADS]
     record["settings"] = {**config.to_mapping(), "weights": mode, "scale": options.scale, "runs": options.runs}
     seconds = [first_token_seconds(config, workloads[0].prompt_tokens) for _ in range(3)]
     record["start_to_first_token"] = seconds

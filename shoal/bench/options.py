@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shoal.core.errors import UsageError
 
+WORKLOADS = ("W1", "W2", "W3", "W4")
 KERNELS = "kernels"
 PEERS = ("vllm", "openvino", "llamacpp")
 
@@ -35,6 +36,9 @@ class BenchOptions:
         unknown = sorted(set(self.peers) - set(PEERS))
         if unknown:
             raise UsageError(f"unknown peer {unknown[0]!r}; known are {', '.join(PEERS)}")
+        strange = sorted(set(self.what) - {*WORKLOADS, KERNELS})
+        if strange:
+            raise UsageError(f"cannot measure {strange[0]!r}; known are {', '.join((*WORKLOADS, KERNELS))}")
         if KERNELS in self.what and len(self.what) > 1:
             raise UsageError("bench kernels stands alone: name workloads in a run of their own")
 

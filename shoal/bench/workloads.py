@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from shoal.bench.options import WORKLOADS
 from shoal.core.errors import UsageError
 from shoal.core.types import TOKEN, Request, Sampling, Tokens
 from shoal.jobs.plan import build_plan
 from shoal.jobs.plan_build import Place
 
-NAMES = ("W1", "W2", "W3", "W4")
 LEAST_TOKEN = 300  # ids below are special tokens and single bytes in most vocabularies
 
 Lines = list[tuple[str, list[int], int]]  # name, prompt, tokens of the answer
@@ -59,11 +59,11 @@ class Workload:
 
 def make(name: str, vocab_size: int, scale: float = 1.0) -> Workload:
     """The workload of that name; `scale` is a share of its rows or groups. UsageError for what cannot be made."""
-    if name not in NAMES:
-        raise UsageError(f"there is no workload {name!r}; known are {', '.join(NAMES)}")
+    if name not in WORKLOADS:
+        raise UsageError(f"there is no workload {name!r}; known are {', '.join(WORKLOADS)}")
     if vocab_size <= LEAST_TOKEN:
         raise UsageError(f"a vocabulary of {vocab_size} tokens is too small: workloads draw from id {LEAST_TOKEN} up")
-    seed = 101 + NAMES.index(name)
+    seed = 101 + WORKLOADS.index(name)
     lines = _MAKERS[name](Random(seed), vocab_size, scale)
     Random(seed + 1).shuffle(lines)
     rows = tuple(Row(title, array(TOKEN, prompt), answer) for title, prompt, answer in lines)

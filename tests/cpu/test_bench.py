@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from shoal.bench import command, limits, machine, peers, single, steps
 from shoal.bench.floor import Costs, costs, floor
 from shoal.bench.limits import Limits
-from shoal.bench.options import BenchOptions
+from shoal.bench.options import WORKLOADS, BenchOptions
 from shoal.bench.ours import Ours, WrongAnswers
 from shoal.bench.watch import watched
-from shoal.bench.workloads import NAMES, Row, Workload, make, plan_requests
+from shoal.bench.workloads import Row, Workload, make, plan_requests
 from shoal.core.config import EngineConfig
 from shoal.core.errors import UsageError
 from shoal.kernels.ref import RefKernels
@@ -56,7 +56,7 @@ def outside(name: str) -> ModuleType:
 # -- workloads ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WORKLOADS)
 @pytest.mark.parametrize("scale", [1.0, 0.25, 0.01])
 def test_tokens_are_those_that_peers_are_given(name: str, scale: float) -> None:
     theirs = outside("workloads").make(name, 32000, "shuffled", scale)
@@ -68,7 +68,7 @@ def test_tokens_are_those_that_peers_are_given(name: str, scale: float) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WORKLOADS)
 def test_requests_come_in_plan_order_with_their_future(name: str, tmp_path: Path) -> None:
     workload = make(name, 1000, 0.25)
     requests, bound = plan_requests(workload, tmp_path)
@@ -84,6 +84,8 @@ def test_requests_come_in_plan_order_with_their_future(name: str, tmp_path: Path
 def test_unknown_workloads_and_small_vocabularies_are_refused() -> None:
     with pytest.raises(UsageError, match="W9"):
         make("W9", 32000)
+    with pytest.raises(UsageError, match="W9"):
+        BenchOptions(what=("W9",))
     with pytest.raises(UsageError, match="too small"):
         make("W1", 300)
 
@@ -92,7 +94,7 @@ def test_unknown_workloads_and_small_vocabularies_are_refused() -> None:
 
 
 def test_the_floor_is_that_of_the_study() -> None:
-    found = [floor(make(name, 32000), QWEN, LIMITS).seconds for name in NAMES]
+    found = [floor(make(name, 32000), QWEN, LIMITS).seconds for name in WORKLOADS]
     assert found == pytest.approx([18.9, 17.3, 9.1, 13.8], abs=0.1)
 
 

@@ -131,8 +131,9 @@ class CpuKernels:
         self, weight_NK: Tensor, bias_N: Tensor | None, outputs: int, gate: _cpu.Gate, mode: Mode
     ) -> PackedLinear:
         n, k = weight_NK.shape
+        scales: tuple[Tensor, ...] = ()
         if mode == "plain":
-            kind, dtype, values, group, scales = _KINDS[weight_NK.dtype], weight_NK.dtype, weight_NK.contiguous(), 0, ()
+            kind, dtype, values, group = _KINDS[weight_NK.dtype], weight_NK.dtype, weight_NK.contiguous(), 0
         else:
             quantized = quantize(weight_NK, mode)
             kind, dtype, values, group = _QUANTIZED[mode], torch.bfloat16, quantized.values_NK, quantized.group

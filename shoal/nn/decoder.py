@@ -22,10 +22,7 @@ class Decoder:
         self.config = config
         self.kernels = kernels
         self.dtype = weights.dtype
-        tables = []
-        for rope in config.ropes:
-            cos, sin = make_table(rope, config.context)
-            tables.append((cos.to(kernels.device), sin.to(kernels.device)))
+        tables = rope_tables(config, kernels.device)
         self.embedding_VD = weights.take("embed_tokens.weight").to(kernels.device)
         self.layers = [
             Layer(kernels, weights, config, index, None if layer.rope is None else tables[layer.rope])
@@ -43,10 +40,7 @@ class Decoder:
 
     def forward(self, batch: Batch, kv: KV) -> Tensor:
         """Write the step's keys and values; return the wanted positions' hidden states as [R, D], after the norm."""
-        x_TD = self.kernels.embedding(batch.ids_T, self.embedding_VD)
-        if self.config.embedding_scale != 1.0:
-            # The factor is rounded to the model's dtype first: checkpoints were trained that way.
-            x_TD = x_TD * torch.tensor(self.config.embedding_scale, dtype=x_TD.dtype, device=x_TD.device)
+        x_TD = embed(self.kernels, self.config, self.embedding_VD, batch.ids_T)
         step = StepState(batch, kv, self.kernels.plan(batch, kv))
         for layer in self.layers:
             x_TD = layer(x_TD, step)
@@ -60,3 +54,21 @@ class Decoder:
         if self.config.logit_softcap:
             logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
         return logits
+
+
+def rope_tables(config: ModelConfig, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Cosine and sine of every kind of rotation that the layers use."""
+    tables = []
+    for rope in config.ropes:
+        cos, sin = make_table(rope, config.context)
+        tables.append((cos.to(device), sin.to(device)))
+    return tables
+
+
+def embed(kernels: Kernels, config: ModelConfig, embedding_VD: Tensor, ids_T: Tensor) -> Tensor:
+    """What goes into the first layer, [T, D]."""
+    x_TD = kernels.embedding(ids_T, embedding_VD)
+    if config.embedding_scale == 1.0:
+        return x_TD
+    # The factor is rounded to the model's dtype first: checkpoints were trained that way.
+    return x_TD * torch.tensor(config.embedding_scale, dtype=x_TD.dtype, device=x_TD.device)

@@ -43,8 +43,8 @@ def _named(names: tuple[str, ...]) -> Iterator[None]:
 
 def _read(weights: Weights, names: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
     biased = f"{names[0]}.bias" in weights
-    bias_N = _joined([weights.take(f"{name}.bias") for name in names]) if biased else None
-    return _joined([weights.take_for_layer(f"{name}.weight") for name in names]), bias_N
+    bias_N = _joined([weights.layer_bias(name) for name in names]) if biased else None
+    return _joined([weights.layer_weight(name) for name in names]), bias_N
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

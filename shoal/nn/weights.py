@@ -102,12 +102,22 @@ def norm_names(config: ModelConfig) -> tuple[str, ...]:
     }[config.norms]  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Folding:
+    """Factors that change a model's weights but not, in exact arithmetic, its answers. By names of layers and norms."""
+
+    columns: dict[str, Tensor]  # inputs of a linear layer: its weight's columns are multiplied
+    rows: dict[str, Tensor]  # outputs of a linear layer: its weight's rows and its bias are divided
+    norms: dict[str, Tensor]  # a norm's weight is divided
+
+
 class Weights:
     """Open files of a checkpoint whose tensors have all been checked; tensors are named without its prefix."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, mode: Mode, places: Mapping[str, _Place]) -> None:
         self.dtype = dtype
         self.mode = mode
+        self.folding = Folding({}, {}, {})
         self._offset = config.norm_offset
         self._places = places
 
@@ -118,14 +128,25 @@ class Weights:
         """Read one tensor into memory of its own, in the model's dtype."""
         return self._read(name).to(self.dtype)
 
-    def take_for_layer(self, name: str) -> Tensor:
-        """Read a linear layer's weight, to be packed at once: in the model's dtype, or when it is going to be quantised
-        as it is stored, so that it is rounded once; that is the file's own memory."""
-        return self.take(name) if self.mode == "plain" else self._mapped(name)
+    def layer_weight(self, name: str) -> Tensor:
+        """Read the weight of a linear layer that is to be packed at once: in the model's dtype, or when it is going to
+        be quantised as it is stored, so that it is rounded once; that may be the file's own memory."""
+        weight = self._mapped(f"{name}.weight")
+        if name in self.folding.columns:
+            weight = weight.float() * self.folding.columns[name]
+        if name in self.folding.rows:
+            weight = weight.float() / self.folding.rows[name][:, None]
+        return weight if self.mode != "plain" else weight.clone().to(self.dtype)
+
+    def layer_bias(self, name: str) -> Tensor:
+        """Read the bias of a linear layer, in the model's dtype."""
+        bias = self._read(f"{name}.bias")
+        return (bias / self.folding.rows[name] if name in self.folding.rows else bias).to(self.dtype)
 
     def norm(self, name: str) -> Tensor:
         """Read a norm's weight as float32, with the architecture's offset added."""
-        return self._read(f"{name}.weight").float() + self._offset
+        weight = self._read(f"{name}.weight").float() + self._offset
+        return weight / self.folding.norms[name] if name in self.folding.norms else weight
 
     def _read(self, name: str) -> Tensor:
         # A copy, so that nobody can change or cut the file under a running model.

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import generate
 from safetensors.torch import load_file, save_file
-from small_models import save_model
+from small_models import CONFIGS, save_model
 from torch import Tensor
 
 from shoal.build import build_engine
@@ -23,6 +23,7 @@ from shoal.kernels.cpu import CpuKernels, instruction_sets
 from shoal.kernels.quantize import group_size, product, quantize, quantize_rows, weight_bytes
 from shoal.kernels.ref import RefKernels
 from shoal.nn.arch import read_config
+from shoal.nn.calibrate import calibrate
 from shoal.nn.decoder import Decoder
 from shoal.nn.weights import MODES, load_weights, model_bytes
 
@@ -238,3 +239,47 @@ def test_a_layer_with_numbers_that_are_none_is_refused_by_name(tmp_path: Path) -
     config = read_config(tmp_path)
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight: the weight has numbers that are not"):
         Decoder(config, load_weights(tmp_path, config, *MODES["int8"]), load("ref"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_folded_factors_change_no_answer_by_more_than_rounding(name: str, tmp_path: Path) -> None:
+    """In fp32, and with factors far from 1. The factors themselves are the same whatever the number of threads."""
+    save_model(name, tmp_path)
+    config, kernels = read_config(tmp_path, 512), load("cpu")
+    weights = load_weights(tmp_path, config, torch.bfloat16)
+    rows = [[(7 * i * n) % 199 for i in range(n)] for n in (30, 70, 3)]
+    folding = calibrate(config, weights, kernels, rows, "int4")
+    torch.set_num_threads(2)
+    again = calibrate(config, weights, kernels, rows, "int4")
+    for factors, same in ((folding.columns, again.columns), (folding.rows, again.rows), (folding.norms, again.norms)):
+        assert factors.keys() == same.keys()
+        assert all(torch.equal(each, same[layer]) for layer, each in factors.items())
+    assert len(folding.rows) == 2 * config.num_layers
+    assert max(float(each.max() / each.min()) for each in folding.columns.values()) > 1.5
+    plain, folded = load_weights(tmp_path, config), load_weights(tmp_path, config)
+    folded.folding = folding
+    for prompt in ([5, 9, 100], list(range(90))):
+        ((_, expected),) = generate(Decoder(config, plain, kernels), [prompt], 1)
+        ((_, found),) = generate(Decoder(config, folded, kernels), [prompt], 1)
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_inputs_that_are_large_get_the_largest_factors(tmp_path: Path) -> None:
+    save_model("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][[3, 40]] *= 30
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = read_config(tmp_path)
+    weights = load_weights(tmp_path, config, torch.bfloat16)
+    folding = calibrate(config, weights, load("cpu"), [list(range(150))], "int4")
+    factors = folding.columns["layers.1.self_attn.q_proj"]
+    assert set(factors.topk(2).indices.tolist()) == {3, 40}
+    assert torch.equal(factors, folding.columns["layers.1.self_attn.v_proj"])
+    assert torch.equal(factors, folding.norms["layers.1.input_layernorm"])
+
+
+def test_there_must_be_tokens_to_calibrate_with(tmp_path: Path) -> None:
+    save_model("llama", tmp_path)
+    config = read_config(tmp_path)
+    with pytest.raises(ValueError, match="no tokens"):
+        calibrate(config, load_weights(tmp_path, config), load("cpu"), [[], []], "int4")

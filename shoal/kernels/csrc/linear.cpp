@@ -127,8 +127,8 @@ INLINE int32_t sum_of(vi v) {
   return four[0] + four[1] + four[2] + four[3];
 }
 
-// Rounds `count` numbers to whole multiples of a scale, at most 127 of it, and flips bits of each. Returns the scale (not
-// finite where a number is not), and adds up the multiples. Writes whole sixteens.
+// Rounds `count` numbers to whole multiples of a scale, at most 127 of it, and flips bits of each. Returns the scale
+// (not finite where a number is not), and adds up the multiples. Writes whole sixteens.
 float quantise(const uint16_t *x, int64_t count, uint32_t flip, uint8_t *out, float *total) {
   uint16_t rest[LANES] = {};
   const int64_t whole = count / LANES * LANES;

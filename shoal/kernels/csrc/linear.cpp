@@ -12,10 +12,12 @@ namespace shoal {
 namespace SHOAL_SET {
 namespace {
 
-constexpr int64_t L2_ROWS = 512 << 10;   // bytes of activations that stay in the second cache while panels pass
-constexpr int64_t STRETCH = 32 << 10;    // bytes of a panel that stay in the first cache while tiles of rows pass
-constexpr int64_t SERIAL = 48 << 10;     // numbers of activations that one thread prepares sooner than two agree
-constexpr int64_t TINY = 128 << 10;      // products per tile row that are not worth a second thread
+constexpr int64_t SLAB = 4 << 20;            // bytes of rows that are multiplied at a time: bounds the memory of a call
+constexpr int64_t L2_ROWS = 512 << 10;      // bytes of activations that stay in the second cache while panels pass
+constexpr int64_t STRETCH = 32 << 10;       // bytes of a panel that stay in the first cache while tiles of rows pass
+constexpr int64_t SERIAL = 48 << 10;        // activations that one thread prepares sooner than two agree to
+constexpr int64_t SERIAL_BYTES = 16 << 10;  // the same where they are quantised
+constexpr int64_t TINY = 128 << 10;         // products with one row of each tile that are not worth a second thread
 
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 int64_t aligned(int64_t bytes) { return up(bytes, 64) * 64; }
@@ -37,24 +39,27 @@ Span take(Queue &queue, int64_t threads) {
   do {
     const int64_t left = queue.end - begin;
     if (left <= 0) return {queue.end, queue.end};
-    end = begin + (threads == 1 ? left : up(left, 2 * threads));
+    end = begin + (threads == 1 ? left : up(left, 4 * threads));
   } while (!__atomic_compare_exchange_n(&queue.next, &begin, end, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
   return {begin, end};
 }
 
 struct Layer {
   Layer(const Weight &weight, const void *x, int64_t rows, const void *residual, float factor, void *y);
-  int64_t shared_bytes() const { return words_bytes + amounts_bytes; }
-  int64_t own_bytes() const { return sums_bytes + aligned(MOST * steps * WORD); }
-  void share(char *memory);
+  void all();
+
+ private:
   void prepare(int64_t tile, char *spare) const;
   void run(Queue &queue, int64_t threads, char *own) const;
+  void panel(int64_t first, int64_t last, int64_t index, const char *after, int64_t ahead, float *sums) const;
   template <class T>
   void finish(int64_t first, int64_t last, int64_t panel, const float *sums) const;
 
+  int64_t shared_bytes() const { return words_bytes + amounts_bytes; }
+  int64_t own_bytes() const { return sums_bytes + aligned(MOST * steps * WORD); }
   int64_t start(int64_t tile) const { return cut(rows, tiles, tile); }
   uint32_t *words_of(int64_t tile) const { return words + start(tile) * steps + tile * LANES; }
-  int64_t items() const { return blocks * panels; }
+  bool quantised() const { return weight.kind == Kind::int8 || weight.kind == Kind::int4; }
 
   const Weight &weight;
   const void *x, *residual;
@@ -70,11 +75,7 @@ struct Layer {
   int64_t words_bytes, amounts_bytes, sums_bytes;
   uint32_t *words;                  // rows in tiles: [steps][rows of the tile], and LANES words to spare after each
   float *amounts;                   // int8: scale of each row; int4 kinds: by tile [groups][2][rows]
-  void (*const *tile)(const Stretch &);
-
- private:
-  void panel(int64_t first, int64_t last, int64_t index, const char *after, int64_t ahead, float *sums) const;
-  bool quantised() const { return weight.kind == Kind::int8 || weight.kind == Kind::int4; }
+  const TileFunction *tile;
 };
 
 Layer::Layer(const Weight &weight, const void *x, int64_t rows, const void *residual, float factor, void *y)
@@ -106,11 +107,6 @@ Layer::Layer(const Weight &weight, const void *x, int64_t rows, const void *resi
   tile = TILES[(int)weight.kind];
 }
 
-void Layer::share(char *memory) {
-  words = (uint32_t *)memory;
-  amounts = (float *)(memory + words_bytes);
-}
-
 typedef int32_t vi_half __attribute__((vector_size(32)));
 typedef int32_t vi_quarter __attribute__((vector_size(16)));
 INLINE vi_half lower(vi v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
@@ -131,8 +127,8 @@ INLINE int32_t sum_of(vi v) {
   return four[0] + four[1] + four[2] + four[3];
 }
 
-// Rounds `count` numbers to whole multiples of a scale, at most 127 of it, and flips bits of each. Returns the scale (not
-// finite where a number is not), and adds up the multiples. Writes whole sixteens.
+// Rounds `count` numbers to whole multiples of a scale, at most 127 of it, and flips bits of each. Returns the scale
+// (not finite where a number is not), and adds up the multiples. Writes whole sixteens.
 float quantise(const uint16_t *x, int64_t count, uint32_t flip, uint8_t *out, float *total) {
   uint16_t rest[LANES] = {};
   const int64_t whole = count / LANES * LANES;
@@ -316,26 +312,36 @@ void Layer::run(Queue &queue, int64_t threads, char *own) const {
   }
 }
 
+void Layer::all() {
+  char *memory = (char *)scratch(shared_bytes() + own_bytes());
+  words = (uint32_t *)memory;
+  amounts = (float *)(memory + words_bytes);
+  const bool serial = tiles == 1 || rows * weight.k <= (quantised() ? SERIAL_BYTES : SERIAL);
+  const bool tiny = tiles * weight.n * weight.k <= TINY;
+  if (serial)
+    for (int64_t t = 0; t < tiles; t++) prepare(t, memory + shared_bytes() + sums_bytes);
+  Queue queue = {0, blocks * panels};
+#pragma omp parallel if (!tiny)
+  {
+    char *own = omp_get_thread_num() == 0 ? memory + shared_bytes() : (char *)scratch(own_bytes());
+    if (!serial) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t t = 0; t < tiles; t++) prepare(t, own + sums_bytes);
+    }
+    run(queue, omp_get_num_threads(), own);
+  }
+}
+
 }  // namespace
 
 void linear(const Weight &weight, const void *x, int64_t rows, const void *residual, float factor, void *y) {
-  if (rows <= 0) return;
-  Layer layer(weight, x, rows, residual, factor, y);
-  char *memory = (char *)scratch(layer.shared_bytes() + layer.own_bytes());
-  layer.share(memory);
-  const bool serial = rows * weight.k <= SERIAL;
-  const bool tiny = layer.tiles * weight.n * weight.k <= TINY;
-  if (serial)
-    for (int64_t t = 0; t < layer.tiles; t++) layer.prepare(t, memory + layer.shared_bytes() + layer.sums_bytes);
-  Queue queue = {0, layer.items()};
-#pragma omp parallel if (!tiny)
-  {
-    char *own = omp_get_thread_num() == 0 ? memory + layer.shared_bytes() : (char *)scratch(layer.own_bytes());
-    if (!serial) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t t = 0; t < layer.tiles; t++) layer.prepare(t, own + layer.sums_bytes);
-    }
-    layer.run(queue, omp_get_num_threads(), own);
+  const int64_t in = weight.k * (weight.kind == Kind::fp32 ? 4 : 2);
+  const int64_t out = weight.outputs * (weight.kind == Kind::fp32 || weight.wide ? 4 : 2);
+  const int64_t slabs = up(rows * in, SLAB);
+  for (int64_t i = 0; i < slabs; i++) {
+    const int64_t from = cut(rows, slabs, i), count = cut(rows, slabs, i + 1) - from;
+    const void *also = residual ? (const char *)residual + from * out : nullptr;
+    if (count > 0) Layer(weight, (const char *)x + from * in, count, also, factor, (char *)y + from * out).all();
   }
 }
 

@@ -44,6 +44,15 @@ constexpr int64_t ROWS = 4, FEW = 2;
 typedef uint32_t word;
 
 template <bool WIDE>
+struct Number {
+  typedef float type;
+};
+template <>
+struct Number<false> {
+  typedef bf16 type;
+};
+
+template <bool WIDE>
 constexpr int64_t PER_WORD = WIDE ? 1 : 2;
 
 template <bool WIDE>
@@ -86,8 +95,8 @@ INLINE vf power_of_two(vf x) {
   p = fma(p, f, splat(6.931472028e-1f));
   p = fma(p, f, splat(1.f));
   const vi power = __builtin_convertvector(whole, vi);
-  const vf y = (vf)((vi)p + (power << 23));
-  return x < -126.f ? (vf){} : y;
+  const vi below = (vi)(x + 126.f) >> 31;  // all bits of the lanes below -126; a comparison is slow without masks
+  return (vf)(((vi)p + (power << 23)) & ~below);
 #endif
 }
 
@@ -467,17 +476,17 @@ void end_task(const Call &call, const Task &task, Room &room) {
       state[call.padded] = room.weight[r], state[call.padded + 1] = room.largest[r];
       continue;
     }
-    const int64_t place = (token * call.heads + head) * call.width;
-    for (int64_t i = 0; i < call.width; i += LANES) {
+    typedef typename Number<WIDE>::type T;
+    T *to = (T *)call.out + (token * call.heads + head) * call.width;
+    for (int64_t i = 0; i < call.width; i += LANES, to += LANES) {
       const vf mean = load(out + i) / room.weight[r];
-      const int64_t count = call.width - i < LANES ? call.width - i : LANES;
-      if (WIDE) {
-        __builtin_memcpy((float *)call.out + place + i, &mean, count * 4);
-      } else {
-        bf16 rounded[LANES];
-        store(rounded, mean);
-        __builtin_memcpy((bf16 *)call.out + place + i, rounded, count * 2);
+      if (call.width - i >= LANES) {
+        store(to, mean);
+        continue;
       }
+      T last[LANES];
+      store(last, mean);
+      __builtin_memcpy(to, last, (call.width - i) * sizeof(T));
     }
   }
 }
@@ -488,16 +497,16 @@ void end_task(const Call &call, const Task &task, Room &room) {
 INLINE void finish_scores(const Call &call, const Extent &extent, bool capped, float *scores, int64_t position,
                           float *tops) {
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const int64_t last = position - extent.start, before = call.window ? last - call.window : -1;
-  const vi high = lane * 0 + (int32_t)(last < TILE ? last : TILE), low = lane * 0 + (int32_t)(before > -1 ? before : -1);
+  const int64_t last = position - extent.start, first = call.window ? last - call.window + 1 : 0;
+  const vi high = lane * 0 + (int32_t)(last < TILE ? last : TILE), low = lane * 0 + (int32_t)(first > 0 ? first : 0);
   vf top = load(tops);
   for (int64_t u = extent.from; u < extent.to + extent.to % 2; u++) {
     const bool partly = u < extent.open || u >= extent.shut;
     if (!partly && !capped) continue;
     vf s = load(scores + u * UNIT);
     if (capped) s = hyperbolic_tangent(s * call.inward) * call.outward;
-    const vi at = lane + (int32_t)(u * UNIT);
-    if (partly) s = (at <= high) & (at > low) ? s : splat(-__builtin_inff());
+    const vi at = lane + (int32_t)(u * UNIT), hidden = ((high - at) | (at - low)) >> 31;
+    if (partly) s = (vf)(((vi)s & ~hidden) | ((vi)splat(-__builtin_inff()) & hidden));
     store(scores + u * UNIT, s);
     top = larger(top, s);
   }
@@ -508,15 +517,12 @@ INLINE void finish_scores(const Call &call, const Extent &extent, bool capped, f
 template <bool WIDE>
 INLINE vf weigh(const float *scores, word *weights, const Extent &extent, vf factor, vf shift) {
   vf even = {}, odd = {};
+  typename Number<WIDE>::type *to = (typename Number<WIDE>::type *)weights;
   for (int64_t u = extent.from; u < extent.to; u += 2) {
     const vf a = power_of_two<WIDE>(fma(load(scores + u * UNIT), factor, shift));
     const vf b = power_of_two<WIDE>(fma(load(scores + u * UNIT + UNIT), factor, shift));
     even += a, odd += b;
-    if (WIDE) {
-      store((float *)weights + u * UNIT, a), store((float *)weights + u * UNIT + UNIT, b);
-    } else {
-      store((bf16 *)weights + u * UNIT, a), store((bf16 *)weights + u * UNIT + UNIT, b);
-    }
+    store(to + u * UNIT, a), store(to + u * UNIT + UNIT, b);
   }
   return even + odd;
 }

@@ -44,14 +44,65 @@ constexpr int64_t ROWS = 4, FEW = 2;
 typedef uint32_t word;
 
 template <bool WIDE>
+struct Number {
+  typedef float type;
+};
+template <>
+struct Number<false> {
+  typedef bf16 type;
+};
+
+template <bool WIDE>
 constexpr int64_t PER_WORD = WIDE ? 1 : 2;
 
 template <bool WIDE>
 constexpr int64_t WEIGHTS = SCORES / PER_WORD<WIDE>;  // words from row to row
 
+// A register of floats, and how many of them are 16 lanes. Register tiles are written in these: the compiler keeps
+// wider vectors in memory.
+#if defined(__AVX512F__)
+constexpr int SPLIT = 1;
+#elif defined(__AVX2__)
+constexpr int SPLIT = 2;
+#else
+constexpr int SPLIT = 4;
+#endif
+constexpr int REGISTER = LANES / SPLIT;
+typedef float reg __attribute__((vector_size(64 / SPLIT)));
+typedef uint32_t reg_bits __attribute__((vector_size(64 / SPLIT)));
+typedef uint32_t reg_bits_any __attribute__((vector_size(64 / SPLIT), aligned(4), may_alias));
+
+INLINE reg fma_of(reg a, reg b, reg c) {
+#if defined(__AVX512F__)
+  return (reg)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (reg)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Words as they are multiplied: whole where the machine multiplies pairs or they are floats, else both numbers apart.
+#ifdef __AVX512BF16__
+constexpr bool PAIRS = true;
+#else
+constexpr bool PAIRS = false;
+#endif
 template <bool WIDE>
-INLINE vf step(vf total, vu b, vu a) {
-  return WIDE ? fma((vf)b, (vf)a, total) : dot_pairs(total, b, a);
+struct Operand {
+  reg_bits first, second;
+  explicit Operand(reg_bits x) : first(x), second(x) {
+    if (!WIDE && !PAIRS) first = x << 16, second = x & 0xffff0000u;
+  }
+};
+
+template <bool WIDE>
+INLINE reg step(reg total, const Operand<WIDE> &b, const Operand<WIDE> &a) {
+#ifdef __AVX512BF16__
+  if (!WIDE) return (reg)_mm512_dpbf16_ps((__m512)total, (__m512bh)b.first, (__m512bh)a.first);
+#endif
+  total = fma_of((reg)b.first, (reg)a.first, total);
+  return WIDE ? total : fma_of((reg)b.second, (reg)a.second, total);
 }
 
 // 2 to the power of x, for x <= 0 and little more. The polynomials are least relative errors of 2**f on [0, 1) (3e-6
@@ -86,8 +137,8 @@ INLINE vf power_of_two(vf x) {
   p = fma(p, f, splat(6.931472028e-1f));
   p = fma(p, f, splat(1.f));
   const vi power = __builtin_convertvector(whole, vi);
-  const vf y = (vf)((vi)p + (power << 23));
-  return x < -126.f ? (vf){} : y;
+  const vi below = (vi)(x + 126.f) >> 31;  // all bits of the lanes below -126; a comparison is slow without masks
+  return (vf)(((vi)p + (power << 23)) & ~below);
 #endif
 }
 
@@ -135,38 +186,46 @@ INLINE vf hyperbolic_tangent(vf x) {
 template <bool WIDE, bool AHEAD, int C, int m>
 __attribute__((noinline)) void score(const word *q, const word *const *keys, int64_t steps, float *scores, float *tops,
                                      const word *const *ahead) {
+  constexpr int W = SPLIT == 1 ? C : SPLIT, ONCE = W / SPLIT;  // registers, units at once
   const int64_t turn = (steps + C - 1) / C;
-  const word *unit[C], *next = nullptr;
-  vf total[m][C];
+  for (int from = 0; from < C; from += ONCE) {
+    const word *unit[ONCE], *next = nullptr, *a = q;
 #pragma GCC unroll 16
-  for (int c = 0; c < C; c++) unit[c] = keys[c];
+    for (int c = 0; c < ONCE; c++) unit[c] = keys[from + c];
+    reg total[m][W];
 #pragma GCC unroll 16
-  for (int r = 0; r < m; r++)
+    for (int r = 0; r < m; r++)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; c++) total[r][c] = (vf){};
-  for (int64_t k = 0, until = 0; k < steps; k++) {
-    if (AHEAD) {
-      if (k == until) next = *ahead++, until += turn;
+      for (int c = 0; c < W; c++) total[r][c] = (reg){};
+    for (int64_t k = 0, until = 0; k < steps; k++, a += m) {
+      if (AHEAD && from == 0) {
+        if (k == until) next = *ahead++, until += turn;
 #pragma GCC unroll 4
-      for (int c = 0; c < C; c++, next += LANES) __builtin_prefetch(next, 0, 3);
+        for (int c = 0; c < C; c++, next += LANES) __builtin_prefetch(next, 0, 3);
+      }
+      reg_bits x[W];
+#pragma GCC unroll 4
+      for (int c = 0; c < W; c++) x[c] = *(const reg_bits_any *)(unit[c / SPLIT] + k * LANES + c % SPLIT * REGISTER);
+#pragma GCC unroll 16
+      for (int r = 0; r < m; r++) {
+        const Operand<WIDE> w(a[r] - (reg_bits){});
+#pragma GCC unroll 4
+        for (int c = 0; c < W; c++) total[r][c] = step<WIDE>(total[r][c], Operand<WIDE>(x[c]), w);
+      }
     }
-    vu x[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; c++) x[c] = load_bits(unit[c]), unit[c] += LANES;
 #pragma GCC unroll 16
-    for (int r = 0; r < m; r++) {
-      const vu w = splat_bits(q[r]);
+    for (int r = 0; r < m; r++)
 #pragma GCC unroll 4
-      for (int c = 0; c < C; c++) total[r][c] = step<WIDE>(total[r][c], x[c], w);
-    }
-    q += m;
+      for (int c = 0; c < W; c++)
+        __builtin_memcpy(scores + r * SCORES + from * UNIT + c * REGISTER, &total[r][c], sizeof(reg));
   }
+  if (!tops) return;
 #pragma GCC unroll 16
   for (int r = 0; r < m; r++) {
-    vf top = total[r][0];
+    vf top = load(tops + r * LANES);
 #pragma GCC unroll 4
-    for (int c = 0; c < C; c++) store(scores + r * SCORES + c * LANES, total[r][c]), top = larger(top, total[r][c]);
-    if (tops) store(tops + r * LANES, larger(load(tops + r * LANES), top));
+    for (int c = 0; c < C; c++) top = larger(top, load(scores + r * SCORES + c * UNIT));
+    store(tops + r * LANES, top);
   }
 }
 
@@ -176,38 +235,47 @@ template <bool WIDE, bool AHEAD, int C, int m>
 __attribute__((noinline)) void mix(const word *weights, const word *const *values, int64_t units, int64_t offset,
                                    const float *old, const float *fresh, float *out, int64_t padded,
                                    const word *const *ahead) {
+  constexpr int W = SPLIT == 1 ? C : SPLIT, ONCE = W / SPLIT;  // registers, vectors of 16 numbers at once
   constexpr int64_t STEPS = UNIT / PER_WORD<WIDE>;
-  vf total[m][C];
+  for (int from = 0; from < C; from += ONCE) {
+    const word *a = weights;
+    reg total[m][W];
 #pragma GCC unroll 16
-  for (int r = 0; r < m; r++)
+    for (int r = 0; r < m; r++)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; c++) total[r][c] = (vf){};
-  for (int64_t u = 0; u < units; u++) {
-    const word *v = values[u] + offset, *next = AHEAD ? ahead[u] : nullptr;
-    for (int64_t k = 0; k < STEPS; k++) {
-      vu x[C];
+      for (int c = 0; c < W; c++) total[r][c] = (reg){};
+    for (int64_t u = 0; u < units; u++) {
+      const word *v = values[u] + offset + from / 2 * (STEPS * PANEL) + from % 2 * LANES;
+      const word *next = AHEAD ? ahead[u] : nullptr;
+      for (int64_t k = 0; k < STEPS; k++, a++, v += PANEL) {
+        if (AHEAD && from == 0) {
 #pragma GCC unroll 4
-      for (int c = 0; c < C; c++) {
-        if (AHEAD) __builtin_prefetch(next, 0, 3), next += LANES;
-        x[c] = load_bits(v + c / 2 * (STEPS * PANEL) + c % 2 * LANES);
-      }
-      v += PANEL;
+          for (int c = 0; c < C; c++, next += LANES) __builtin_prefetch(next, 0, 3);
+        }
+        reg_bits x[W];
+#pragma GCC unroll 4
+        for (int c = 0; c < W; c++)
+          x[c] = *(const reg_bits_any *)(v + c / SPLIT / 2 * (STEPS * PANEL) + c / SPLIT % 2 * LANES + c % SPLIT * REGISTER);
 #pragma GCC unroll 16
-      for (int r = 0; r < m; r++) {
-        const vu w = splat_bits(weights[r * WEIGHTS<WIDE>]);
+        for (int r = 0; r < m; r++) {
+          const Operand<WIDE> w(a[r * WEIGHTS<WIDE>] - (reg_bits){});
 #pragma GCC unroll 4
-        for (int c = 0; c < C; c++) total[r][c] = step<WIDE>(total[r][c], x[c], w);
+          for (int c = 0; c < W; c++) total[r][c] = step<WIDE>(total[r][c], Operand<WIDE>(x[c]), w);
+        }
       }
-      weights++;
     }
-  }
 #pragma GCC unroll 16
-  for (int r = 0; r < m; r++) {
-    if (fresh[r] == 0.f) continue;
-    float *o = out + r * padded;
+    for (int r = 0; r < m; r++) {
+      if (fresh[r] == 0.f) continue;
 #pragma GCC unroll 4
-    for (int c = 0; c < C; c++)
-      store(o + c * LANES, fma(total[r][c], splat(fresh[r]), load(o + c * LANES) * old[r]));
+      for (int c = 0; c < W; c++) {
+        float *o = out + r * padded + from * LANES + c * REGISTER;
+        reg state;
+        __builtin_memcpy(&state, o, sizeof state);
+        state = fma_of(total[r][c], fresh[r] - (reg){}, state * old[r]);
+        __builtin_memcpy(o, &state, sizeof state);
+      }
+    }
   }
 }
 
@@ -467,17 +535,17 @@ void end_task(const Call &call, const Task &task, Room &room) {
       state[call.padded] = room.weight[r], state[call.padded + 1] = room.largest[r];
       continue;
     }
-    const int64_t place = (token * call.heads + head) * call.width;
-    for (int64_t i = 0; i < call.width; i += LANES) {
+    typedef typename Number<WIDE>::type T;
+    T *to = (T *)call.out + (token * call.heads + head) * call.width;
+    for (int64_t i = 0; i < call.width; i += LANES, to += LANES) {
       const vf mean = load(out + i) / room.weight[r];
-      const int64_t count = call.width - i < LANES ? call.width - i : LANES;
-      if (WIDE) {
-        __builtin_memcpy((float *)call.out + place + i, &mean, count * 4);
-      } else {
-        bf16 rounded[LANES];
-        store(rounded, mean);
-        __builtin_memcpy((bf16 *)call.out + place + i, rounded, count * 2);
+      if (call.width - i >= LANES) {
+        store(to, mean);
+        continue;
       }
+      T last[LANES];
+      store(last, mean);
+      __builtin_memcpy(to, last, (call.width - i) * sizeof(T));
     }
   }
 }
@@ -488,16 +556,16 @@ void end_task(const Call &call, const Task &task, Room &room) {
 INLINE void finish_scores(const Call &call, const Extent &extent, bool capped, float *scores, int64_t position,
                           float *tops) {
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const int64_t last = position - extent.start, before = call.window ? last - call.window : -1;
-  const vi high = lane * 0 + (int32_t)(last < TILE ? last : TILE), low = lane * 0 + (int32_t)(before > -1 ? before : -1);
+  const int64_t last = position - extent.start, first = call.window ? last - call.window + 1 : 0;
+  const vi high = lane * 0 + (int32_t)(last < TILE ? last : TILE), low = lane * 0 + (int32_t)(first > 0 ? first : 0);
   vf top = load(tops);
   for (int64_t u = extent.from; u < extent.to + extent.to % 2; u++) {
     const bool partly = u < extent.open || u >= extent.shut;
     if (!partly && !capped) continue;
     vf s = load(scores + u * UNIT);
     if (capped) s = hyperbolic_tangent(s * call.inward) * call.outward;
-    const vi at = lane + (int32_t)(u * UNIT);
-    if (partly) s = (at <= high) & (at > low) ? s : splat(-__builtin_inff());
+    const vi at = lane + (int32_t)(u * UNIT), hidden = ((high - at) | (at - low)) >> 31;
+    if (partly) s = (vf)(((vi)s & ~hidden) | ((vi)splat(-__builtin_inff()) & hidden));
     store(scores + u * UNIT, s);
     top = larger(top, s);
   }
@@ -508,15 +576,12 @@ INLINE void finish_scores(const Call &call, const Extent &extent, bool capped, f
 template <bool WIDE>
 INLINE vf weigh(const float *scores, word *weights, const Extent &extent, vf factor, vf shift) {
   vf even = {}, odd = {};
+  typename Number<WIDE>::type *to = (typename Number<WIDE>::type *)weights;
   for (int64_t u = extent.from; u < extent.to; u += 2) {
     const vf a = power_of_two<WIDE>(fma(load(scores + u * UNIT), factor, shift));
     const vf b = power_of_two<WIDE>(fma(load(scores + u * UNIT + UNIT), factor, shift));
     even += a, odd += b;
-    if (WIDE) {
-      store((float *)weights + u * UNIT, a), store((float *)weights + u * UNIT + UNIT, b);
-    } else {
-      store((bf16 *)weights + u * UNIT, a), store((bf16 *)weights + u * UNIT + UNIT, b);
-    }
+    store(to + u * UNIT, a), store(to + u * UNIT + UNIT, b);
   }
   return even + odd;
 }

@@ -13,6 +13,7 @@
 #include <stdlib.h>
 
 #include "ops.h"
+#include "threads.h"
 #include "vec.h"
 
 namespace shoal {
@@ -671,48 +672,48 @@ void run_task(const Call &call, const Task &task, Feed &feed, Room &room) {
   end_task<WIDE>(call, task, room);
 }
 
+// Tasks of the segments from <= s < to, taken from a common counter. The next one is taken before the present one is
+// done: its first units are fetched meanwhile.
+template <bool WIDE>
+void run_tasks(const Call &call, int64_t &counter, int64_t from, int64_t to) {
+  Room room;
+  give<WIDE>(call, room);
+  Task tasks[2];
+  Feed feed = {};
+  bool some = false;
+  for (int now = 0;; now ^= 1) {
+    Task &task = tasks[now], &next = tasks[now ^ 1];
+    const int64_t index = __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED);
+    const bool more = index < call.first[to];
+    if (more) next = find_task(call, index, from, to);
+    if (some) {
+      if (!feed.task) feed.task = more ? &next : nullptr, feed.tile = next.begin;
+      else feed.next = more ? &next : nullptr;
+      run_task<WIDE>(call, task, feed, room);
+    } else if (more) {
+      feed.task = &next, feed.tile = next.begin;
+      take(call, feed, ahead_units(call));
+    }
+    some = more;
+    if (!some) return;
+  }
+}
+
 template <bool WIDE>
 void run(Call &call) {
   const Work &work = call.work;
   const int64_t segments = work.level_ends[work.num_levels - 1];
-  int64_t *first = (int64_t *)malloc((segments + 1 + work.num_levels) * sizeof(int64_t));
+  int64_t *first = (int64_t *)malloc((segments + 1) * sizeof(int64_t));
   if (!first) abort();
-  int64_t *counter = first + segments + 1;  // next task of each level
   first[0] = 0;
   for (int64_t i = 0; i < segments; i++)
     first[i + 1] = first[i] + (work.segments[i].count * call.group + BLOCK - 1) / BLOCK * call.pages.kv_heads;
-  for (int64_t i = 0; i < work.num_levels; i++) counter[i] = first[i ? work.level_ends[i - 1] : 0];
   call.first = first;
-#pragma omp parallel if (first[segments] > 1)
-  {
-    Room room;
-    give<WIDE>(call, room);
-    for (int64_t level = 0; level < work.num_levels; level++) {
-      const int64_t from = level ? work.level_ends[level - 1] : 0, to = work.level_ends[level];
-      Task tasks[2];
-      Feed feed = {};
-      bool some = false;
-      for (int now = 0;; now ^= 1) {
-        // The next task is taken before this one is done: its first units are fetched meanwhile.
-        Task &task = tasks[now], &next = tasks[now ^ 1];
-        const int64_t index = __atomic_fetch_add(counter + level, 1, __ATOMIC_RELAXED);
-        const bool more = index < first[to];
-        if (more) next = find_task(call, index, from, to);
-        if (some) {
-          if (!feed.task) feed.task = more ? &next : nullptr, feed.tile = next.begin;
-          else feed.next = more ? &next : nullptr;
-          run_task<WIDE>(call, task, feed, room);
-        } else if (more) {
-          feed.task = &next, feed.tile = next.begin;
-          take(call, feed, ahead_units(call));
-        }
-        some = more;
-        if (!some) break;
-      }
-      if (level + 1 < work.num_levels) {
-#pragma omp barrier
-      }
-    }
+  for (int64_t level = 0, from = 0; level < work.num_levels; level++) {
+    const int64_t to = work.level_ends[level];
+    int64_t counter = first[from];
+    together(first[to] - counter > 1, [&](bool) { run_tasks<WIDE>(call, counter, from, to); });
+    from = to;
   }
   free(first);
 }

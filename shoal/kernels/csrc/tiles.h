@@ -114,19 +114,26 @@ INLINE vf power_of_two(vf x) {
   p = fma(p, f, splat(1.f));
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // p * 2**floor(x)
 #else
-  const vf t = larger(x, splat(-126.f));
-  const vf whole = (t + 12582912.f) - 12582912.f;  // to the nearest whole number
-  const vf f = t - whole;
-  vf p = splat(1.535336188e-4f);  // the coefficients of `exponential`
-  p = fma(p, f, splat(1.339887440e-3f));
-  p = fma(p, f, splat(9.618437357e-3f));
-  p = fma(p, f, splat(5.550332471e-2f));
-  p = fma(p, f, splat(2.402264791e-1f));
-  p = fma(p, f, splat(6.931472028e-1f));
-  p = fma(p, f, splat(1.f));
-  const vi power = __builtin_convertvector(whole, vi);
-  const vi below = (vi)(x + 126.f) >> 31;  // all bits of the lanes below -126; a comparison is slow without masks
-  return (vf)(((vi)p + (power << 23)) & ~below);
+  reg part[SPLIT];
+  __builtin_memcpy(part, &x, sizeof part);
+#pragma GCC unroll 4
+  for (int i = 0; i < SPLIT; i++) {
+    typedef int32_t whole_reg __attribute__((vector_size(64 / SPLIT)));
+    const whole_reg below = (whole_reg)(part[i] + 126.f) >> 31;  // all bits of the lanes below -126
+    const reg t = (reg)((whole_reg)part[i] & ~below);             // 0 in those
+    const reg whole = (t + 12582912.f) - 12582912.f, f = t - whole, zero = {};  // to the nearest whole number
+    reg p = zero + 1.535336188e-4f;  // the coefficients of `exponential`
+    p = fma_of(p, f, zero + 1.339887440e-3f);
+    p = fma_of(p, f, zero + 9.618437357e-3f);
+    p = fma_of(p, f, zero + 5.550332471e-2f);
+    p = fma_of(p, f, zero + 2.402264791e-1f);
+    p = fma_of(p, f, zero + 6.931472028e-1f);
+    p = fma_of(p, f, zero + 1.f);
+    const whole_reg power = __builtin_convertvector(whole, whole_reg) << 23;
+    part[i] = (reg)(((whole_reg)p + power) & ~below);
+  }
+  __builtin_memcpy(&x, part, sizeof part);
+  return x;
 #endif
 }
 

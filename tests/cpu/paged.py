@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from shoal.kernels import Batch, RefKernels, _cpu, set_threads
+from shoal.kernels import Batch, _cpu, set_threads
+from shoal.kernels.ref import RefKernels
 
 Piece = tuple[int, int, int]  # sequence, first position, end position
 
@@ -67,7 +68,7 @@ class Heads:
 
     @property
     def scale(self) -> float:
-        return self.width**-0.5
+        return float(self.width**-0.5)
 
 
 def make_sequences(heads: Heads, shapes: list[tuple[int, int, int, int]], seed: int = 0) -> list[Sequence]:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from paged import Cache, Heads
 from torch import Tensor
 
-from shoal.kernels import RefKernels, _cpu, set_threads
+from shoal.kernels import _cpu, set_threads
+from shoal.kernels.ref import RefKernels
 
 TYPES = [torch.float32, torch.bfloat16]
 NAMES = _cpu.names()

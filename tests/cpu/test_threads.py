@@ -1,4 +1,4 @@
-"""The team of threads behind the compiled kernels: each piece of work is done once, whoever comes, however many call."""
+"""The team of threads behind the compiled kernels: each piece of work is done once, however many come or call."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ FACTORS: Mapping[str, Sequence[Any]] = {
     "reuse": (True, False),
     "threads": (1, 2),
     "block": (16, 32),
-    "weights": ("bf16", "fp32"),
+    "weights": ("bf16", "fp32", "int8", "int4", "int4-a16"),
 }
 """What must not change a line, the weights apart."""
 

@@ -110,7 +110,7 @@ def published_stories() -> dict[str, Any]:
 def open_decoder(folder: Path, context: int | None = None) -> Decoder:
     """Our model of a folder."""
     config = read_config(folder, context)
-    return Decoder(config, load_weights(folder, config), load("ref"))
+    return Decoder(config, load_weights(folder, config), load("auto"))
 
 
 def compare(name: str, decoder: Decoder, model: Any, prompts: list[list[int]]) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class BuiltEngine:
     engine: Engine
     facts: EngineFacts
     runner: ModelRunner
+    kernels: Kernels
 
     def close(self) -> None:
         """Wait for the step in flight and end the kernels' thread."""
@@ -88,7 +89,7 @@ def build_engine(config: EngineConfig, useful_tokens: int | None = None) -> Buil
         weights=mode, kernels=kernels.name, device=config.device, threads=torch.get_num_threads(),
         block_size=config.block_size, memory=memory, load_seconds=time.monotonic() - began,
     )  # fmt: skip
-    return BuiltEngine(Engine(scheduler, runner, WallClock(), int(config.overlap)), facts, runner)
+    return BuiltEngine(Engine(scheduler, runner, WallClock(), int(config.overlap)), facts, runner, kernels)
 
 
 def make_policy(config: EngineConfig) -> Policy:

@@ -6,10 +6,10 @@ import os
 
 import torch
 
-from shoal.kernels.api import KV, Batch, Heads, Kernels
+from shoal.kernels.api import KV, WEIGHT_BITS, Batch, Draws, Heads, Kernels, Scores
 from shoal.kernels.ref import RefKernels
 
-__all__ = ["KV", "Batch", "Heads", "Kernels", "load"]
+__all__ = ["KV", "WEIGHT_BITS", "Batch", "Draws", "Heads", "Kernels", "Scores", "load"]
 
 
 def load(name: str, device: str = "cpu", threads: int | None = None) -> Kernels:

@@ -52,6 +52,34 @@ class Heads:
     eps: float = 1e-6
 
 
+WEIGHT_BITS = 40  # weights are multiples of 2**-40 of the best token's; 2**22 of them cannot overflow 63 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Tokens to be drawn from rows of logits that end in a finite largest number, on the kernels' device."""
+
+    row_S: Tensor  # int64, row of the logits
+    number_S: Tensor  # int64, 64 random bits
+    best_S: Tensor  # float32, the row's largest number
+    heat_S: Tensor  # float32, above 0
+    top_k_S: Tensor  # int64, 0 keeps every token
+    top_p_S: Tensor  # float64, in (0, 1]
+    min_p_S: Tensor  # float32, in [0, 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Where tokens stand in their rows of logits. K best tokens are listed, of equals the lowest id first."""
+
+    best_S: Tensor  # float32, the row's largest number
+    value_S: Tensor  # float32, the token's own
+    weight_S: Tensor  # int64, sum of e**(x - best) over the row in units of 2**-40, each rounded down
+    rank_S: Tensor  # int64, 1 is best; of equals the lowest id first
+    top_id_SK: Tensor  # int64
+    top_value_SK: Tensor  # float32
+
+
 class KV(Protocol):
     """Keys and values of all layers in pages. The inner layout is the backend's secret."""
 
@@ -154,6 +182,22 @@ class Kernels(Protocol):
         """Index (int64) and value of each row's largest number; of equals the first. A NaN is larger than any number.
 
         x is float32 and contiguous.
+        """
+        ...
+
+    def draw(self, x_RV: Tensor, draws: Draws) -> Tensor:
+        """Draw a token for each, int64 [S], from the row's distribution under heat, top-k, top-p and min-p.
+
+        It is the first at which the weights of what is kept, cumulated in the order of ids, exceed number * 2**-64 of
+        their sum. Tokens equal to the last one kept are kept. Integers throughout, the same on every backend:
+        `ref_sampling` says what a weight is. x is float32 and contiguous.
+        """
+        ...
+
+    def score(self, x_RV: Tensor, row_S: Tensor, token_S: Tensor, top: int) -> Scores:
+        """Find where tokens stand in their rows, and the best `top` <= V of each; the same on every backend.
+
+        A row with a NaN gives a NaN as its best, and something in the other places. x is float32 and contiguous.
         """
         ...
 

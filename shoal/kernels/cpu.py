@@ -13,7 +13,7 @@ import torch  # before the extension, so that both use the OpenMP runtime that t
 from torch import Tensor
 
 from shoal.kernels import _cpu
-from shoal.kernels.api import KV, Activation, Batch, Heads, Mode
+from shoal.kernels.api import KV, Activation, Batch, Draws, Heads, Mode, Scores
 from shoal.kernels.quantize import Quantized, quantize
 
 UNIT = 16  # positions: a page holds whole units
@@ -21,6 +21,9 @@ PANEL = 32  # outputs of a weight that lie together; values of a head are filled
 TILE = 256  # positions of one partial of attention
 
 _KINDS = {torch.float32: _cpu.Kind.FP32, torch.bfloat16: _cpu.Kind.BF16}
+_DRAW_TYPES = [
+    torch.int64, torch.int64, torch.float32, torch.float32, torch.int64, torch.float64, torch.float32
+]  # fmt: skip
 _QUANTIZED = {"int8": _cpu.Kind.INT8, "int4": _cpu.Kind.INT4, "int4-a16": _cpu.Kind.INT4_A16}
 _GATES = {"silu": _cpu.Gate.SILU, "gelu": _cpu.Gate.GELU}
 
@@ -206,13 +209,13 @@ class CpuKernels:
 
     def place(self, qkv_TW: Tensor, prepared: object, kv: KV, layer: int, batch: Batch) -> Tensor:
         assert isinstance(prepared, PreparedHeads) and isinstance(kv, UnitKV)
-        about, tokens = prepared.about, len(qkv_TW)
-        width = (about.num_heads + 2 * about.num_kv_heads) * about.head_dim
-        assert qkv_TW.shape[1] == width and qkv_TW.is_contiguous(), (qkv_TW.shape, about)
+        about, (tokens, width) = prepared.about, qkv_TW.shape
+        assert width == (about.num_heads + 2 * about.num_kv_heads) * about.head_dim, (qkv_TW.shape, about)
+        assert qkv_TW.is_contiguous(), "tensors must be contiguous"
         self._table.place(
             qkv_TW.data_ptr(), prepared.heads, kv.pages[layer], batch.pos_T.data_ptr(), batch.slot_T.data_ptr(), tokens
         )
-        return qkv_TW[:, : about.num_heads * about.head_dim].unflatten(1, (about.num_heads, about.head_dim))
+        return qkv_TW.as_strided((tokens, about.num_heads, about.head_dim), (width, about.head_dim, 1))
 
     def plan(self, batch: Batch, kv: KV) -> SharedPlan:
         rows, row_length = batch.table_NB.shape
@@ -245,6 +248,30 @@ class CpuKernels:
         index_R, value_R = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
         self._table.largest(x_RV.data_ptr(), index_R.data_ptr(), value_R.data_ptr(), rows, columns)
         return index_R, value_R
+
+    def draw(self, x_RV: Tensor, draws: Draws) -> Tensor:
+        assert x_RV.dtype == torch.float32 and x_RV.is_contiguous(), x_RV.dtype
+        token_S = torch.empty_like(draws.row_S)
+        fields = (draws.row_S, draws.number_S, draws.best_S, draws.heat_S, draws.top_k_S, draws.top_p_S, draws.min_p_S)
+        assert [each.dtype for each in fields] == _DRAW_TYPES, draws
+        assert all(len(each) == len(token_S) and each.is_contiguous() for each in fields), draws
+        addresses = [each.data_ptr() for each in fields]
+        self._table.draw(x_RV.data_ptr(), x_RV.shape[1], len(token_S), *addresses, token_S.data_ptr())
+        return token_S
+
+    def score(self, x_RV: Tensor, row_S: Tensor, token_S: Tensor, top: int) -> Scores:
+        assert x_RV.dtype == torch.float32 and x_RV.is_contiguous(), x_RV.dtype
+        assert row_S.dtype == token_S.dtype == torch.int64 and row_S.is_contiguous() and token_S.is_contiguous()
+        count, columns = len(row_S), x_RV.shape[1]
+        assert len(token_S) == count and 0 <= top <= columns, (row_S.shape, token_S.shape, top)
+        floats, integers = torch.empty((2, count)), torch.empty((2, count), dtype=torch.int64)
+        ids, values = torch.empty((count, top), dtype=torch.int64), torch.empty((count, top))
+        found = Scores(floats[0], floats[1], integers[0], integers[1], ids, values)
+        self._table.score(
+            x_RV.data_ptr(), columns, count, top, row_S.data_ptr(), token_S.data_ptr(),
+            *(part.data_ptr() for part in (*floats, *integers, ids, values)),
+        )  # fmt: skip
+        return found
 
     def move_blocks(self, kv: KV, moves_M3: Tensor) -> None:
         assert isinstance(kv, UnitKV)

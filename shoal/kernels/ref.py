@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from shoal.kernels.api import KV, Activation, Batch, Heads, Mode
+from shoal.kernels import ref_sampling
+from shoal.kernels.api import KV, Activation, Batch, Draws, Heads, Mode, Scores
 from shoal.kernels.quantize import Quantized, product, quantize
 from shoal.kernels.ref_attention import TILE, TilePlan, attend, fold_sum
 from shoal.kernels.ref_product import fill_weight, tiled_product
@@ -176,6 +177,12 @@ class RefKernels:
     def largest(self, x_RV: Tensor) -> tuple[Tensor, Tensor]:
         index_R = x_RV.argmax(dim=1)
         return index_R, x_RV.gather(1, index_R[:, None])[:, 0]
+
+    def draw(self, x_RV: Tensor, draws: Draws) -> Tensor:
+        return ref_sampling.draw(x_RV, draws)
+
+    def score(self, x_RV: Tensor, row_S: Tensor, token_S: Tensor, top: int) -> Scores:
+        return ref_sampling.score(x_RV, row_S, token_S, top)
 
     def move_blocks(self, kv: KV, moves_M3: Tensor) -> None:
         assert isinstance(kv, PagedKV)

@@ -37,6 +37,7 @@ and head keep the activations' dtype: they are few in a large model, and the hea
 _READABLE = ("F32", "BF16", "F16")
 _PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.")
 _FOREIGN = ("vision_tower.", "multi_modal_projector.")  # the picture half of a checkpoint whose text half we run
+_MAPPED_BYTES = 64 << 20  # read through one mapping of a file
 _CONVERT = (
     "only safetensors are read, as pickle files can run code; convert it where you trust it: python -c "
     "\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('IN').save_pretrained('OUT')\""
@@ -153,14 +154,35 @@ class Weights:
 
     def _mapped(self, name: str) -> Tensor:
         place = self._places[name]
-        return cast(Tensor, place.file.get_tensor(place.stored))
+        return place.file.mapped(place.stored)
+
+
+class _File:
+    """A safetensors file, mapped anew now and then: what has been read of a mapping stays in this process's memory as
+    long as the mapping does, and would count beside the copy that was made of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = 0  # bytes, through the present mapping
+        self.open: Any = self._map()  # a type of the library that has no name for readers
+
+    def _map(self) -> Any:
+        return safe_open(self._path, framework="pt", device="cpu")
+
+    def mapped(self, stored: str) -> Tensor:
+        """A tensor as it lies in the file."""
+        if self._read > _MAPPED_BYTES:
+            self.open, self._read = self._map(), 0
+        found = cast(Tensor, self.open.get_tensor(stored))
+        self._read += found.nbytes
+        return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where a tensor lies."""
 
-    file: Any  # an open safetensors file, which has no type of its own
+    file: _File
     stored: str  # its name there
 
 
@@ -176,14 +198,14 @@ def load_weights(
     expected = expected_shapes(config)
     for path in _find_files(Path(folder)):
         try:
-            file = safe_open(path, framework="pt", device="cpu")
-            names: list[str] = list(file.keys())  # type: ignore[no-untyped-call]
+            file = _File(path)
+            names: list[str] = list(file.open.keys())
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: is not a whole safetensors file ({error}); copy it again") from error
         for stored in names:
             name = plain_name(stored)
             if name in expected:
-                _check(path, stored, file.get_slice(stored), expected[name])  # type: ignore[no-untyped-call]
+                _check(path, stored, file.open.get_slice(stored), expected[name])
                 places[name] = _Place(file, stored)
             elif not _may_be_left(name, config):
                 raise ModelError(

@@ -35,7 +35,7 @@ def one_thread():
 
 def open_decoder(folder: Path, context: int | None = None) -> Decoder:
     config = read_config(folder, context)
-    return Decoder(config, load_weights(folder, config), load("ref"))
+    return Decoder(config, load_weights(folder, config), load("auto"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

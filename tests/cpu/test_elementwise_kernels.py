@@ -34,8 +34,9 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def fenced(x: Tensor) -> Tensor:
-    """A copy that begins at an odd place and is followed by NaNs, which must not leak in nor be overwritten."""
-    room = torch.full((x.numel() + 40,), math.nan, dtype=x.dtype)
+    """A copy that begins at an odd place, behind NaNs that must not leak in nor be overwritten. Every second one has
+    such a fence at its end too, the others end with their memory (`make sanitize` sees what goes beyond)."""
+    room = torch.full((7 + x.numel() + x.numel() % 2 * 40,), math.nan, dtype=x.dtype)
     inner = room[7 : 7 + x.numel()].view(x.shape)
     return inner.copy_(x)
 

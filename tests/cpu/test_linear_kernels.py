@@ -39,7 +39,7 @@ class Layer:
     dense: torch.Tensor
     bias: torch.Tensor | None
     tensors: list[torch.Tensor]  # panels, scale, zero: kept alive
-    call: object
+    call: _cpu.Linear
     wide: bool
 
     @property
@@ -60,7 +60,7 @@ class Layer:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            self.call(x.data_ptr(), rows, 0 if residual is None else residual.data_ptr(), factor, y.data_ptr())  # type: ignore[operator]
+            self.call(x.data_ptr(), rows, 0 if residual is None else residual.data_ptr(), factor, y.data_ptr())
         finally:
             torch.set_num_threads(before)
         assert bool((memory[:GUARD] == 77).all()) and bool((memory[len(memory) - GUARD :] == 77).all())
@@ -180,7 +180,7 @@ shapes = st.tuples(st.integers(1, 40), st.integers(1, 130), st.integers(1, 300))
 
 @every_set
 @every_kind
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     shape=shapes, gate=st.sampled_from(["none", "none", "silu", "gelu"]), group=st.sampled_from([64, 128]),
     bias=st.booleans(), residual=st.booleans(), wide=st.booleans(), factor=st.sampled_from([1.0, 0.25, 12.0]),
@@ -204,7 +204,7 @@ def test_it_holds_at_the_sizes_of_models(kind: str, shape: tuple[int, int, int])
 
 @every_set
 @every_kind
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     count=st.integers(2, 512), outputs=st.integers(1, 100), k=st.integers(1, 400), seed=st.integers(0, 99),
     gate=st.sampled_from(["none", "silu"]),
@@ -235,11 +235,11 @@ def test_every_number_of_rows_gives_the_same_bits(name: str, kind: str) -> None:
 
 
 @every_kind
-def test_blocks_of_rows_and_of_inputs_keep_the_bits(kind: str) -> None:
+def test_cuts_of_rows_and_of_inputs_keep_the_bits(kind: str) -> None:
     layer = make(SETS[0], kind, 96, 4864, group=128)
-    x = inputs(layer, 400)
+    x = inputs(layer, 500)
     together = layer(x, threads=2)
-    assert same_bits(together, torch.cat([layer(x[row : row + 1].contiguous()) for row in range(400)]))
+    assert same_bits(together, torch.cat([layer(x[row : row + 1].contiguous()) for row in range(500)]))
 
 
 @every_set
@@ -272,7 +272,7 @@ def test_the_residual_may_be_the_output(name: str, kind: str) -> None:
     layer = make(name, kind, 50, 96)
     x, y = inputs(layer, 20), inputs(make(name, kind, 1, 50), 20, 2)
     want = layer(x, y.clone(), 0.5)
-    layer.call(x.data_ptr(), 20, y.data_ptr(), 0.5, y.data_ptr())  # type: ignore[operator]
+    layer.call(x.data_ptr(), 20, y.data_ptr(), 0.5, y.data_ptr())
     assert same_bits(y, want)
 
 

@@ -174,5 +174,31 @@ NB_MODULE(_cpu, m) {
           [](const Table &t, uintptr_t x, uintptr_t index, uintptr_t value, int64_t rows, int64_t columns) {
             t.kernels->largest(at<const float>(x), at<int64_t>(index), at<float>(value), rows, columns);
           },
+          release())
+      .def(
+          "draw",
+          [](const Table &t, uintptr_t x, int64_t columns, int64_t count, uintptr_t row, uintptr_t number, uintptr_t best,
+             uintptr_t heat, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t token) {
+            const Draws draws = {count, at<const int64_t>(row), at<const uint64_t>(number), at<const float>(best),
+                                 at<const float>(heat), at<const int64_t>(top_k), at<const double>(top_p),
+                                 at<const float>(min_p)};
+            t.kernels->draw(at<const float>(x), columns, draws, at<int64_t>(token));
+          },
+          release())
+      .def(
+          "score",
+          [](const Table &t, uintptr_t x, int64_t columns, int64_t count, int64_t top, uintptr_t row, uintptr_t token,
+             uintptr_t best, uintptr_t value, uintptr_t weight, uintptr_t rank, uintptr_t ids, uintptr_t values) {
+            const Scores scores = {count, top, at<const int64_t>(row), at<const int64_t>(token), at<float>(best),
+                                   at<float>(value), at<int64_t>(weight), at<int64_t>(rank), at<int64_t>(ids),
+                                   at<float>(values)};
+            t.kernels->score(at<const float>(x), columns, scores);
+          },
+          release())
+      .def(
+          "peak", [](const Table &t, Kind kind, int64_t iterations) { return t.kernels->peak(kind, iterations); },
+          release())
+      .def(
+          "read", [](const Table &t, uintptr_t memory, int64_t bytes) { return t.kernels->read(at(memory), bytes); },
           release());
 }

@@ -56,6 +56,27 @@ struct Work {
   int64_t row_length;
 };
 
+// Tokens to be drawn, each from the row of that number, at number * 2^-64 of the weight of what is kept of it.
+struct Draws {
+  int64_t count;
+  const int64_t *row;
+  const uint64_t *number;
+  const float *best, *heat;  // the row's largest number; above 0
+  const int64_t *top_k;      // 0 keeps all
+  const double *top_p;       // in (0, 1]
+  const float *min_p;        // in [0, 1]
+};
+
+// Tokens whose place in their rows is wanted, and what is found: largest number of the row, the token's own, its rank
+// (1 is best; of equals the lowest id first), the weight of the whole row, and the `top` <= columns best.
+struct Scores {
+  int64_t count, top;
+  const int64_t *row, *token;
+  float *best, *value;
+  int64_t *weight, *rank, *ids;
+  float *values;
+};
+
 struct Kernels {
   const char *name;
 
@@ -95,6 +116,15 @@ struct Kernels {
 
   // Index and value of each row's largest number; of equals the first, and a NaN is larger than any number.
   void (*largest)(const float *x, int64_t *index, float *value, int64_t rows, int64_t columns);
+  // Rows of finite float32 logits (sampling.cpp says what a weight is). The same bits in every table.
+  void (*draw)(const float *x, int64_t columns, const Draws &draws, int64_t *token);
+  void (*score)(const float *x, int64_t columns, const Scores &scores);
+
+  // The machine's limits, for whoever has a clock. On every thread, `iterations` rounds of the products that a kind's
+  // linear layers are made of, in registers alone; returns the operations of all threads. Then a buffer read once by
+  // all threads together; returns the bytes.
+  double (*peak)(Kind kind, int64_t iterations);
+  double (*read)(const void *memory, int64_t bytes);
 };
 
 extern const Kernels kernels_scalar;

@@ -12,10 +12,12 @@ namespace shoal {
 namespace SHOAL_SET {
 namespace {
 
-constexpr int64_t L2_ROWS = 640 << 10;   // bytes of activations that stay in the second cache while panels pass
-constexpr int64_t STRETCH = 32 << 10;    // bytes of a panel that stay in the first cache while tiles of rows pass
-constexpr int64_t SERIAL = 48 << 10;     // numbers of activations that one thread prepares sooner than two agree
-constexpr int64_t TINY = 128 << 10;      // products per tile row that are not worth a second thread
+constexpr int64_t SLAB = 4 << 20;            // bytes of rows that are multiplied at a time: bounds the memory of a call
+constexpr int64_t L2_ROWS = 512 << 10;      // bytes of activations that stay in the second cache while panels pass
+constexpr int64_t STRETCH = 32 << 10;       // bytes of a panel that stay in the first cache while tiles of rows pass
+constexpr int64_t SERIAL = 48 << 10;        // activations that one thread prepares sooner than two agree to
+constexpr int64_t SERIAL_BYTES = 16 << 10;  // the same where they are quantised
+constexpr int64_t TINY = 128 << 10;         // products with one row of each tile that are not worth a second thread
 
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 int64_t aligned(int64_t bytes) { return up(bytes, 64) * 64; }
@@ -37,30 +39,33 @@ Span take(Queue &queue, int64_t threads) {
   do {
     const int64_t left = queue.end - begin;
     if (left <= 0) return {queue.end, queue.end};
-    end = begin + (threads == 1 ? left : up(left, 2 * threads));
+    end = begin + (threads == 1 ? left : up(left, 4 * threads));
   } while (!__atomic_compare_exchange_n(&queue.next, &begin, end, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
   return {begin, end};
 }
 
 struct Layer {
   Layer(const Weight &weight, const void *x, int64_t rows, const void *residual, float factor, void *y);
-  int64_t shared_bytes() const { return words_bytes + amounts_bytes; }
-  int64_t own_bytes() const { return sums_bytes + aligned(MOST * steps * WORD); }
-  void share(char *memory);
+  void all();
+
+ private:
   void prepare(int64_t tile, char *spare) const;
   void run(Queue &queue, int64_t threads, char *own) const;
+  void panel(int64_t first, int64_t last, int64_t index, const char *after, int64_t ahead, float *sums) const;
   template <class T>
   void finish(int64_t first, int64_t last, int64_t panel, const float *sums) const;
 
+  int64_t shared_bytes() const { return words_bytes + amounts_bytes; }
+  int64_t own_bytes() const { return sums_bytes + aligned(MOST * steps * WORD); }
   int64_t start(int64_t tile) const { return cut(rows, tiles, tile); }
   uint32_t *words_of(int64_t tile) const { return words + start(tile) * steps + tile * LANES; }
-  int64_t items() const { return blocks * panels; }
+  bool quantised() const { return weight.kind == Kind::int8 || weight.kind == Kind::int4; }
 
   const Weight &weight;
   const void *x, *residual;
   void *y;
   float factor;
-  bool grouped;
+  bool grouped;                     // an int4 kind
   int64_t rows, tiles, blocks;      // tiles of rows, and blocks of tiles
   int64_t steps;                    // words of a row
   int64_t groups;                   // of the int4 kinds
@@ -70,11 +75,7 @@ struct Layer {
   int64_t words_bytes, amounts_bytes, sums_bytes;
   uint32_t *words;                  // rows in tiles: [steps][rows of the tile], and LANES words to spare after each
   float *amounts;                   // int8: scale of each row; int4 kinds: by tile [groups][2][rows]
-  void (*const *tile)(const Stretch &);
-
- private:
-  void panel(int64_t first, int64_t last, int64_t index, const char *after, float *sums) const;
-  bool quantised() const { return weight.kind == Kind::int8 || weight.kind == Kind::int4; }
+  const TileFunction *tile;
 };
 
 Layer::Layer(const Weight &weight, const void *x, int64_t rows, const void *residual, float factor, void *y)
@@ -95,9 +96,9 @@ Layer::Layer(const Weight &weight, const void *x, int64_t rows, const void *resi
   units = grouped ? groups : steps;
   unit_bytes = (grouped ? weight.group / 8 : 1) * PANEL * WORD;
   panel_bytes = (grouped ? up(k, 8) : steps) * PANEL * WORD;
+  tiles = up(rows, MOST);
   stretches = up(panel_bytes, STRETCH);
   if (stretches > units) stretches = units;
-  tiles = up(rows, MOST);
   const int64_t kept = L2_ROWS / (MOST * steps * WORD);
   blocks = up(tiles, kept < 2 ? 2 : kept);
   words_bytes = aligned((rows * steps + tiles * LANES) * WORD);
@@ -106,14 +107,29 @@ Layer::Layer(const Weight &weight, const void *x, int64_t rows, const void *resi
   tile = TILES[(int)weight.kind];
 }
 
-void Layer::share(char *memory) {
-  words = (uint32_t *)memory;
-  amounts = (float *)(memory + words_bytes);
+typedef int32_t vi_half __attribute__((vector_size(32)));
+typedef int32_t vi_quarter __attribute__((vector_size(16)));
+INLINE vi_half lower(vi v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+INLINE vi_half upper(vi v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+INLINE vi_quarter lower(vi_half v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
+INLINE vi_quarter upper(vi_half v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7); }
+
+INLINE int32_t largest_of(vi v) {
+  const vi_half eight = lower(v) > upper(v) ? lower(v) : upper(v);
+  const vi_quarter four = lower(eight) > upper(eight) ? lower(eight) : upper(eight);
+  const int32_t a = four[0] > four[1] ? four[0] : four[1], b = four[2] > four[3] ? four[2] : four[3];
+  return a > b ? a : b;
 }
 
-// Rounds `count` numbers to whole multiples of a scale, at most 127 of it; the excess up to 16 is zero. Returns the scale
-// (not finite where a number is not), and adds up the multiples.
-float quantise(const uint16_t *x, int64_t count, uint8_t *out, float *total) {
+INLINE int32_t sum_of(vi v) {
+  const vi_half eight = lower(v) + upper(v);
+  const vi_quarter four = lower(eight) + upper(eight);
+  return four[0] + four[1] + four[2] + four[3];
+}
+
+// Rounds `count` numbers to whole multiples of a scale, at most 127 of it, and flips bits of each. Returns the scale
+// (not finite where a number is not), and adds up the multiples. Writes whole sixteens.
+float quantise(const uint16_t *x, int64_t count, uint32_t flip, uint8_t *out, float *total) {
   uint16_t rest[LANES] = {};
   const int64_t whole = count / LANES * LANES;
   if (whole < count) __builtin_memcpy(rest, x + whole, (count - whole) * 2);
@@ -122,9 +138,7 @@ float quantise(const uint16_t *x, int64_t count, uint8_t *out, float *total) {
     const vi bits = (vi)absolute(load(i < whole ? x + i : rest));  // as integers, NaN is the largest
     top = bits > top ? bits : top;
   }
-  int32_t lanes[LANES], most = 0;
-  __builtin_memcpy(lanes, &top, sizeof lanes);
-  for (int64_t i = 0; i < LANES; i++) most = lanes[i] > most ? lanes[i] : most;
+  const int32_t most = largest_of(top);
   float largest;
   __builtin_memcpy(&largest, &most, 4);
   const bool finite = most < 0x7f800000, zero = largest < 1e-30f;
@@ -135,13 +149,10 @@ float quantise(const uint16_t *x, int64_t count, uint8_t *out, float *total) {
     const vi q = finite ? (vi)v - 0x4b400000 : (vi){};
     sums += q;
     typedef int8_t bytes __attribute__((vector_size(16)));
-    const bytes b = __builtin_convertvector(q, bytes);
+    const bytes b = __builtin_convertvector(q ^ (int32_t)flip, bytes);
     __builtin_memcpy(out + i, &b, 16);
   }
-  int32_t sum = 0;
-  __builtin_memcpy(lanes, &sums, sizeof lanes);
-  for (int64_t i = 0; i < LANES; i++) sum += lanes[i];
-  *total = (float)sum;
+  *total = (float)sum_of(sums);
   return zero ? 0.f : largest / 127.f;
 }
 
@@ -168,14 +179,13 @@ void Layer::prepare(int64_t tile, char *spare) const {
     uint8_t *out = (uint8_t *)spare + r * row_bytes;
     if (weight.kind == Kind::int8) {
       float total;
-      amounts[first + r] = quantise(row, k, out, &total);
-      for (int64_t i = 0; i < k; i++) out[i] ^= 128;
+      amounts[first + r] = quantise(row, k, 128, out, &total);
     }
     for (int64_t g = 0; g < groups; g++) {
       const int64_t at = g * weight.group, length = k - at < weight.group ? k - at : weight.group;
       float *scale = amount + g * 2 * count + r, *total = scale + count;
       if (weight.kind == Kind::int4) {
-        *scale = quantise(row + at, length, out + at, total);
+        *scale = quantise(row + at, length, 0, out + at, total);
       } else {
         *scale = 1.f;
         *total = sum_of(row + at, length);
@@ -196,38 +206,44 @@ INLINE vf activate(Gate gate, vf v) {
   return v * sigmoid(v * fma(v * v, splat(2 * 0.044715f * 0.7978845608f), splat(2 * 0.7978845608f)));
 }
 
-// The value of sixteen sums of a row: of output n and those after it.
-INLINE vf value_of(const Weight &weight, float row_scale, const float *sums, int64_t n) {
-  vf v = load(sums);
-  if (weight.kind == Kind::int8) {  // activations were stored 128 too high
-    const vi whole = (vi)v - (__builtin_convertvector(load((const float *)weight.zero + n), vi) << 7);
-    v = __builtin_convertvector(whole, vf) * (load((const float *)weight.scale + n) * row_scale);
+// What the outputs of a panel have in common: 0 and 1 are the halves of the panel, 2 and 3 those of its pair.
+struct Outputs {
+  Outputs(const Weight &weight, int64_t n, int64_t count) : whole(weight.kind == Kind::int8), biased(weight.bias) {
+    for (int64_t i = 0; i < count; i++, n += LANES) {
+      if (whole) {  // activations were stored 128 too high
+        excess[i] = __builtin_convertvector(load((const float *)weight.zero + n), vi) << 7;
+        scale[i] = load((const float *)weight.scale + n);
+      }
+      bias[i] = biased ? load(weight.bias + n) : (vf){};
+    }
   }
-  return weight.bias ? v + load(weight.bias + n) : v;
-}
+  inline vf value(const float *sums, float row_scale, int64_t i) const {
+    vf v = load(sums);
+    if (whole) v = __builtin_convertvector((vi)v - excess[i], vf) * (scale[i] * row_scale);
+    return biased ? v + bias[i] : v;
+  }
+  vi excess[4];
+  vf scale[4], bias[4];
+  bool whole, biased;
+};
 
 // Writes a panel's columns of y for the tiles first to last.
 template <class T>
 void Layer::finish(int64_t first, int64_t last, int64_t panel, const float *sums) const {
-  const int64_t begin = start(first), end = start(last);
-  for (int64_t half = 0; half < PANEL; half += LANES) {
-    const int64_t column = panel * PANEL + half, count = columns - column < LANES ? columns - column : LANES;
-    if (count <= 0) break;
-    for (int64_t r = begin; r < end; r++) {
-      const float *row = sums + (r - begin) * PANEL + half;
-      const float row_scale = weight.kind == Kind::int8 ? amounts[r] : 1.f;
-      const int64_t n = panel * PANEL * sides + half;
-      vf v = value_of(weight, row_scale, row, n);
-      if (sides == 2) {
-        v = activate(weight.gate, v) * value_of(weight, row_scale, row + (end - begin) * PANEL, n + PANEL);
-      } else {
-        v = v * factor;
-      }
-      T *to = (T *)y + r * columns + column;
-      const T *also = residual ? (const T *)residual + r * columns + column : nullptr;
-      if (count == LANES) {
+  const int64_t begin = start(first), end = start(last), column = panel * PANEL;
+  const float *others = sums + (end - begin) * PANEL;
+  const Outputs outputs(weight, column * sides, 2 * sides);
+  for (int64_t r = begin; r < end; r++, sums += PANEL, others += PANEL) {
+    const float row_scale = outputs.whole ? amounts[r] : 1.f;
+    for (int64_t half = 0; half < 2; half++) {
+      const int64_t at = half * LANES, count = columns - column - at;
+      vf v = outputs.value(sums + at, row_scale, half);
+      v = sides == 2 ? activate(weight.gate, v) * outputs.value(others + at, row_scale, 2 + half) : v * factor;
+      T *to = (T *)y + r * columns + column + at;
+      const T *also = residual ? (const T *)residual + r * columns + column + at : nullptr;
+      if (count >= LANES) {
         store(to, also ? v + load(also) : v);
-      } else {
+      } else if (count > 0) {
         T part[LANES] = {};
         if (also) __builtin_memcpy(part, also, count * sizeof(T));
         store(part, also ? v + load(part) : v);
@@ -237,8 +253,10 @@ void Layer::finish(int64_t first, int64_t last, int64_t panel, const float *sums
   }
 }
 
-// The sums of one panel (not a pair) for the tiles first to last; meanwhile, what comes `after` it is fetched.
-void Layer::panel(int64_t first, int64_t last, int64_t index, const char *after, float *sums) const {
+// The sums of one panel (not a pair) for the tiles first to last. Meanwhile, what comes after it is fetched: weights
+// from `after` on, and the rows `ahead` tiles further.
+void Layer::panel(int64_t first, int64_t last, int64_t index, const char *after, int64_t ahead,
+                  float *sums) const {
   const char *base = (const char *)weight.panels + index * panel_bytes;
   const int64_t begin = start(first);
   for (int64_t s = 0; s < stretches; s++) {
@@ -252,12 +270,14 @@ void Layer::panel(int64_t first, int64_t last, int64_t index, const char *after,
     if (grouped) {
       t.scale = (const uint16_t *)weight.scale + (index * groups + from) * PANEL;
       t.zero = (const uint8_t *)weight.zero + (index * groups + from) * PANEL;
+      t.after = groups * PANEL;
       t.group = weight.group / 8;
       t.last = to == groups ? up(weight.k, 8) - (groups - 1) * t.group : t.group;
     }
     for (int64_t i = first; i < last; i++) {
       const int64_t row = start(i), count = start(i + 1) - row;
       t.x = words_of(i) + from * (grouped ? weight.group * steps / (up(weight.k, 8) * 8) : 1) * count;
+      t.then = s + 1 < stretches ? t.x + t.steps * count : words_of(i + ahead);
       t.sums = sums + (row - begin) * PANEL;
       if (grouped) t.amounts = amounts + row * 2 * groups + from * 2 * count;
       tile[count - 1](t);
@@ -279,10 +299,11 @@ void Layer::run(Queue &queue, int64_t threads, char *own) const {
       const int64_t block = item / panels, at = item % panels;
       const int64_t first = cut(tiles, blocks, block), last = cut(tiles, blocks, block + 1);
       const int64_t count = start(last) - start(first);
+      const int64_t ahead = following / panels != block && last < tiles ? last - first : 0;
       for (int64_t side = 0; side < sides; side++) {
         const int64_t index = at * sides + side;
         const int64_t next = side + 1 < sides ? index + 1 : following % panels * sides;
-        panel(first, last, index, base + next * panel_bytes, sums + side * count * PANEL);
+        panel(first, last, index, base + next * panel_bytes, ahead, sums + side * count * PANEL);
       }
       if (weight.kind == Kind::fp32 || weight.wide) finish<float>(first, last, at, sums);
       else finish<uint16_t>(first, last, at, sums);
@@ -291,26 +312,36 @@ void Layer::run(Queue &queue, int64_t threads, char *own) const {
   }
 }
 
+void Layer::all() {
+  char *memory = (char *)scratch(shared_bytes() + own_bytes());
+  words = (uint32_t *)memory;
+  amounts = (float *)(memory + words_bytes);
+  const bool serial = tiles == 1 || rows * weight.k <= (quantised() ? SERIAL_BYTES : SERIAL);
+  const bool tiny = tiles * weight.n * weight.k <= TINY;
+  if (serial)
+    for (int64_t t = 0; t < tiles; t++) prepare(t, memory + shared_bytes() + sums_bytes);
+  Queue queue = {0, blocks * panels};
+#pragma omp parallel if (!tiny)
+  {
+    char *own = omp_get_thread_num() == 0 ? memory + shared_bytes() : (char *)scratch(own_bytes());
+    if (!serial) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t t = 0; t < tiles; t++) prepare(t, own + sums_bytes);
+    }
+    run(queue, omp_get_num_threads(), own);
+  }
+}
+
 }  // namespace
 
 void linear(const Weight &weight, const void *x, int64_t rows, const void *residual, float factor, void *y) {
-  if (rows <= 0) return;
-  Layer layer(weight, x, rows, residual, factor, y);
-  char *memory = (char *)scratch(layer.shared_bytes() + layer.own_bytes());
-  layer.share(memory);
-  const bool serial = rows * weight.k <= SERIAL;
-  const bool tiny = layer.tiles * weight.n * weight.k <= TINY;
-  if (serial)
-    for (int64_t t = 0; t < layer.tiles; t++) layer.prepare(t, memory + layer.shared_bytes() + layer.sums_bytes);
-  Queue queue = {0, layer.items()};
-#pragma omp parallel if (!tiny)
-  {
-    char *own = omp_get_thread_num() == 0 ? memory + layer.shared_bytes() : (char *)scratch(layer.own_bytes());
-    if (!serial) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t t = 0; t < layer.tiles; t++) layer.prepare(t, own + layer.sums_bytes);
-    }
-    layer.run(queue, omp_get_num_threads(), own);
+  const int64_t in = weight.k * (weight.kind == Kind::fp32 ? 4 : 2);
+  const int64_t out = weight.outputs * (weight.kind == Kind::fp32 || weight.wide ? 4 : 2);
+  const int64_t slabs = up(rows * in, SLAB);
+  for (int64_t i = 0; i < slabs; i++) {
+    const int64_t from = cut(rows, slabs, i), count = cut(rows, slabs, i + 1) - from;
+    const void *also = residual ? (const char *)residual + from * out : nullptr;
+    if (count > 0) Layer(weight, (const char *)x + from * in, count, also, factor, (char *)y + from * out).all();
   }
 }
 

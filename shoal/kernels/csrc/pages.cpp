@@ -20,6 +20,15 @@ constexpr int64_t WORTH_THREADS = 1 << 15;  // numbers
 template <class T>
 constexpr int64_t PAIRED = sizeof(T) == 2 ? 2 : 1;  // numbers of a 32-bit word
 
+// The order is that of `sum`, which goes through memory.
+INLINE float sum_of(vf v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  return sum(v);
+#endif
+}
+
 // 1 / sqrt(mean(x^2) + eps): squares are added by lane, then the lanes, then what is left, all in order.
 template <class T>
 float inverse_root(const T *x, int64_t count, float eps) {
@@ -29,7 +38,7 @@ float inverse_root(const T *x, int64_t count, float eps) {
     const vf v = load(x + i);
     squares = fma(v, v, squares);
   }
-  float total = sum(squares);
+  float total = sum_of(squares);
   for (; i < count; i++) total += load_one(x + i) * load_one(x + i);
   return 1.f / __builtin_sqrtf(total / (float)count + eps);
 }

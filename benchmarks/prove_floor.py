@@ -20,7 +20,6 @@ from statistics import median
 from typing import Any
 
 import psutil
-import torch
 
 from benchmarks.common import write_result
 from benchmarks.prove_planning import model
@@ -30,6 +29,7 @@ from shoal.bench.limits import Limits, measure
 from shoal.bench.ours import Ours, Run, first_token_seconds
 from shoal.bench.workloads import NAMES, Workload, make
 from shoal.core.config import EngineConfig
+from shoal.kernels import set_threads
 from shoal.nn.arch import ModelConfig, read_config
 
 PROVES = ("shoal/kernels", "shoal/nn", "shoal/runtime", "shoal/sched", "shoal/kv", "shoal/bench", "CMakeLists.txt")
@@ -90,9 +90,9 @@ def run_rounds(rounds: int, found: Rounds, plain: Ours, quantised: Ours, cores: 
             found.runs["bf16"][name].append(plain.run(workload))
             found.runs["int8"][name].append(quantised.run(workload))
             if name in TWO_CORES and number < 3:
-                torch.set_num_threads(1)
+                set_threads(1)
                 found.runs["one core"][name].append(plain.run(workload))
-                torch.set_num_threads(cores)
+                set_threads(cores)
             if name == NEIGHBOUR and number < 3:
                 found.beside.append(beside_neighbour(plain, workload))
         found.limits.append(measure())

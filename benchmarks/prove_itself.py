@@ -32,6 +32,7 @@ from shoal.core.types import Request
 from shoal.engine import Engine
 from shoal.jobs.options import JobOptions
 from shoal.jobs.run import SOME_FAILED, run_job
+from shoal.kernels import set_threads
 from shoal.kv.tree import Node
 from shoal.sched.policy import Budget, Policy, Reach, View
 
@@ -339,7 +340,7 @@ def prove(sets: int, seed: int, model: str, settings: Sequence[Setting]) -> dict
             )  # fmt: skip
             told = ", ".join(f"{name} {value}" for name, value in runs[-1].items() if name != "different")
             print(f"{number}/{len(settings)}: {told}: {len(different)} of {len(made)} lines differ", flush=True)
-    torch.set_num_threads(threads)
+    set_threads(threads)
     failed = sum(isinstance(line, dict) for line in next(iter(expected.values())).values())
     return {
         "rows": len(made), "failed": failed, "longest": longest, "control": control, "runs": runs,

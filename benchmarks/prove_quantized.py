@@ -28,7 +28,7 @@ import transformers
 from torch import Tensor
 
 from benchmarks.common import ROOT, write_result
-from shoal.kernels import load
+from shoal.kernels import load, set_threads
 from shoal.kernels.api import Kernels
 from shoal.nn.arch import read_config
 from shoal.nn.calibrate import calibrate
@@ -100,7 +100,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--chats", type=int, default=CHATS)
     wanted = parser.parse_args()
-    torch.set_num_threads(1)
+    set_threads(1)
     steps = list(read_chats(wanted.chats))
     kernels, config = load("cpu"), read_config(EMBEDDED)
     began = time.perf_counter()

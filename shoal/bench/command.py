@@ -13,8 +13,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from shoal.bench import floor as floors
 from shoal.bench import machine, single, steps
 from shoal.bench.floor import ARITHMETIC
@@ -26,6 +24,7 @@ from shoal.bench.watch import Watch
 from shoal.bench.workloads import Workload, make
 from shoal.core.config import EngineConfig
 from shoal.core.errors import UsageError
+from shoal.kernels import set_threads
 from shoal.nn.arch import read_config
 from shoal.text.checkpoint import resolve_model, weight_mode
 
@@ -34,7 +33,7 @@ Record = dict[str, Any]
 
 def run_bench(options: BenchOptions) -> int:
     """Measure what is asked for; the exit code. Errors are ShoalErrors."""
-    torch.set_num_threads(options.cores)
+    set_threads(options.cores)
     limits = measure()
     record: Record = {"machine": machine.describe(), "limits": asdict(limits), "workloads": {}}
     print(_limits_line(limits, record["machine"]), flush=True)

@@ -6,10 +6,17 @@ import os
 
 import torch
 
+from shoal.kernels import _cpu
 from shoal.kernels.api import KV, WEIGHT_BITS, Batch, Draws, Heads, Kernels, Scores
 from shoal.kernels.ref import RefKernels
 
 __all__ = ["KV", "WEIGHT_BITS", "Batch", "Draws", "Heads", "Kernels", "Scores", "load"]
+
+
+def set_threads(threads: int) -> None:
+    """Let torch and the compiled kernels use so many CPU threads each; they are never at work at the same time."""
+    torch.set_num_threads(threads)
+    _cpu.set_threads(threads)
 
 
 def load(name: str, device: str = "cpu", threads: int | None = None) -> Kernels:
@@ -19,7 +26,7 @@ def load(name: str, device: str = "cpu", threads: int | None = None) -> Kernels:
     whole process; None leaves it alone.
     """
     if threads is not None:
-        torch.set_num_threads(threads)
+        set_threads(threads)
     on_cpu = torch.device(device).type == "cpu"
     if name == "ref" or (name == "auto" and not on_cpu):
         return RefKernels(torch.device(device))

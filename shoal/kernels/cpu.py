@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch  # before the extension, so that both use the OpenMP runtime that torch brings
+import torch
 from torch import Tensor
 
 from shoal.kernels import _cpu
@@ -90,6 +90,7 @@ class CpuKernels:
     def __init__(self, name: str, share: bool = True) -> None:
         """`share` off reads a shared run once for each of its rows: the control of the same bits."""
         self.device = torch.device("cpu")
+        _cpu.set_threads(torch.get_num_threads())
         self._table = _cpu.Table(name)
         self._share = share
 

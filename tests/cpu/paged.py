@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from shoal.kernels import Batch, RefKernels, _cpu
+from shoal.kernels import Batch, _cpu, set_threads
+from shoal.kernels.ref import RefKernels
 
 Piece = tuple[int, int, int]  # sequence, first position, end position
 
@@ -67,7 +68,7 @@ class Heads:
 
     @property
     def scale(self) -> float:
-        return self.width**-0.5
+        return float(self.width**-0.5)
 
 
 def make_sequences(heads: Heads, shapes: list[tuple[int, int, int, int]], seed: int = 0) -> list[Sequence]:
@@ -155,7 +156,7 @@ def run(name: str, heads: Heads, sequences: list[Sequence], layout: Layout) -> l
         _place(kernels, cache, table, sequences, [(n, 0, s.zero)])
     outs = [torch.empty_like(s.queries) for s in sequences]
     before = torch.get_num_threads()
-    torch.set_num_threads(layout.threads)
+    set_threads(layout.threads)
     try:
         for step in steps_of(sequences, layout):
             qkv = _place(kernels, cache, table, sequences, step)
@@ -163,7 +164,7 @@ def run(name: str, heads: Heads, sequences: list[Sequence], layout: Layout) -> l
             for (n, first, end), rows in zip(step, out.split([end - first for _, first, end in step]), strict=True):
                 outs[n][first - sequences[n].zero : end - sequences[n].zero] = rows
     finally:
-        torch.set_num_threads(before)
+        set_threads(before)
     return outs
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shoal.kernels import _cpu
+from shoal.kernels import _cpu, set_threads
 
 DTYPES = [torch.float32, torch.bfloat16]
 COLUMNS = st.one_of(st.integers(1, 200), st.sampled_from([255, 256, 257, 896, 1000, 2048, 2049, 4097]))
@@ -26,7 +26,7 @@ def table(request: pytest.FixtureRequest) -> _cpu.Table:
 def restored_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
-    torch.set_num_threads(before)
+    set_threads(before)
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -94,10 +94,10 @@ def test_a_norm_is_that_of_float64_rounded_once(
 @pytest.mark.parametrize("columns", [1, 15, 64, 100, 896, 2816])
 def test_a_norm_does_not_depend_on_company(table: _cpu.Table, columns: int, dtype: torch.dtype) -> None:
     x, weight = noise(150, columns, seed=3, dtype=dtype), noise(columns, seed=4)
-    torch.set_num_threads(1)
+    set_threads(1)
     whole = rms_norm(table, x, weight)
     for threads in (1, 2):
-        torch.set_num_threads(threads)
+        set_threads(threads)
         assert same_bits(rms_norm(table, x, weight), whole)
         for first, last in ((0, 1), (3, 20), (149, 150), (7, 150)):
             assert same_bits(rms_norm(table, x[first:last], weight), whole[first:last])
@@ -126,9 +126,9 @@ def test_a_residual_sum_is_rounded_once(dtype: torch.dtype, count: int, seed: in
 
 def test_a_residual_sum_does_not_depend_on_its_length(table: _cpu.Table) -> None:
     x, branch = noise(200_003, dtype=torch.bfloat16), noise(200_003, seed=1, dtype=torch.bfloat16)
-    torch.set_num_threads(1)
+    set_threads(1)
     whole = add(table, x, branch, 0.7)
-    torch.set_num_threads(2)
+    set_threads(2)
     assert same_bits(add(table, x, branch, 0.7), whole)
     for first, last in ((0, 1), (5, 33), (100_000, 200_003), (200_002, 200_003)):
         assert same_bits(add(table, x[first:last], branch[first:last], 0.7), whole[first:last])
@@ -161,7 +161,7 @@ def test_the_largest_of_many_rows_is_that_of_torch_with_any_number_of_threads(ta
     x = noise(9, columns, seed=columns)
     x[4] = -math.inf
     for threads in (1, 2):
-        torch.set_num_threads(threads)
+        set_threads(threads)
         index, value = largest(table, x)
         assert index == x.argmax(1).tolist()
         assert torch.equal(value, x.max(1).values)

@@ -12,7 +12,7 @@ from naive import generate, make_batch, spoil
 from small_models import save_model
 from torch import Tensor
 
-from shoal.kernels import KV, Batch, Heads, Kernels, load
+from shoal.kernels import KV, Batch, Heads, Kernels, load, set_threads
 from shoal.kernels.cpu import CpuKernels, instruction_sets
 from shoal.kernels.ref import RefKernels
 from shoal.nn.arch import read_config
@@ -26,9 +26,9 @@ SHAPES = [(256, 512), (704, 256), (64, 199), (172, 64), (100, 36), (1024, 3000)]
 @pytest.fixture(autouse=True)
 def restored_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    set_threads(1)
     yield
-    torch.set_num_threads(before)
+    set_threads(before)
 
 
 @pytest.fixture(params=["ref", *instruction_sets(), "no runs"])
@@ -45,10 +45,10 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 def same_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
     """Each row of the result is bit-equal in any company, at any place, with any number of threads."""
-    torch.set_num_threads(1)
+    set_threads(1)
     whole = function(x)
     for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
+        set_threads(threads)
         assert torch.equal(function(x), whole)
         for shift in (1, 13):
             assert torch.equal(function(x.roll(shift, 0)).roll(-shift, 0), whole)
@@ -224,13 +224,13 @@ def test_attention_does_not_depend_on_company_chunks_pages_or_threads(
         pages = Pages(kernels, MIX, group, dtype)
         pieces = pages.all_pieces()
         whole = pages.attend(pieces, window, 0.0)
-        torch.set_num_threads(2)
+        set_threads(2)
         assert all(map(torch.equal, pages.attend(pieces, window, 0.0), whole))
         backwards = pages.attend(pieces[::-1], window, 0.0)[::-1]
         assert all(map(torch.equal, backwards, whole))
         elsewhere = Pages(kernels, MIX, group, dtype, seed=1)
         assert all(map(torch.equal, elsewhere.attend(pieces, window, 0.0), whole))
-        torch.set_num_threads(1)
+        set_threads(1)
         for (n, start, end), expected in zip(pieces, whole, strict=True):
             assert torch.equal(pages.attend([(n, start, end)], window, 0.0)[0], expected)
             for cut in {(start + end) // 2, end - 1} - {start, end}:
@@ -257,7 +257,7 @@ def test_a_row_has_the_same_bits_in_any_company(name: str, dtype: str, kernels: 
     check(generate(decoder, prompts[::-1], 7, chunk=100, page_size=32, seed=5), (3, 2, 1, 0))
     check(generate(decoder, [prompts[2]], 7), (2,))
     check(generate(decoder, [prompts[1]], 7, chunk=1), (1,))
-    torch.set_num_threads(2)
+    set_threads(2)
     check(generate(decoder, prompts, 7, chunk=200))
 
 

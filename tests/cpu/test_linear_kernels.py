@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.kernels import _cpu
+from shoal.kernels import _cpu, set_threads
 
 SETS = _cpu.names()
 KINDS = ["fp32", "bf16", "int8", "int4", "int4_a16"]
@@ -58,11 +58,11 @@ class Layer:
         memory = torch.full((rows * self.outputs + 2 * GUARD,), 77.0, dtype=self.output_type)
         y = memory[GUARD : GUARD + rows * self.outputs]
         before = torch.get_num_threads()
-        torch.set_num_threads(threads)
+        set_threads(threads)
         try:
             self.call(x.data_ptr(), rows, 0 if residual is None else residual.data_ptr(), factor, y.data_ptr())
         finally:
-            torch.set_num_threads(before)
+            set_threads(before)
         assert bool((memory[:GUARD] == 77).all()) and bool((memory[len(memory) - GUARD :] == 77).all())
         return y.view(rows, self.outputs)
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from paged import Cache, Heads
 from torch import Tensor
 
-from shoal.kernels import RefKernels, _cpu
+from shoal.kernels import _cpu, set_threads
+from shoal.kernels.ref import RefKernels
 
 TYPES = [torch.float32, torch.bfloat16]
 NAMES = _cpu.names()
@@ -69,9 +70,9 @@ def test_keys_and_values_are_placed_as_the_specification_says(
     expected = [positioned(x, norm, kind == "whole", table, position) for x, norm in zip((q, k), norms, strict=True)]
     v = v.clone()
     cache = Cache(heads, PAGES, SIZE)
-    torch.set_num_threads(threads)
+    set_threads(threads)
     cache.place(_cpu.Table(name), qkv, position, slot, how)
-    torch.set_num_threads(1)
+    set_threads(1)
 
     keys, values = unpacked(cache)
     # A norm sums in another order, which may turn the last bit; the rotation may then double it.
@@ -98,12 +99,12 @@ def test_a_row_is_placed_with_the_same_bits_in_any_company(name: str, dtype: tor
     found = []
     for size, threads in ((96, 1), (96, 2), (1, 1), (17, 2)):
         cache, qkv = Cache(heads, PAGES, SIZE), rows.clone()
-        torch.set_num_threads(threads)
+        set_threads(threads)
         for part in torch.arange(96).split(size):
             some = qkv[part]
             cache.place(_cpu.Table(name), some, position[part], slot[part], how)
             qkv[part] = some
-        torch.set_num_threads(1)
+        set_threads(1)
         found.append((qkv, cache.keys.view(torch.uint8), cache.values.view(torch.uint8)))
     assert all(torch.equal(a, b) for other in found for a, b in zip(other, found[0], strict=True))
 
@@ -129,7 +130,7 @@ def test_moves_copy_the_first_tokens_in_order(
         for x in expected:
             x[dst, :tokens] = x[src, :tokens].clone()
     moves_M3 = torch.tensor(moves, dtype=torch.int64).view(-1, 3)
-    torch.set_num_threads(threads)
+    set_threads(threads)
     _cpu.Table(name).move(cache.pages, moves_M3.data_ptr(), len(moves))
-    torch.set_num_threads(1)
+    set_threads(1)
     assert all(torch.equal(x.flatten(0, 1), y) for x, y in zip(expected, unpacked(cache), strict=True))

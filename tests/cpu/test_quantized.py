@@ -17,7 +17,7 @@ from torch import Tensor
 from shoal.build import build_engine
 from shoal.core.config import EngineConfig
 from shoal.core.errors import ModelError
-from shoal.kernels import load
+from shoal.kernels import load, set_threads
 from shoal.kernels.api import Kernels, Mode
 from shoal.kernels.cpu import CpuKernels, instruction_sets
 from shoal.kernels.quantize import group_size, product, quantize, quantize_rows, weight_bytes
@@ -34,9 +34,9 @@ SHAPES = [(256, 512), (704, 256), (64, 199), (172, 64), (100, 36), (1024, 300), 
 @pytest.fixture(autouse=True)
 def restored_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    set_threads(1)
     yield
-    torch.set_num_threads(before)
+    set_threads(before)
 
 
 @pytest.fixture(params=["ref", *instruction_sets()])
@@ -165,10 +165,10 @@ def test_a_quantised_row_does_not_depend_on_company(kernels: Kernels, inputs: in
     x = noise(70, inputs, dtype=torch.bfloat16)
     x[11] *= 1000  # a large row must not change the scale of others
     for function in (lambda rows: kernels.linear(rows, packed), lambda rows: kernels.gated(rows, gate)):
-        torch.set_num_threads(1)
+        set_threads(1)
         whole = function(x)
         for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+            set_threads(threads)
             assert torch.equal(function(x), whole)
             assert torch.equal(function(x.roll(13, 0)).roll(-13, 0), whole)
             for first, last in ((0, 1), (5, 6), (3, 20), (11, 12), (69, 70), (7, 70)):
@@ -249,7 +249,7 @@ def test_folded_factors_change_no_answer_by_more_than_rounding(name: str, tmp_pa
     weights = load_weights(tmp_path, config, torch.bfloat16)
     rows = [[(7 * i * n) % 199 for i in range(n)] for n in (30, 70, 3)]
     folding = calibrate(config, weights, kernels, rows, "int4")
-    torch.set_num_threads(2)
+    set_threads(2)
     again = calibrate(config, weights, kernels, rows, "int4")
     for factors, same in ((folding.columns, again.columns), (folding.rows, again.rows), (folding.norms, again.norms)):
         assert factors.keys() == same.keys()

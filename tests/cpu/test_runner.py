@@ -20,7 +20,7 @@ from shoal.core.config import EngineConfig
 from shoal.core.errors import UsageError
 from shoal.core.types import PENDING, TOKEN, Answer, Finish, Move, Output, Request, Sampling, Slice, Start, Step
 from shoal.engine import Engine
-from shoal.kernels import load
+from shoal.kernels import load, set_threads
 from shoal.kernels.cpu import instruction_sets
 from shoal.nn.arch import read_config
 from shoal.nn.decoder import Decoder
@@ -55,9 +55,9 @@ class Thief(Policy):
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    set_threads(1)
     yield
-    torch.set_num_threads(before)
+    set_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from shoal.core.types import TOKEN, Request, Sampling, Start
-from shoal.kernels import load
+from shoal.kernels import load, set_threads
 from shoal.kernels.ref_sampling import exponential
 from shoal.nn.random import draw, philox
 from shoal.nn.sampler import Sampler, Samples
@@ -211,7 +211,7 @@ MIXED = [
 def run_mixed(order: list[int], groups: int, threads: int = 1, steps: int = 12) -> dict[int, list[Any]]:
     """Tokens and scores of every mixed row, sampled in `groups` calls a step, rows in the given order."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    set_threads(threads)
     sampler, story = started(MIXED, prompt=[3, 4, 9]), {i: [] for i in order}
     for step in range(steps):
         logits = noise(len(MIXED), seed=100 + step, spread=2.0)
@@ -220,7 +220,7 @@ def run_mixed(order: list[int], groups: int, threads: int = 1, steps: int = 12) 
             result = sampler.sample(logits[torch.tensor(part)], part)
             for ticket in part:
                 story[ticket].append((result.tokens[ticket], result.logprobs.get(ticket)))
-    torch.set_num_threads(before)
+    set_threads(before)
     return story
 
 
@@ -259,12 +259,12 @@ def test_reductions_have_the_same_bits_alone_and_in_company(vocab: int) -> None:
     logits = noise(7, 1, spread=4.0, vocab=vocab)
     together = score(KERNELS, logits, [5, 6, 7, 8, 9, 10, 11], 4)
     for threads in (1, 2):
-        torch.set_num_threads(threads)
+        set_threads(threads)
         for row in range(7):
             assert score(KERNELS, logits[row : row + 1], [5 + row], 4) == [together[row]]
             z = logits - logits.max()
             assert torch.equal(exponential(z)[row], exponential(z[row : row + 1])[0])
-    torch.set_num_threads(1)
+    set_threads(1)
 
 
 # -- scores -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shoal.kernels import Draws, load
+from shoal.kernels import Draws, load, set_threads
 from shoal.kernels.cpu import CpuKernels, instruction_sets
 from shoal.kernels.ref_sampling import exponential
 
@@ -24,7 +24,7 @@ SETS = [CpuKernels(name) for name in instruction_sets()]
 def restored_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
-    torch.set_num_threads(before)
+    set_threads(before)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -91,9 +91,9 @@ def test_a_draw_depends_on_its_row_alone() -> None:
     x = noise(40, 5003, seed=5) * 3
     draws = draws_of(x, [(0.8, 0, 1.0, 0.0), (0.8, 20, 0.9, 0.01)])
     for kernels in SETS:
-        torch.set_num_threads(1)
+        set_threads(1)
         expected = kernels.draw(x, draws)
-        torch.set_num_threads(2)
+        set_threads(2)
         assert torch.equal(kernels.draw(x, draws), expected)
         for which in (slice(0, 1), slice(7, 30), slice(79, 80), slice(0, 0)):
             assert torch.equal(kernels.draw(x, part_of(draws, which)), expected[which])
@@ -115,7 +115,7 @@ def same_scores(x: Tensor, rows: list[int], tokens: list[int], top: int) -> None
     expected = REF.score(x, *where, top)
     for kernels in SETS:
         for threads in (1, 2):
-            torch.set_num_threads(threads)
+            set_threads(threads)
             found = kernels.score(x, *where, top)
             for field in dataclasses.fields(expected):
                 assert torch.equal(getattr(found, field.name), getattr(expected, field.name)), (kernels.name, field)

@@ -9,6 +9,7 @@
 
 #include "kernels.h"
 #include "plan.h"
+#include "threads.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -124,6 +125,8 @@ void bind_attention(nb::module_ &m) {
 
 NB_MODULE(_cpu, m) {
   m.doc() = "Compiled kernels. Addresses and sizes are trusted: call them through shoal.kernels.cpu.";
+  m.def("set_threads", &set_team_size, "threads"_a, "How many threads a call may use, the caller's included.");
+  m.def("threads", &team_size);
   m.def("names", &names, "Instruction sets this machine can run, best first.");
   bind_linear(m);
   bind_attention(m);

@@ -2,6 +2,7 @@
 // Knows rows of float or bf16; must not know what they mean. Every sum over a row is folded in an order that depends on
 // the number of columns alone, and the last numbers of a row go through the same instructions as the others, padded.
 #include "ops.h"
+#include "threads.h"
 #include "vec.h"
 
 namespace shoal {
@@ -49,26 +50,24 @@ INLINE float sum_of_squares(const T *x, int64_t columns) {
 template <class T>
 void norm_rows(const T *x, const float *weight, T *y, int64_t rows, int64_t columns, float eps) {
   const int64_t whole = columns - columns % LANES;
-#pragma omp parallel for schedule(static) if (rows > 1 && rows * columns > WORTH)
-  for (int64_t row = 0; row < rows; row++) {
+  for_each(rows, rows * columns > WORTH, [&](int64_t row) {
     const T *from = x + row * columns;
     T *to = y + row * columns;
     const vf scale = splat(1.0f / __builtin_sqrtf(sum_of_squares(from, columns) / (float)columns + eps));
     for (int64_t i = 0; i < whole; i += LANES) store(to + i, load(from + i) * scale * load(weight + i));
     if (const int64_t rest = columns - whole)
       store_some(to + whole, load_some(from + whole, rest, 0) * scale * load_some(weight + whole, rest, 0), rest);
-  }
+  });
 }
 
 template <class T>
 void add_all(const T *x, const T *branch, float factor, T *y, int64_t count) {
   const vf times = splat(factor);
   const int64_t vectors = count / LANES, rest = count % LANES;
-#pragma omp parallel for schedule(static) if (count > WORTH)
-  for (int64_t v = 0; v < vectors; v++) {
+  for_each(vectors, count > WORTH, [&](int64_t v) {
     const int64_t i = v * LANES;
     store(y + i, fma(load(branch + i), times, load(x + i)));
-  }
+  });
   if (const int64_t i = vectors * LANES; rest)
     store_some(y + i, fma(load_some(branch + i, rest, 0), times, load_some(x + i, rest, 0)), rest);
 }
@@ -137,11 +136,10 @@ void add(const void *x, const void *branch, float factor, void *y, int64_t count
 }
 
 void largest(const float *x, int64_t *index, float *value, int64_t rows, int64_t columns) {
-#pragma omp parallel for schedule(static) if (rows > 1 && rows * columns > WORTH)
-  for (int64_t row = 0; row < rows; row++) {
+  for_each(rows, rows * columns > WORTH, [&](int64_t row) {
     index[row] = row_largest(x + row * columns, columns);
     value[row] = x[row * columns + index[row]];
-  }
+  });
 }
 
 }  // namespace SHOAL_SET

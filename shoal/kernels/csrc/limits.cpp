@@ -1,6 +1,7 @@
 // What the machine can do at most with the instructions that the kernels are made of: the measure of all of them.
 // Knows instructions and memory; must not know any kernel, nor time: the caller has the clock.
 #include "ops.h"
+#include "threads.h"
 #include "vec.h"
 
 namespace shoal {
@@ -41,11 +42,13 @@ struct Bytes {
   INLINE vi step(vi total, vu a, vu b) { return dot_bytes(total, a, b); }
 };
 
+// Rounds are cut into pieces, many for each thread, so that one that is held up for a while leaves them to others.
+constexpr int64_t PIECES = 32;
+
 template <class Product>
 double repeat(int64_t iterations) {
-  double operations = 0;
-#pragma omp parallel reduction(+ : operations)
-  {
+  const int64_t rounds = iterations / PIECES + 1, pieces = PIECES * team_size();
+  for_each(pieces, true, [&](int64_t) {
     typename Product::Sum total[SUMS];
 #pragma GCC unroll 16
     for (int i = 0; i < SUMS; i++) {
@@ -53,16 +56,15 @@ double repeat(int64_t iterations) {
       unknown(total[i]);  // or the compiler would see that all sums are one
     }
     vu a = splat_bits(0x3f803f80u), b = splat_bits(0x3f803f80u);
-    for (int64_t n = 0; n < iterations; n++) {
+    for (int64_t n = 0; n < rounds; n++) {
       unknown(a), unknown(b);
 #pragma GCC unroll 16
       for (int i = 0; i < SUMS; i++) total[i] = Product::step(total[i], a, b);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < SUMS; i++) unknown(total[i]);
-    operations += (double)iterations * SUMS * Product::OPERATIONS;
-  }
-  return operations;
+  });
+  return (double)(rounds * pieces) * SUMS * Product::OPERATIONS;
 }
 
 }  // namespace
@@ -73,21 +75,19 @@ double peak(Kind kind, int64_t iterations) {
 }
 
 double read(const void *memory, int64_t bytes) {
-  constexpr int64_t STEP = 4 * sizeof(vu);
-  const int64_t steps = bytes / STEP;
-#pragma omp parallel
-  {
+  constexpr int64_t STEP = 4 * sizeof(vu), PIECE = 1 << 20;
+  const int64_t pieces = bytes / PIECE;
+  for_each(pieces, true, [&](int64_t piece) {
+    const char *p = (const char *)memory + piece * PIECE;
     vu seen[4] = {};
-#pragma omp for schedule(static) nowait
-    for (int64_t n = 0; n < steps; n++) {
-      const char *p = (const char *)memory + n * STEP;
+    for (int64_t n = 0; n < PIECE / STEP; n++, p += STEP) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) seen[i] |= load_bits(p + i * sizeof(vu));
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) unknown(seen[i]);
-  }
-  return (double)(steps * STEP);
+  });
+  return (double)(pieces * PIECE);
 }
 
 }  // namespace SHOAL_SET

@@ -3,9 +3,8 @@
 //
 // A row's bits depend on that row alone. Rows are cut into tiles and blocks by their number, but every tile does the
 // same for each of its rows, and the inputs are never divided among threads.
-#include <omp.h>
-
 #include "ops.h"
+#include "threads.h"
 #include "tiles.h"
 
 namespace shoal {
@@ -321,15 +320,16 @@ void Layer::all() {
   if (serial)
     for (int64_t t = 0; t < tiles; t++) prepare(t, memory + shared_bytes() + sums_bytes);
   Queue queue = {0, blocks * panels};
-#pragma omp parallel if (!tiny)
-  {
-    char *own = omp_get_thread_num() == 0 ? memory + shared_bytes() : (char *)scratch(own_bytes());
-    if (!serial) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t t = 0; t < tiles; t++) prepare(t, own + sums_bytes);
-    }
-    run(queue, omp_get_num_threads(), own);
+  // The others have a memory of their own, and this thread's has the shared part before it.
+  const auto own = [&](bool here) { return here ? memory + shared_bytes() : (char *)scratch(own_bytes()); };
+  if (!serial) {
+    int64_t next = 0;
+    together(true, [&](bool here) {
+      char *spare = own(here) + sums_bytes;
+      for (int64_t t; (t = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tiles;) prepare(t, spare);
+    });
   }
+  together(!tiny, [&](bool here) { run(queue, tiny ? 1 : team_size(), own(here)); });
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 //   int4_a16 [k / 8][32][2] uint16: of inputs 2j and 2j + 1 of the eight, nibble j
 // k is rounded up, and what is not there is zero.
 #include "ops.h"
+#include "threads.h"
 #include "rows.h"
 
 namespace shoal {
@@ -51,8 +52,7 @@ int64_t packed_bytes(Kind kind, int64_t n, int64_t k) {
 void pack(Kind kind, const void *weight, void *panels, int64_t n, int64_t k) {
   const Shape shape = shape_of(kind);
   const int64_t words = up(k, shape.per_word), row_bytes = k * shape.input_size;
-#pragma omp parallel for schedule(static)
-  for (int64_t half = 0; half < up(n, PANEL) * 2; half++) {
+  for_each(up(n, PANEL) * 2, true, [&](int64_t half) {
     uint32_t *out = (uint32_t *)panels + (half / 2 * words * 2 + half % 2) * LANES;
     const char *rows = (const char *)weight + half * LANES * row_bytes;
     for (int64_t first = 0; first < words; first += LANES) {
@@ -66,7 +66,7 @@ void pack(Kind kind, const void *weight, void *panels, int64_t n, int64_t k) {
       transpose(v);
       for (int64_t i = 0; i < LANES && first + i < words; i++) store_bits(out + (first + i) * PANEL, v[i]);
     }
-  }
+  });
 }
 
 }  // namespace SHOAL_SET

@@ -9,6 +9,7 @@
 //
 // Keys beyond the width are zeros. Values beyond it are whatever they are, and end in numbers that nobody reads.
 #include "ops.h"
+#include "threads.h"
 #include "vec.h"
 
 namespace shoal {
@@ -101,8 +102,7 @@ void place_all(T *qkv, const Kernels::Heads &how, const Pages &pages, const int6
                int64_t tokens) {
   const int64_t width = pages.width, padded = (width + PANEL - 1) / PANEL * PANEL, heads = pages.kv_heads;
   const int64_t block = pages.page_size * padded, row = (how.query_heads + 2 * heads) * width;
-#pragma omp parallel for schedule(static) if (tokens > 1 && tokens * row > WORTH_THREADS)
-  for (int64_t t = 0; t < tokens; t++) {
+  for_each(tokens, tokens * row > WORTH_THREADS, [&](int64_t t) {
     T *query = qkv + t * row, *key = query + how.query_heads * width, *value = key + heads * width;
     prepare(query, how.query_heads, width, how, how.query_norm, position[t]);
     prepare(key, heads, width, how, how.key_norm, position[t]);
@@ -112,7 +112,7 @@ void place_all(T *qkv, const Kernels::Heads &how, const Pages &pages, const int6
       store_key(key + h * width, (T *)pages.keys + first + h * block, lane, width, padded);
       store_value(value + h * width, (T *)pages.values + first + h * block, lane, width);
     }
-  }
+  });
 }
 
 // The first `count` positions of a unit of keys.
@@ -138,8 +138,7 @@ template <class T>
 void move_all(const Pages &pages, const int64_t *moves, int64_t count) {
   const int64_t padded = (pages.width + PANEL - 1) / PANEL * PANEL, block = pages.page_size * padded;
   T *const keys = (T *)pages.keys, *const values = (T *)pages.values;
-#pragma omp parallel for schedule(static) if (pages.kv_heads > 1 && count * block * pages.kv_heads > WORTH_THREADS)
-  for (int64_t h = 0; h < pages.kv_heads; h++)
+  for_each(pages.kv_heads, count * block * pages.kv_heads > WORTH_THREADS, [&](int64_t h) {
     for (int64_t i = 0; i < count; i++) {
       const int64_t from = (moves[3 * i] * pages.kv_heads + h) * block, tokens = moves[3 * i + 2];
       const int64_t to = (moves[3 * i + 1] * pages.kv_heads + h) * block;
@@ -150,6 +149,7 @@ void move_all(const Pages &pages, const int64_t *moves, int64_t count) {
       copy_keys(keys + from + whole, keys + to + whole, tokens % UNIT, padded);
       copy_values(values + from + whole, values + to + whole, tokens % UNIT, padded);
     }
+  });
 }
 
 }  // namespace

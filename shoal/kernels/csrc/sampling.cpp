@@ -6,6 +6,7 @@
 // instruction sets and torch (kernels/ref_sampling.py) agree on every bit.
 // All of it works on single registers (`part`), as a row is to be read at memory speed by every instruction set.
 #include "ops.h"
+#include "threads.h"
 #include "vec.h"
 
 namespace shoal {
@@ -344,13 +345,15 @@ void score_one(const float *x, int64_t columns, const Scores &scores, int64_t s)
 }  // namespace
 
 void draw(const float *x, int64_t columns, const Draws &draws, int64_t *token) {
-#pragma omp parallel for schedule(dynamic) if (draws.count > 1 && draws.count * columns > BLOCK)
-  for (int64_t i = 0; i < draws.count; i++) token[i] = draw_one(x, columns, draws, i);
+  for_each(draws.count, draws.count * columns > BLOCK, [&](int64_t i) {
+    token[i] = draw_one(x, columns, draws, i);
+  });
 }
 
 void score(const float *x, int64_t columns, const Scores &scores) {
-#pragma omp parallel for schedule(dynamic) if (scores.count > 1 && scores.count * columns > BLOCK)
-  for (int64_t i = 0; i < scores.count; i++) score_one(x, columns, scores, i);
+  for_each(scores.count, scores.count * columns > BLOCK, [&](int64_t i) {
+    score_one(x, columns, scores, i);
+  });
 }
 
 }  // namespace SHOAL_SET

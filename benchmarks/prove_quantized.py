@@ -79,7 +79,8 @@ class Tally:
     widest: float = 0.0  # fp32's lead where both choose differently
     same: int = 0
     positions: int = 0
-    surprise: float = 0.0
+    surprise: float = 0.0  # nats
+    divergence: float = 0.0  # nats from fp32's probabilities: unlike a perplexity, it is never less by luck
 
     def add(self, truth: Tensor, found: Tensor) -> None:
         """The logits of some positions."""
@@ -112,13 +113,7 @@ def main() -> int:
         decoder = open_decoder(mode, kernels, chats if mode != name else [])
         results[name] = measure(expected, decoder, steps) | {"bytes": model_bytes(config, mode)}
         results[name]["more_perplexity"] = results[name]["perplexity"] / results["fp32"]["perplexity"] - 1
-        print(
-            "{name}: relative error {relative_error:.4f}, same token {same_token:.2%}, perplexity {perplexity:.4f} "
-            "({more_perplexity:+.2%}), largest error {largest_error:.3f}, widest lead lost {widest_lead_lost:.3f}, "
-            "{bytes} bytes; of all positions: relative error {everywhere[relative_error]:.4f}, same token "
-            "{everywhere[same_token]:.2%}".format(name=name, **results[name]),
-            flush=True,
-        )
+        print(f"{name}: {describe(results[name])}", flush=True)
     results["transformers in bf16"] = control = measure(expected, Judge(), steps)
     print(f"control, transformers in bf16: relative error {control['relative_error']:.4f}", flush=True)
     good = judge(results)
@@ -127,6 +122,16 @@ def main() -> int:
         write_result("quantized", data, SEED)
     print(f"{'shown' if good else 'NOT SHOWN'}, {time.perf_counter() - began:.0f} s")
     return 0 if good else 1
+
+
+def describe(found: dict[str, Any]) -> str:
+    """A result as a line."""
+    return (
+        "relative error {relative_error:.4f}, same token {same_token:.2%}, perplexity {perplexity:.4f} "
+        "({more_perplexity:+.2%}), divergence {divergence_nats:.5f} nats, largest error {largest_error:.3f}, "
+        "widest lead lost {widest_lead_lost:.3f}, {bytes} bytes; of all positions: relative error "
+        "{everywhere[relative_error]:.4f}, same token {everywhere[same_token]:.2%}".format(**found)
+    )
 
 
 def open_decoder(name: str, kernels: Kernels, chats: list[list[int]]) -> Decoder:
@@ -211,11 +216,14 @@ def measure(expected: Decoder, decoder: Decoder | Judge, steps: list[list[Row]])
         truth, found = truth[places], found[places]
         answers.add(truth, found)
         chosen = torch.tensor([token for row in rows for token in row.ids[row.first :]])
-        answers.surprise -= float(found.double().log_softmax(1).gather(1, chosen[:, None]).sum())
+        scores, wanted = found.double().log_softmax(1), truth.double().log_softmax(1)
+        answers.surprise -= float(scores.gather(1, chosen[:, None]).sum())
+        answers.divergence += float((wanted.exp() * (wanted - scores)).sum())
     return {
         "relative_error": math.sqrt(answers.error / answers.size),
         "same_token": answers.same / answers.positions,
         "perplexity": math.exp(answers.surprise / answers.positions),
+        "divergence_nats": answers.divergence / answers.positions,
         "largest_error": answers.largest,
         "widest_lead_lost": answers.widest,
         "positions": answers.positions,

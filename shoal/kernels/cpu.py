@@ -283,9 +283,13 @@ class CpuKernels:
 def _alternating(both_2FK: Tensor) -> Tensor:
     """Panels of the first half and of the second in turn; both are filled up with zeros to whole panels."""
     half, columns = len(both_2FK) // 2, both_2FK.shape[1]
-    filled = torch.zeros((2, half + -half % PANEL, columns), dtype=both_2FK.dtype)
-    filled[:, :half] = both_2FK.view(2, half, columns)
-    return filled.view(2, -1, PANEL, columns).transpose(0, 1).reshape(-1, columns)
+    panels = torch.empty((half + -half % PANEL) // PANEL, 2, PANEL, columns, dtype=both_2FK.dtype)
+    for side in range(2):
+        part = both_2FK[side * half : (side + 1) * half]
+        if half % PANEL:
+            part = torch.nn.functional.pad(part, (0, 0, 0, -half % PANEL))
+        panels[:, side] = part.view(-1, PANEL, columns)
+    return panels.view(-1, columns)
 
 
 def _scales(weight: Quantized) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,7 @@ def _round_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     weight = weight_NK.float()
     peak_N1 = weight.abs().amax(dim=1, keepdim=True)
     _check_finite(peak_N1)
-    scale = _no_zeros(peak_N1 / LEVELS)
+    scale = _no_zeros(_over(peak_N1, LEVELS))
     values = (weight / scale).round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
     return values, scale, scale
 
@@ -88,7 +88,7 @@ def _round_int4(weight_NK: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     filled = torch.nn.functional.pad(weight_NK.float(), (0, -inputs % group)).unflatten(1, (-1, group))
     low_NC1, high_NC1 = filled.amin(dim=2, keepdim=True).clamp_(max=0), filled.amax(dim=2, keepdim=True).clamp_(min=0)
     _check_finite(high_NC1 - low_NC1)
-    scale = _no_zeros((high_NC1 - low_NC1) / NIBBLE).bfloat16()
+    scale = _no_zeros(_over(high_NC1 - low_NC1, NIBBLE)).bfloat16()
     step = scale.float()
     zero = (-low_NC1 / step).round_().clamp_(0, NIBBLE)
     values = (filled / step).round_().add_(zero).clamp_(0, NIBBLE).to(torch.int8).view(torch.uint8)
@@ -98,6 +98,11 @@ def _round_int4(weight_NK: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
 def _check_finite(peak: Tensor) -> None:
     if not bool(torch.isfinite(peak).all()):
         raise ValueError("the weight has numbers that are not finite")
+
+
+def _over(x: Tensor, number: int) -> Tensor:
+    """x / number, rounded once: where one side is a plain number, torch may multiply by an inverse instead."""
+    return x / torch.full_like(x, number)
 
 
 def _no_zeros(scale: Tensor) -> Tensor:
@@ -114,10 +119,9 @@ def quantize_rows(x_TK: Tensor, group: int) -> tuple[Tensor, Tensor]:
     x = x_TK.float()
     grouped = torch.nn.functional.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
     peak_TC1 = grouped.abs().amax(dim=2, keepdim=True)
-    levels = torch.full_like(peak_TC1, LEVELS)  # a number over a tensor would be rounded twice
-    inverse = torch.where(peak_TC1 < TINY, 0.0, levels / peak_TC1)
+    inverse = torch.where(peak_TC1 < TINY, 0.0, torch.full_like(peak_TC1, LEVELS) / peak_TC1)
     numbers = (grouped * inverse).round_().nan_to_num_(0.0)
-    scale_TC1 = torch.where(torch.isfinite(peak_TC1), peak_TC1 / levels, torch.nan)
+    scale_TC1 = torch.where(torch.isfinite(peak_TC1), _over(peak_TC1, LEVELS), torch.nan)
     return numbers, scale_TC1[..., 0]
 
 

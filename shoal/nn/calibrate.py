@@ -133,6 +133,7 @@ class _Chosen:
     def _search(self, x_TK: Tensor, *names: str, heads: tuple[int, int, int] | None = None) -> Tensor:
         """The factors, float32 [K], with which the layers' outputs are nearest to the plain ones; noted for `names`.
 
+        Errors are relative to each row's own size: a few rows, such as the first of a text, are often far larger.
         With `heads` (key/value heads, queries for each, width), queries of one key/value head have the same factors.
         """
         mean_K = x_TK.double().abs().mean(0)
@@ -141,12 +142,13 @@ class _Chosen:
         x = x_TK[:: -(-len(x_TK) // JUDGED)].contiguous()
         weight = torch.cat([self.weights.take(f"{name}.weight") for name in names]).to(self.kernels.device)
         truth = self.kernels.logits(x, self.kernels.pack(weight))
+        size_T = truth.double().square().sum(1).clamp(min=1e-30)
         best, least = torch.ones(x.shape[1]), float("inf")
         for power in POWERS:
             factors = _factors(mean_K, power)
             packed = self.kernels.pack(weight.float() * factors, None, self.mode)
             found = self.kernels.logits((x.float() / factors).to(x.dtype), packed)
-            error = float((found - truth).double().square().sum())
+            error = float(((found - truth).double().square().sum(1) / size_T).sum())
             if error < least:
                 best, least = factors, error
         for name in names:

@@ -11,7 +11,7 @@ TESTS ?= tests
 # One thread for each worker, one worker for each core.
 WORKERS ?= auto
 
-.PHONY: run test check bench prove gpu clean
+.PHONY: run test check bench prove gpu sanitize clean
 
 run: $(VENV)/.installed
 	@mkdir -p $(DEMO)
@@ -36,6 +36,24 @@ gpu: $(VENV)/.installed-dev
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
 	then $(BIN)/python -m pytest tests/cuda -q -rs; \
 	else echo "No CUDA card that torch can use: tests/cuda skipped."; fi
+
+# The compiled kernels once more, with every address checked (build/sanitize), under their own tests.
+CHECKED := build/sanitize
+ASAN = $(shell $(CXX) -print-file-name=libasan.so)
+sanitize: $(VENV)/.installed-dev
+	@if test -f "$(ASAN)"; then $(MAKE) --no-print-directory $(CHECKED)/.built checked-tests; \
+	else echo "No libasan beside $(CXX): the kernels' addresses are not checked."; fi
+
+$(CHECKED)/.built: $(BUILT)
+	$(PIP) . --no-deps --upgrade --target $(CHECKED) -C build-dir=$(CHECKED)/cmake -C cmake.build-type=RelWithDebInfo \
+	  -C cmake.define.SHOAL_SANITIZE=ON
+	touch $@
+
+.PHONY: checked-tests
+checked-tests:
+	SHOAL_CHECKED=$$(echo $(CHECKED)/shoal/kernels/_cpu*.so) OMP_NUM_THREADS=1 GOMP_SPINCOUNT=5000 \
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(ASAN) $$($(CXX) -print-file-name=libstdc++.so)" \
+	$(BIN)/python -m pytest -p tools.checked_extension tests/cpu/test_*_kernels.py -q -n $(WORKERS)
 
 $(VENV)/.installed: $(BUILT)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

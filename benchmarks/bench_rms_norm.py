@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.common import write_result
+from shoal.kernels import set_threads
 from shoal.kernels.cpu import CpuKernels, instruction_sets
 
 ROWS, COLUMNS, EPS = 256, 896, 1e-6  # a step of decodes of a half-billion model: stays in the caches
@@ -46,7 +47,7 @@ def seconds(norm: Norm, x: torch.Tensor, weight: torch.Tensor) -> float:
 
 def main() -> None:
     """Measure all of them in turn, on one thread."""
-    torch.set_num_threads(1)
+    set_threads(1)
     generator = torch.Generator().manual_seed(0)
     result: dict[str, dict[str, float]] = {}
     for dtype in (torch.float32, torch.bfloat16):

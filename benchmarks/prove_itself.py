@@ -32,6 +32,7 @@ from shoal.core.types import Request
 from shoal.engine import Engine
 from shoal.jobs.options import JobOptions
 from shoal.jobs.run import SOME_FAILED, run_job
+from shoal.kernels import set_threads
 from shoal.kv.tree import Node
 from shoal.sched.policy import Budget, Policy, Reach, View
 
@@ -119,7 +120,7 @@ FACTORS: Mapping[str, Sequence[Any]] = {
     "reuse": (True, False),
     "threads": (1, 2),
     "block": (16, 32),
-    "weights": ("bf16", "fp32"),
+    "weights": ("bf16", "fp32", "int8", "int4", "int4-a16"),
 }
 """What must not change a line, the weights apart."""
 
@@ -339,7 +340,7 @@ def prove(sets: int, seed: int, model: str, settings: Sequence[Setting]) -> dict
             )  # fmt: skip
             told = ", ".join(f"{name} {value}" for name, value in runs[-1].items() if name != "different")
             print(f"{number}/{len(settings)}: {told}: {len(different)} of {len(made)} lines differ", flush=True)
-    torch.set_num_threads(threads)
+    set_threads(threads)
     failed = sum(isinstance(line, dict) for line in next(iter(expected.values())).values())
     return {
         "rows": len(made), "failed": failed, "longest": longest, "control": control, "runs": runs,

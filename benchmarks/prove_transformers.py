@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from benchmarks.common import ROOT, SHARED, write_result
-from shoal.kernels import load
+from shoal.kernels import load, set_threads
 from shoal.nn.arch import read_config
 from shoal.nn.decoder import Decoder
 from shoal.nn.weights import load_weights
@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--only", nargs="*", default=[])
     wanted = parser.parse_args()
-    torch.set_num_threads(1)
+    set_threads(1)
     results: dict[str, dict[str, Any]] = {}
     for name in CONFIGS:
         if not wanted.only or name in wanted.only:
@@ -110,7 +110,7 @@ def published_stories() -> dict[str, Any]:
 def open_decoder(folder: Path, context: int | None = None) -> Decoder:
     """Our model of a folder."""
     config = read_config(folder, context)
-    return Decoder(config, load_weights(folder, config), load("ref"))
+    return Decoder(config, load_weights(folder, config), load("auto"))
 
 
 def compare(name: str, decoder: Decoder, model: Any, prompts: list[list[int]]) -> dict[str, Any]:

@@ -34,12 +34,19 @@ def words_only_model(folder: Path, context: int = 32768) -> Path:
 def gsm8k(shots: int = 8) -> list[str]:
     """The 1,319 test questions behind one prefix of worked examples."""
 
-    def rows(name: str) -> list[dict[str, str]]:
-        with gzip.open(PROMPTS / "gsm8k" / name, "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+    examples = _gsm8k("train.jsonl.gz")[:shots]
+    head = "".join(f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in examples)
+    return [f"{head}Question: {r['question']}\nAnswer:" for r in _gsm8k("test.jsonl.gz")]
 
-    head = "".join(f"Question: {r['question']}\nAnswer: {r['answer']}\n\n" for r in rows("train.jsonl.gz")[:shots])
-    return [f"{head}Question: {r['question']}\nAnswer:" for r in rows("test.jsonl.gz")]
+
+def gsm8k_answers() -> list[str]:
+    """What the data set itself answers to those questions, step by step."""
+    return [f" {r['answer']}" for r in _gsm8k("test.jsonl.gz")]
+
+
+def _gsm8k(name: str) -> list[dict[str, str]]:
+    with gzip.open(PROMPTS / "gsm8k" / name, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def bbh() -> list[str]:

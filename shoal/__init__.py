@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from shoal.jobs.call import run
     from shoal.llm import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["LLM", "CompletionOutput", "EngineConfig", "Logprob", "RequestOutput", "SamplingParams", "ShoalError", "run"]
 

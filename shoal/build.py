@@ -6,7 +6,6 @@ It must not decide anything while the engine runs.
 from __future__ import annotations
 
 import importlib
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from shoal import kernels as backends
 from shoal.core.config import EngineConfig
 from shoal.core.errors import UsageError
 from shoal.engine import Engine
+from shoal.kernels import Kernels
 from shoal.nn.arch import ModelConfig, read_config
 from shoal.nn.decoder import Decoder
-from shoal.nn.weights import DTYPES, expected_shapes, load_weights
+from shoal.nn.weights import MODES, load_weights, model_bytes
 from shoal.runtime.memory import MemoryPlan, available_bytes, plan_memory
 from shoal.runtime.runner import ModelRunner
 from shoal.sched.policies.batch import BatchPolicy
@@ -61,6 +61,7 @@ class BuiltEngine:
     engine: Engine
     facts: EngineFacts
     runner: ModelRunner
+    kernels: Kernels
 
     def close(self) -> None:
         """Wait for the step in flight and end the kernels' thread."""
@@ -74,25 +75,21 @@ def build_engine(config: EngineConfig, useful_tokens: int | None = None) -> Buil
     says what is wrong with the checkpoint, the device or the memory.
     """
     began = time.monotonic()
-    device = _device(config.device)
     folder = resolve_model(config.model)
     model = read_config(folder, config.context)
     mode = weight_mode(config.weights, folder)
-    memory = _memory(config, model, mode, device, useful_tokens)
-    name = "ref" if config.kernels == "auto" else config.kernels
-    try:
-        kernels = backends.load(name, config.device, config.threads)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    decoder = Decoder(model, load_weights(folder, model, DTYPES[mode]), kernels)
-    runner = ModelRunner(decoder, kernels, decoder.new_kv(memory.num_blocks, config.block_size), model.vocab_size)
+    kernels = _load_kernels(config)
+    memory = _memory(config, model, mode, kernels, useful_tokens)
+    decoder = Decoder(model, load_weights(folder, model, *MODES[mode]), kernels)
+    kv = decoder.new_kv(memory.num_blocks, config.block_size)
+    runner = ModelRunner(decoder, kernels, kv, model.vocab_size)
     scheduler = Scheduler(make_policy(config), memory.num_blocks, config.block_size, config.reuse)
     facts = EngineFacts(
         folder=folder, architecture=model.architecture, context=model.context, vocab_size=model.vocab_size,
-        weights=mode, kernels=name, device=config.device, threads=torch.get_num_threads(),
+        weights=mode, kernels=kernels.name, device=config.device, threads=torch.get_num_threads(),
         block_size=config.block_size, memory=memory, load_seconds=time.monotonic() - began,
     )  # fmt: skip
-    return BuiltEngine(Engine(scheduler, runner, WallClock(), int(config.overlap)), facts, runner)
+    return BuiltEngine(Engine(scheduler, runner, WallClock(), int(config.overlap)), facts, runner, kernels)
 
 
 def make_policy(config: EngineConfig) -> Policy:
@@ -110,23 +107,31 @@ def make_policy(config: EngineConfig) -> Policy:
     return found(limit)
 
 
-def _device(name: str) -> torch.device:
+def _load_kernels(config: EngineConfig) -> Kernels:
+    _check_device(config.device)
+    try:
+        kernels = backends.load(config.kernels, config.device, config.threads)
+        kernels.new_kv(1, 1, config.block_size, 1, 1, torch.float32)  # refuses a page size it cannot have
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return kernels
+
+
+def _check_device(name: str) -> None:
     device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UsageError(f"device {name} is not there: torch sees {torch.cuda.device_count()} such devices; use cpu")
-    return device
 
 
 def _memory(
-    config: EngineConfig, model: ModelConfig, mode: str, device: torch.device, useful_tokens: int | None
+    config: EngineConfig, model: ModelConfig, mode: str, kernels: Kernels, useful_tokens: int | None
 ) -> MemoryPlan:
-    size = DTYPES[mode].itemsize
-    weights = size * sum(math.prod(shape) for shape in expected_shapes(model).values())
-    block = 2 * model.num_layers * config.block_size * model.num_kv_heads * model.head_dim * size
+    dtype, _ = MODES[mode]
+    block = model.num_layers * kernels.kv_bytes(config.block_size, model.num_kv_heads, model.head_dim, dtype)
     useful = useful_tokens if useful_tokens is not None else config.max_sequences * model.context
     return plan_memory(
-        available=available_bytes(device),
-        weights=weights,
+        available=available_bytes(kernels.device),
+        weights=model_bytes(model, mode),
         block=block,
         asked=config.memory_bytes,
         useful_blocks=-(-useful // config.block_size) + config.max_sequences,  # a row's last block is seldom full

@@ -63,7 +63,7 @@ OrderFlag = Annotated[Order, typer.Option(help="plan: share most; input: as the 
 Memory = Annotated[str | None, typer.Option(help="Memory for keys and values: 2GB, 512MiB. Without it, what is free.")]
 StepTokens = Annotated[int | None, typer.Option(help="Most tokens in one step of the model.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
-Weights = Annotated[str, typer.Option(help="Numbers of the weights: fp32, bf16; auto takes the checkpoint's.")]
+Weights = Annotated[str, typer.Option(help="Weights: fp32, bf16, int8, int4, int4-a16; auto: as the checkpoint.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the model. Without it, one for each core.")]
 Seed = Annotated[int, typer.Option(help="Decides the seed of rows that bring none.")]
 MaxFailures = Annotated[str | None, typer.Option(help="End the job after so many failed lines: 100 or 1%.")]
@@ -175,6 +175,43 @@ def report(
         else:
             print_report(found, Console())
         raise typer.Exit(1 if found.problems() else 0)
+
+
+@app.command()
+def bench(
+    what: Annotated[list[str] | None, typer.Argument(help="W1 W2 W3 W4, or kernels; all workloads without it.")] = None,
+    model: Model = "",
+    weights: Weights = "auto",
+    scale: Annotated[float, typer.Option(help="Share of each workload's rows.")] = 1.0,
+    threads: Threads = None,
+    runs: Annotated[int, typer.Option(help="Timed runs of each workload; the median counts.")] = 5,
+    json: Annotated[Path | None, typer.Option(help="Write all numbers here.")] = None,
+    peer: Annotated[str, typer.Option(help="Alternate with vllm,openvino,llamacpp, where they are installed.")] = "",
+    peer_arguments: Annotated[str, typer.Option(help="More words for the peers' runners.")] = "",
+    memory: Memory = None,
+    step_tokens: StepTokens = None,
+) -> None:
+    """Measure this machine and the engine on it, against its limits and against other engines."""
+    from shoal.bench.options import BenchOptions  # here, so that other commands need not load what this one needs
+
+    with exit_codes():
+        options = BenchOptions(
+            what=tuple(what or ()),
+            model=model,
+            weights=weights,
+            scale=scale,
+            threads=threads,
+            runs=runs,
+            json=json,
+            peers=tuple(filter(None, peer.split(","))),
+            peer_arguments=peer_arguments,
+            memory=None if memory is None else parse_bytes(memory),
+            step_tokens=step_tokens,
+        )
+        options.settle_environment()  # before torch is loaded
+        from shoal.bench.command import run_bench
+
+        raise typer.Exit(run_bench(options))
 
 
 def show_version(wanted: bool) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 
 from shoal.core.errors import UsageError
 
-WEIGHTS = ("auto", "fp32", "bf16")
+WEIGHTS = ("auto", "fp32", "bf16", "int8", "int4", "int4-a16")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,), "int": (int,), "bool": (bool,), "int | None": (int, type(None)),
@@ -25,7 +25,9 @@ class EngineConfig:
 
     model: str = ""  # folder or hub id; empty is the embedded model, so that the first command works
     device: str = "cpu"  # "cpu", "cuda" or "cuda:N"; cpu because every machine has one
-    weights: str = "auto"  # arithmetic: fp32, bf16; auto takes the checkpoint's own 16-bit type as bf16, else fp32
+    weights: str = (
+        "auto"  # one of WEIGHTS; auto takes a 16-bit checkpoint as bf16, others as fp32: never quantised unasked
+    )
     kernels: str = "auto"  # backend of tensor functions; auto takes the fastest that the device has
     threads: int | None = None  # of the kernels; None takes OMP_NUM_THREADS or the number of cores
     block_size: int = 32  # tokens in a KV block: small enough to share, large enough to read in a row; divides 256

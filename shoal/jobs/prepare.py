@@ -137,7 +137,7 @@ def _manifest(
             "created": created(),
         },
         weight_mode=weight_mode(options.weights, folder),
-        instruction_set=f"{options.device} {instruction_set()}",
+        instruction_set=f"{options.device} {os.environ.get('SHOAL_ISA') or instruction_set()}",
         versions={"shoal": __version__, **{name: version(name) for name in LIBRARIES}},
         layout={"order": options.order.value, "one_file": options.one_file},
     )

@@ -7,13 +7,13 @@ D model width, H query heads, G key/value heads, E head width, F half of the rot
 
 Every backend is **batch-invariant**: the bits of a token's result depend on that token and its context alone, never on
 the other tokens of the step, on how the prompt was cut into steps, on which pages it lives in, or on the number of
-threads. tests/cpu/test_kernels_ref.py states this as tests.
+threads. tests/cpu/test_kernels.py states this as tests.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,53 @@ class Batch:
     out_R: Tensor  # int64, indices into T of the positions whose hidden state is needed
 
 
+Activation = Literal["silu", "gelu"]
+
+Mode = Literal["plain", "int8", "int4", "int4-a16"]
+"""How a weight is kept and multiplied: as it comes, or quantised (quantize.py says exactly how)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How one layer's queries and keys are made of the rows that a linear layer gives."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    table: tuple[Tensor, Tensor] | None = None  # cosine and sine, float32 [positions, F]; None: no rotation
+    norms: tuple[Tensor, Tensor] | None = None  # float32 weights for queries and keys
+    whole: bool = False  # a norm runs over all heads of a token together instead of each
+    eps: float = 1e-6
+
+
+WEIGHT_BITS = 40  # weights are multiples of 2**-40 of the best token's; 2**22 of them cannot overflow 63 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Tokens to be drawn from rows of logits that end in a finite largest number, on the kernels' device."""
+
+    row_S: Tensor  # int64, row of the logits
+    number_S: Tensor  # int64, 64 random bits
+    best_S: Tensor  # float32, the row's largest number
+    heat_S: Tensor  # float32, above 0
+    top_k_S: Tensor  # int64, 0 keeps every token
+    top_p_S: Tensor  # float64, in (0, 1]
+    min_p_S: Tensor  # float32, in [0, 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Where tokens stand in their rows of logits. K best tokens are listed, of equals the lowest id first."""
+
+    best_S: Tensor  # float32, the row's largest number
+    value_S: Tensor  # float32, the token's own
+    weight_S: Tensor  # int64, sum of e**(x - best) over the row in units of 2**-40, each rounded down
+    rank_S: Tensor  # int64, 1 is best; of equals the lowest id first
+    top_id_SK: Tensor  # int64
+    top_value_SK: Tensor  # float32
+
+
 class KV(Protocol):
     """Keys and values of all layers in pages. The inner layout is the backend's secret."""
 
@@ -47,6 +94,11 @@ class Kernels(Protocol):
     """The functions a model is made of. Activations are contiguous; norms and softmax are computed in float32."""
 
     @property
+    def name(self) -> str:
+        """For reports: the backend, and its instruction set where it has several."""
+        ...
+
+    @property
     def device(self) -> torch.device: ...
 
     def new_kv(
@@ -55,12 +107,30 @@ class Kernels(Protocol):
         """Allocate 2 * L * pages * P * G * E numbers, unwritten. The page size must divide 256."""
         ...
 
-    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> object:
-        """Prepare a weight of N outputs and K inputs for `linear`. The backend may keep or copy the tensors."""
+    def kv_bytes(self, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes of one page in one layer, keys and values, whatever the backend adds to fill up its units."""
         ...
 
-    def linear(self, x_TK: Tensor, packed: object) -> Tensor:
-        """Return x · weightᵀ + bias as [T, N] in the dtype of x. T may be 0."""
+    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None, mode: Mode = "plain") -> object:
+        """Prepare a weight of N outputs and K inputs for `linear`. The backend may keep or copy the tensors.
+
+        A plain weight has the dtype of the activations. To be quantised it may have any floating-point dtype, and the
+        activations are bf16; ValueError when it has numbers that are not finite.
+        """
+        ...
+
+    def pack_gated(
+        self, weight_2FK: Tensor, bias_2F: Tensor | None = None, activation: Activation = "silu", mode: Mode = "plain"
+    ) -> object:
+        """Prepare a gate (the first F outputs) and what it lets through (the others) for `gated`."""
+        ...
+
+    def linear(self, x_TK: Tensor, packed: object, residual_TN: Tensor | None = None, factor: float = 1.0) -> Tensor:
+        """Return (x · weightᵀ + bias) * factor + residual as [T, N] in the dtype of x. T may be 0."""
+        ...
+
+    def gated(self, x_TK: Tensor, packed: object) -> Tensor:
+        """Return activation(gate of x) * (rest of x) as [T, F]; gelu is its tanh form."""
         ...
 
     def logits(self, x_RD: Tensor, packed: object) -> Tensor:
@@ -75,19 +145,21 @@ class Kernels(Protocol):
         """Divide each row by its root mean square and scale it; any leading axes. The weight is float32."""
         ...
 
-    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Return (rms_norm(x + residual), x + residual). The sum is rounded to the dtype of x before the norm."""
+    def add(self, x_TD: Tensor, branch_TD: Tensor, factor: float = 1.0) -> Tensor:
+        """Return x + branch * factor."""
         ...
 
-    def rope(self, x_THE: Tensor, pos_T: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> Tensor:
-        """Rotate pairs (i, i + F) of each head by the tables' row of its position; E - 2F trailing numbers stay.
+    def prepare_heads(self, heads: Heads) -> object:
+        """Take over what `place` needs of one layer."""
+        ...
 
-        The tables are float32 and reach over every position that may be asked for.
+    def place(self, qkv_TW: Tensor, prepared: object, kv: KV, layer: int, batch: Batch) -> Tensor:
+        """Norm and rotate queries and keys, store keys and values in their slots, return the queries as [T, H, E].
+
+        A row is [H query heads | G key heads | G value heads]; its memory may be used for the result. A norm is
+        rounded to the dtype before the rotation, which turns pairs (i, i + F) of a head by the tables' row of the
+        token's position and leaves E - 2F trailing numbers. Slots of one call are distinct.
         """
-        ...
-
-    def write_kv(self, kv: KV, layer: int, k_TGE: Tensor, v_TGE: Tensor, slot_T: Tensor) -> None:
-        """Store keys and values in their slots. Slots of one call are distinct."""
         ...
 
     def plan(self, batch: Batch, kv: KV) -> object:
@@ -106,12 +178,27 @@ class Kernels(Protocol):
         """
         ...
 
-    def silu_mul(self, x_T2D: Tensor) -> Tensor:
-        """Return silu(first half) * second half of each row."""
+    def largest(self, x_RV: Tensor) -> tuple[Tensor, Tensor]:
+        """Index (int64) and value of each row's largest number; of equals the first. A NaN is larger than any number.
+
+        x is float32 and contiguous.
+        """
         ...
 
-    def gelu_mul(self, x_T2D: Tensor) -> Tensor:
-        """Return gelu(first half) * second half of each row, gelu in its tanh form."""
+    def draw(self, x_RV: Tensor, draws: Draws) -> Tensor:
+        """Draw a token for each, int64 [S], from the row's distribution under heat, top-k, top-p and min-p.
+
+        It is the first at which the weights of what is kept, cumulated in the order of ids, exceed number * 2**-64 of
+        their sum. Tokens equal to the last one kept are kept. Integers throughout, the same on every backend:
+        `ref_sampling` says what a weight is. x is float32 and contiguous.
+        """
+        ...
+
+    def score(self, x_RV: Tensor, row_S: Tensor, token_S: Tensor, top: int) -> Scores:
+        """Find where tokens stand in their rows, and the best `top` <= V of each; the same on every backend.
+
+        A row with a NaN gives a NaN as its best, and something in the other places. x is float32 and contiguous.
+        """
         ...
 
     def move_blocks(self, kv: KV, moves_M3: Tensor) -> None:

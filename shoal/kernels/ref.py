@@ -3,8 +3,7 @@
 It knows how to make torch's results independent of company, and must not know models or be clever about speed.
 
 Why each function is batch-invariant:
-- matrix products are always the same call: 16 rows by K by N, rows padded with zeros, K and N padded to multiples of
-  16 when the weight is packed (odd widths change the summation order with the number of threads);
+- matrix products are always the same call (ref_product.py), or sums of whole numbers, which are exact (quantize.py);
 - sums along a row are folded by halves, element by element, so no library chooses an order;
 - what is not correctly rounded (exp, tanh, rsqrt) is the same function for every element; torch's own silu, gelu and
   sigmoid are avoided, as they compute the last elements of an array by another formula.
@@ -13,17 +12,16 @@ Why each function is batch-invariant:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from shoal.kernels.api import KV, Batch
+from shoal.kernels import ref_sampling
+from shoal.kernels.api import KV, Activation, Batch, Draws, Heads, Mode, Scores
+from shoal.kernels.quantize import Quantized, product, quantize
 from shoal.kernels.ref_attention import TILE, TilePlan, attend, fold_sum
-
-ROWS = 16  # rows of one matrix product
-WIDTH = 16  # K and N are padded to a multiple of this
-ALIGNMENT = 64  # bytes; libraries may begin a row differently elsewhere
+from shoal.kernels.ref_product import fill_weight, tiled_product
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +42,20 @@ class PagedKV:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A weight as it is multiplied: [N, K] padded, with the number of outputs that count."""
+    """A weight as it is multiplied: [N, K] padded, with the number of outputs that count; or quantised."""
 
-    weight: Tensor
+    weight: Tensor | Quantized
     bias: Tensor | None
     num_outputs: int
+    activation: Activation = "silu"  # of a gated layer
 
 
 class RefKernels:
-    """`Kernels` in plain torch. Holds nothing but its device."""
+    """`Kernels` in plain torch. Holds nothing but its name and device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.name = "ref"
 
     def new_kv(
         self, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
@@ -68,29 +68,42 @@ class RefKernels:
             torch.empty(shape, dtype=dtype, device=self.device), torch.empty(shape, dtype=dtype, device=self.device)
         )
 
-    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> Packed:
-        num_outputs, num_inputs = weight_NK.shape
-        pad = (0, -num_inputs % WIDTH, 0, -num_outputs % WIDTH)
-        weight = torch.nn.functional.pad(weight_NK, pad) if any(pad) else weight_NK
-        bias = None if bias_N is None else bias_N.to(self.device)
-        return Packed(weight.contiguous().to(self.device), bias, num_outputs)
+    def kv_bytes(self, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        return 2 * page_size * num_kv_heads * head_dim * dtype.itemsize
 
-    def linear(self, x_TK: Tensor, packed: object) -> Tensor:
+    def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None, mode: Mode = "plain") -> Packed:
+        bias = None if bias_N is None else bias_N.to(self.device)
+        weight = weight_NK.to(self.device)
+        return Packed(fill_weight(weight) if mode == "plain" else quantize(weight, mode), bias, len(weight))
+
+    def pack_gated(
+        self, weight_2FK: Tensor, bias_2F: Tensor | None = None, activation: Activation = "silu", mode: Mode = "plain"
+    ) -> Packed:
+        return replace(self.pack(weight_2FK, bias_2F, mode), activation=activation)
+
+    def linear(self, x_TK: Tensor, packed: object, residual_TN: Tensor | None = None, factor: float = 1.0) -> Tensor:
+        out = self._outputs(x_TK, packed)
+        plain = residual_TN is None and factor == 1.0
+        return (out if plain else self.add(residual_TN, out, factor)).to(x_TK.dtype)
+
+    def _outputs(self, x_TK: Tensor, packed: object) -> Tensor:
+        """The product with its bias: in the dtype of x, or float32 where the weight is quantised."""
         assert isinstance(packed, Packed)
-        num_rows, num_inputs = x_TK.shape
-        padded_rows = num_rows + -num_rows % ROWS
-        x = _padded(x_TK, padded_rows, packed.weight.shape[1])
-        weight_KN = packed.weight.t()
-        out = torch.empty(padded_rows, weight_KN.shape[1], dtype=x.dtype, device=x.device)
-        for start in range(0, padded_rows, ROWS):
-            torch.mm(x[start : start + ROWS], weight_KN, out=out[start : start + ROWS])
-        out = out[:num_rows, : packed.num_outputs].contiguous()
+        if isinstance(packed.weight, Quantized):
+            out = product(x_TK, packed.weight)
+        else:
+            out = tiled_product(x_TK, packed.weight)[:, : packed.num_outputs].contiguous()
         if packed.bias is not None:
             out += packed.bias
         return out
 
+    def gated(self, x_TK: Tensor, packed: object) -> Tensor:
+        assert isinstance(packed, Packed)
+        both = self._outputs(x_TK, packed)
+        return (self.silu_mul(both) if packed.activation == "silu" else self.gelu_mul(both)).to(x_TK.dtype)
+
     def logits(self, x_RD: Tensor, packed: object) -> Tensor:
-        return self.linear(x_RD, packed).float()
+        return self._outputs(x_RD, packed).float()
 
     def embedding(self, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
         return weight_VD.index_select(0, ids_T)
@@ -100,11 +113,33 @@ class RefKernels:
         mean_square = fold_sum(x * x) / x.shape[-1]
         return (x * torch.rsqrt(mean_square + eps)[..., None] * weight_D).to(x_TD.dtype)
 
-    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        total = x_TD + residual_TD
-        return self.rms_norm(total, weight_D, eps), total
+    def add(self, x_TD: Tensor | None, branch_TD: Tensor, factor: float = 1.0) -> Tensor:
+        branch = branch_TD if factor == 1.0 else branch_TD * factor
+        return branch if x_TD is None else x_TD + branch
+
+    def prepare_heads(self, heads: Heads) -> Heads:
+        return heads
+
+    def place(self, qkv_TW: Tensor, prepared: object, kv: KV, layer: int, batch: Batch) -> Tensor:
+        assert isinstance(prepared, Heads)
+        queries, keys = prepared.num_heads * prepared.head_dim, prepared.num_kv_heads * prepared.head_dim
+        q, k, v = torch.split(qkv_TW, [queries, keys, keys], dim=1)
+        q_THE, k_TGE = self._positioned(q, 0, prepared, batch), self._positioned(k, 1, prepared, batch)
+        self.write_kv(kv, layer, k_TGE, v.reshape(-1, prepared.num_kv_heads, prepared.head_dim), batch.slot_T)
+        return q_THE
+
+    def _positioned(self, x: Tensor, which: int, heads: Heads, batch: Batch) -> Tensor:
+        """Queries (0) or keys (1) as heads, normed and rotated."""
+        x = x.contiguous()
+        if heads.norms and heads.whole:
+            x = self.rms_norm(x, heads.norms[which], heads.eps)
+        x = x.view(len(x), -1, heads.head_dim)
+        if heads.norms and not heads.whole:
+            x = self.rms_norm(x, heads.norms[which], heads.eps)
+        return x if heads.table is None else self.rope(x, batch.pos_T, *heads.table)
 
     def rope(self, x_THE: Tensor, pos_T: Tensor, cos_SF: Tensor, sin_SF: Tensor) -> Tensor:
+        """Rotate pairs (i, i + F) of each head by the tables' row of its position."""
         half = cos_SF.shape[1]
         cos = cos_SF.index_select(0, pos_T)[:, None, :]
         sin = sin_SF.index_select(0, pos_T)[:, None, :]
@@ -114,6 +149,7 @@ class RefKernels:
         return torch.cat(turned, dim=-1).to(x_THE.dtype)
 
     def write_kv(self, kv: KV, layer: int, k_TGE: Tensor, v_TGE: Tensor, slot_T: Tensor) -> None:
+        """Store keys and values in their slots."""
         assert isinstance(kv, PagedKV)
         for pages, new in ((kv.k[layer], k_TGE), (kv.v[layer], v_TGE)):
             pages.flatten(1, 2).index_copy_(1, slot_T, new.transpose(0, 1).to(pages.dtype))
@@ -128,22 +164,28 @@ class RefKernels:
         return attend(q_THE, kv.k[layer], kv.v[layer], plan, scale, window, softcap)
 
     def silu_mul(self, x_T2D: Tensor) -> Tensor:
+        """silu(first half) * second half of each row."""
         gate, up = x_T2D.float().chunk(2, dim=-1)
         return (gate / (1 + torch.exp(-gate)) * up).to(x_T2D.dtype)
 
     def gelu_mul(self, x_T2D: Tensor) -> Tensor:
+        """gelu(first half) * second half of each row, gelu in its tanh form."""
         gate, up = x_T2D.float().chunk(2, dim=-1)
         inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * (gate * gate * gate))
         return (0.5 * gate * (1 + torch.tanh(inner)) * up).to(x_T2D.dtype)
+
+    def largest(self, x_RV: Tensor) -> tuple[Tensor, Tensor]:
+        index_R = x_RV.argmax(dim=1)
+        return index_R, x_RV.gather(1, index_R[:, None])[:, 0]
+
+    def draw(self, x_RV: Tensor, draws: Draws) -> Tensor:
+        return ref_sampling.draw(x_RV, draws)
+
+    def score(self, x_RV: Tensor, row_S: Tensor, token_S: Tensor, top: int) -> Scores:
+        return ref_sampling.score(x_RV, row_S, token_S, top)
 
     def move_blocks(self, kv: KV, moves_M3: Tensor) -> None:
         assert isinstance(kv, PagedKV)
         for src, dst, tokens in moves_M3.tolist():
             for pages in (kv.k, kv.v):
                 pages[:, :, dst, :tokens] = pages[:, :, src, :tokens]
-
-
-def _padded(x: Tensor, num_rows: int, num_columns: int) -> Tensor:
-    if x.shape == (num_rows, num_columns) and x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0:
-        return x
-    return torch.nn.functional.pad(x, (0, num_columns - x.shape[1], 0, num_rows - x.shape[0]))

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 from shoal.core.errors import ModelError, UsageError
+from shoal.kernels.api import Activation
 from shoal.nn.rope import Rope, make_rope
 
 Norms = Literal["pre", "post", "both"]
 QueryKeyNorm = Literal["none", "head", "width"]
-Activation = Literal["silu", "gelu"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from torch import Tensor
 from shoal.kernels.api import KV, Batch, Kernels
 from shoal.nn.arch import ModelConfig
 from shoal.nn.layers import Layer, Norm, StepState
-from shoal.nn.linear import Linear, load_linear
 from shoal.nn.rope import make_table
 from shoal.nn.weights import Weights
 
@@ -23,21 +22,14 @@ class Decoder:
         self.config = config
         self.kernels = kernels
         self.dtype = weights.dtype
-        tables = []
-        for rope in config.ropes:
-            cos, sin = make_table(rope, config.context)
-            tables.append((cos.to(kernels.device), sin.to(kernels.device)))
+        tables = rope_tables(config, kernels.device)
         self.embedding_VD = weights.take("embed_tokens.weight").to(kernels.device)
         self.layers = [
             Layer(kernels, weights, config, index, None if layer.rope is None else tables[layer.rope])
             for index, layer in enumerate(config.layers)
         ]
         self.norm = Norm(kernels, weights, "norm", config.norm_eps)
-        self.head = (
-            Linear(kernels, kernels.pack(self.embedding_VD))
-            if config.tied
-            else load_linear(kernels, weights, "lm_head")
-        )
+        self.head = kernels.pack(self.embedding_VD if config.tied else weights.take("lm_head.weight"))
 
     def new_kv(self, num_pages: int, page_size: int) -> KV:
         """Pages for this model's keys and values, in its dtype."""
@@ -48,10 +40,7 @@ class Decoder:
 
     def forward(self, batch: Batch, kv: KV) -> Tensor:
         """Write the step's keys and values; return the wanted positions' hidden states as [R, D], after the norm."""
-        x_TD = self.kernels.embedding(batch.ids_T, self.embedding_VD)
-        if self.config.embedding_scale != 1.0:
-            # The factor is rounded to the model's dtype first: checkpoints were trained that way.
-            x_TD = x_TD * torch.tensor(self.config.embedding_scale, dtype=x_TD.dtype, device=x_TD.device)
+        x_TD = embed(self.kernels, self.config, self.embedding_VD, batch.ids_T)
         step = StepState(batch, kv, self.kernels.plan(batch, kv))
         for layer in self.layers:
             x_TD = layer(x_TD, step)
@@ -59,9 +48,27 @@ class Decoder:
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Return float32 [R, V]."""
-        logits = self.kernels.logits(hidden_RD, self.head.packed)
+        logits = self.kernels.logits(hidden_RD, self.head)
         if self.config.logit_divisor != 1.0:
             logits = logits / self.config.logit_divisor
         if self.config.logit_softcap:
             logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
         return logits
+
+
+def rope_tables(config: ModelConfig, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Cosine and sine of every kind of rotation that the layers use."""
+    tables = []
+    for rope in config.ropes:
+        cos, sin = make_table(rope, config.context)
+        tables.append((cos.to(device), sin.to(device)))
+    return tables
+
+
+def embed(kernels: Kernels, config: ModelConfig, embedding_VD: Tensor, ids_T: Tensor) -> Tensor:
+    """What goes into the first layer, [T, D]."""
+    x_TD = kernels.embedding(ids_T, embedding_VD)
+    if config.embedding_scale == 1.0:
+        return x_TD
+    # The factor is rounded to the model's dtype first: checkpoints were trained that way.
+    return x_TD * torch.tensor(config.embedding_scale, dtype=x_TD.dtype, device=x_TD.device)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from shoal.kernels.api import KV, Batch, Kernels
+from shoal.kernels.api import KV, Batch, Heads, Kernels
 from shoal.nn.arch import LayerConfig, ModelConfig
-from shoal.nn.linear import Linear, load_linear
+from shoal.nn.linear import load_gated, load_linear
 from shoal.nn.weights import Weights, norm_names
 
 
@@ -36,10 +35,6 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         return self.kernels.rms_norm(x, self.weight_D, self.eps)
 
-    def after_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the norm of x + residual, and that sum."""
-        return self.kernels.add_rms_norm(x, residual, self.weight_D, self.eps)
-
 
 class Attention:
     """Queries, keys and values of one layer, and what they make of the pages."""
@@ -48,37 +43,29 @@ class Attention:
         self, kernels: Kernels, weights: Weights, config: ModelConfig, index: int, table: tuple[Tensor, Tensor] | None
     ) -> None:
         name = f"layers.{index}.self_attn"
-        self.kernels, self.config, self.index, self.table = kernels, config, index, table
+        self.kernels, self.config, self.index = kernels, config, index
         self.layer: LayerConfig = config.layers[index]
         parts = ("qkv_proj",) if config.fused else ("q_proj", "k_proj", "v_proj")
-        self.qkv: Linear = load_linear(kernels, weights, *(f"{name}.{part}" for part in parts))
-        self.out: Linear = load_linear(kernels, weights, f"{name}.o_proj")
-        self.norms: tuple[Norm, Norm] | None = None
+        self.qkv = load_linear(kernels, weights, *(f"{name}.{part}" for part in parts))
+        self.out = load_linear(kernels, weights, f"{name}.o_proj")
+        norms = None
         if config.qk_norm != "none":
-            query = Norm(kernels, weights, f"{name}.q_norm", config.norm_eps)
-            self.norms = query, Norm(kernels, weights, f"{name}.k_norm", config.norm_eps)
+            found = [weights.norm(f"{name}.{part}_norm").to(kernels.device) for part in ("q", "k")]
+            norms = found[0], found[1]
+        self.heads = kernels.prepare_heads(
+            Heads(
+                num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, table=table,
+                norms=norms, whole=config.qk_norm == "width", eps=config.norm_eps,
+            )
+        )  # fmt: skip
 
-    def __call__(self, x_TD: Tensor, step: StepState) -> Tensor:
+    def __call__(self, x_TD: Tensor, step: StepState, residual_TD: Tensor | None, factor: float) -> Tensor:
         config = self.config
-        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        q, k, v = torch.split(self.qkv(x_TD), [queries, keys, keys], dim=1)
-        q_THE, k_TGE = self._positioned(q, 0, step), self._positioned(k, 1, step)
-        v_TGE = v.reshape(-1, config.num_kv_heads, config.head_dim)
-        self.kernels.write_kv(step.kv, self.index, k_TGE, v_TGE, step.batch.slot_T)
+        q_THE = self.kernels.place(self.kernels.linear(x_TD, self.qkv), self.heads, step.kv, self.index, step.batch)
         out_THE = self.kernels.attention(
             q_THE, step.kv, self.index, step.plan, config.attention_scale, self.layer.window, config.attention_softcap
         )
-        return self.out(out_THE.flatten(1))
-
-    def _positioned(self, x: Tensor, which: int, step: StepState) -> Tensor:
-        """Queries (0) or keys (1) as heads, normed and rotated."""
-        x = x.contiguous()
-        if self.norms and self.config.qk_norm == "width":
-            x = self.norms[which](x)
-        x = x.view(len(x), -1, self.config.head_dim)
-        if self.norms and self.config.qk_norm == "head":
-            x = self.norms[which](x)
-        return x if self.table is None else self.kernels.rope(x, step.batch.pos_T, *self.table)
+        return self.kernels.linear(out_THE.flatten(1), self.out, residual_TD, factor)
 
 
 class FeedForward:
@@ -87,12 +74,12 @@ class FeedForward:
     def __init__(self, kernels: Kernels, weights: Weights, config: ModelConfig, index: int) -> None:
         name = f"layers.{index}.mlp"
         parts = ("gate_up_proj",) if config.fused else ("gate_proj", "up_proj")
-        self.gate_up: Linear = load_linear(kernels, weights, *(f"{name}.{part}" for part in parts))
-        self.down: Linear = load_linear(kernels, weights, f"{name}.down_proj")
-        self.gate = kernels.silu_mul if config.activation == "silu" else kernels.gelu_mul
+        self.kernels = kernels
+        self.gate_up = load_gated(kernels, weights, config.activation, *(f"{name}.{part}" for part in parts))
+        self.down = load_linear(kernels, weights, f"{name}.down_proj")
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.down(self.gate(self.gate_up(x_TD)))
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor | None, factor: float) -> Tensor:
+        return self.kernels.linear(self.kernels.gated(x_TD, self.gate_up), self.down, residual_TD, factor)
 
 
 class Layer:
@@ -101,7 +88,7 @@ class Layer:
     def __init__(
         self, kernels: Kernels, weights: Weights, config: ModelConfig, index: int, table: tuple[Tensor, Tensor] | None
     ) -> None:
-        self.scale = config.residual_scale
+        self.kernels, self.scale = kernels, config.residual_scale
         self.attention = Attention(kernels, weights, config, index, table)
         self.feed_forward = FeedForward(kernels, weights, config, index)
         norms: list[Norm | None] = [
@@ -116,13 +103,12 @@ class Layer:
     def __call__(self, x_TD: Tensor, step: StepState) -> Tensor:
         """Return the stream after this layer; its keys and values are in the pages."""
         normed = self.before_attention(x_TD) if self.before_attention else x_TD
-        branch = self._scaled(self.attention(normed, step), self.after_attention)
-        if self.before_feed:
-            normed, x_TD = self.before_feed.after_sum(branch, x_TD)
+        if self.after_attention:
+            branch = self.after_attention(self.attention(normed, step, None, 1.0))
+            x_TD = self.kernels.add(x_TD, branch, self.scale)
         else:
-            x_TD = normed = x_TD + branch
-        return x_TD + self._scaled(self.feed_forward(normed), self.after_feed)
-
-    def _scaled(self, branch: Tensor, norm: Norm | None) -> Tensor:
-        branch = norm(branch) if norm else branch
-        return branch if self.scale == 1.0 else branch * self.scale
+            x_TD = self.attention(normed, step, x_TD, self.scale)
+        normed = self.before_feed(x_TD) if self.before_feed else x_TD
+        if self.after_feed:
+            return self.kernels.add(x_TD, self.after_feed(self.feed_forward(normed, None, 1.0)), self.scale)
+        return self.feed_forward(normed, x_TD, self.scale)

@@ -7,6 +7,7 @@ tensor, so that loading never holds more than the model and one tensor. Pickle f
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shoal.core.errors import ModelError
+from shoal.kernels.api import Mode
+from shoal.kernels.quantize import weight_bytes
 from shoal.nn.arch import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Names of the arithmetic a model can run in."""
+"""Names of the arithmetic of plain weights."""
+
+MODES: Mapping[str, tuple[torch.dtype, Mode]] = {
+    **{name: (dtype, "plain") for name, dtype in DTYPES.items()},
+    "int8": (torch.bfloat16, "int8"),
+    "int4": (torch.bfloat16, "int4"),
+    "int4-a16": (torch.bfloat16, "int4-a16"),
+}
+"""Every arithmetic a model can run in: the dtype of its activations, and how its layers' linears are kept. Embeddings
+and head keep the activations' dtype: they are few in a large model, and the head decides between near tokens."""
 
 _READABLE = ("F32", "BF16", "F16")
 _PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.")
 _FOREIGN = ("vision_tower.", "multi_modal_projector.")  # the picture half of a checkpoint whose text half we run
+_MAPPED_BYTES = 64 << 20  # read through one mapping of a file
 _CONVERT = (
     "only safetensors are read, as pickle files can run code; convert it where you trust it: python -c "
     "\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('IN').save_pretrained('OUT')\""
@@ -65,6 +78,18 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def model_bytes(config: ModelConfig, arithmetic: str) -> int:
+    """Bytes of a loaded model's tensors in one of MODES."""
+    dtype, mode = MODES[arithmetic]
+    total = 0
+    for name, shape in expected_shapes(config).items():
+        if mode != "plain" and name.startswith("layers.") and len(shape) == 2:
+            total += weight_bytes(mode, shape[0], shape[1])
+        else:
+            total += dtype.itemsize * math.prod(shape)
+    return total
+
+
 def norm_names(config: ModelConfig) -> tuple[str, ...]:
     """A layer's norms in the order of use. Checkpoints call the norm before the feed-forward layer after its place
     (post_attention_layernorm) unless there is also one after attention."""
@@ -77,11 +102,22 @@ def norm_names(config: ModelConfig) -> tuple[str, ...]:
     }[config.norms]  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Folding:
+    """Factors that change a model's weights but not, in exact arithmetic, its answers. By names of layers and norms."""
+
+    columns: dict[str, Tensor]  # inputs of a linear layer: its weight's columns are multiplied
+    rows: dict[str, Tensor]  # outputs of a linear layer: its weight's rows and its bias are divided
+    norms: dict[str, Tensor]  # a norm's weight is divided
+
+
 class Weights:
     """Open files of a checkpoint whose tensors have all been checked; tensors are named without its prefix."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, places: Mapping[str, _Place]) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, mode: Mode, places: Mapping[str, _Place]) -> None:
         self.dtype = dtype
+        self.mode = mode
+        self.folding = Folding({}, {}, {})
         self._offset = config.norm_offset
         self._places = places
 
@@ -92,41 +128,84 @@ class Weights:
         """Read one tensor into memory of its own, in the model's dtype."""
         return self._read(name).to(self.dtype)
 
+    def layer_weight(self, name: str) -> Tensor:
+        """Read the weight of a linear layer that is to be packed at once: in the model's dtype, or when it is going to
+        be quantised as it is stored, so that it is rounded once; that may be the file's own memory."""
+        weight = self._mapped(f"{name}.weight")
+        if name in self.folding.columns:
+            weight = weight.float() * self.folding.columns[name]
+        if name in self.folding.rows:
+            weight = weight.float() / self.folding.rows[name][:, None]
+        return weight if self.mode != "plain" else weight.clone().to(self.dtype)
+
+    def layer_bias(self, name: str) -> Tensor:
+        """Read the bias of a linear layer, in the model's dtype."""
+        bias = self._read(f"{name}.bias")
+        return (bias / self.folding.rows[name] if name in self.folding.rows else bias).to(self.dtype)
+
     def norm(self, name: str) -> Tensor:
         """Read a norm's weight as float32, with the architecture's offset added."""
-        return self._read(f"{name}.weight").float() + self._offset
+        weight = self._read(f"{name}.weight").float() + self._offset
+        return weight / self.folding.norms[name] if name in self.folding.norms else weight
 
     def _read(self, name: str) -> Tensor:
-        place = self._places[name]
         # A copy, so that nobody can change or cut the file under a running model.
-        return cast(Tensor, place.file.get_tensor(place.stored)).clone()
+        return self._mapped(name).clone()
+
+    def _mapped(self, name: str) -> Tensor:
+        place = self._places[name]
+        return place.file.mapped(place.stored)
+
+
+class _File:
+    """A safetensors file, mapped anew now and then: what has been read of a mapping stays in this process's memory as
+    long as the mapping does, and would count beside the copy that was made of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = 0  # bytes, through the present mapping
+        self.open: Any = self._map()  # a type of the library that has no name for readers
+
+    def _map(self) -> Any:
+        return safe_open(self._path, framework="pt", device="cpu")
+
+    def mapped(self, stored: str) -> Tensor:
+        """A tensor as it lies in the file."""
+        if self._read > _MAPPED_BYTES:
+            self.open, self._read = self._map(), 0
+        found = cast(Tensor, self.open.get_tensor(stored))
+        self._read += found.nbytes
+        return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where a tensor lies."""
 
-    file: Any  # an open safetensors file, which has no type of its own
+    file: _File
     stored: str  # its name there
 
 
-def load_weights(folder: str | Path, config: ModelConfig, dtype: torch.dtype = torch.float32) -> Weights:
+def load_weights(
+    folder: str | Path, config: ModelConfig, dtype: torch.dtype = torch.float32, mode: Mode = "plain"
+) -> Weights:
     """Open a checkpoint, check every name, shape and type from the files' headers, and return it for reading.
 
+    `mode` is for the layers' linears. Nothing is converted or quantised before it is read.
     ModelError names the tensor that is missing, of another shape or type, or not part of the architecture.
     """
     places: dict[str, _Place] = {}
     expected = expected_shapes(config)
     for path in _find_files(Path(folder)):
         try:
-            file = safe_open(path, framework="pt", device="cpu")
-            names: list[str] = list(file.keys())  # type: ignore[no-untyped-call]
+            file = _File(path)
+            names: list[str] = list(file.open.keys())
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: is not a whole safetensors file ({error}); copy it again") from error
         for stored in names:
             name = plain_name(stored)
             if name in expected:
-                _check(path, stored, file.get_slice(stored), expected[name])  # type: ignore[no-untyped-call]
+                _check(path, stored, file.open.get_slice(stored), expected[name])
                 places[name] = _Place(file, stored)
             elif not _may_be_left(name, config):
                 raise ModelError(
@@ -140,7 +219,7 @@ def load_weights(folder: str | Path, config: ModelConfig, dtype: torch.dtype = t
             f"{folder}: tensor {missing[0]} with shape {list(expected[missing[0]])} is missing{more}; "
             f"a {config.architecture} model as config.json describes it needs it"
         )
-    return Weights(config, dtype, places)
+    return Weights(config, dtype, mode, places)
 
 
 def _find_files(folder: Path) -> list[Path]:

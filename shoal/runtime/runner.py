@@ -73,7 +73,7 @@ class ModelRunner:
 
     def __init__(self, model: Model, kernels: Kernels, kv: KV, vocab_size: int) -> None:
         self._model, self._kernels, self._kv, self._vocab_size = model, kernels, kv, vocab_size
-        self._sampler = Sampler(vocab_size)
+        self._sampler = Sampler(vocab_size, kernels)
         self._tickets: dict[int, _Ticket] = {}
         self._last: dict[int, int] = {}  # ticket -> the token it sampled last
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shoal-kernels")
@@ -155,7 +155,8 @@ class ModelRunner:
             part = slice(first, first + size)
             owners = wishes.score_tickets[part]
             tops = [self._tickets[ticket].request.score_top for ticket in owners]
-            found = score(self._logits(hidden_RD, wishes.score_rows[part]), wishes.score_tokens[part], max(tops))
+            logits_RV = self._logits(hidden_RD, wishes.score_rows[part])
+            found = score(self._kernels, logits_RV, wishes.score_tokens[part], max(tops))
             for ticket, top, each in zip(owners, tops, found, strict=True):
                 if not math.isfinite(each.logprob):
                     result.errors[ticket] = "the model's logits over the prompt are not finite: check the checkpoint"

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.kernels import Batch
+from shoal.kernels import KV, Batch
+from shoal.kernels.cpu import UnitKV
+from shoal.kernels.ref import PagedKV
 from shoal.nn.decoder import Decoder
 
 Piece = tuple[list[int], int, list[int]]  # tokens, position of the first, pages of their sequence
@@ -38,6 +40,13 @@ def make_batch(pieces: list[Piece], page_size: int, device: str | torch.device =
 
 
 @torch.inference_mode()
+def spoil(kv: KV) -> None:
+    """Fill the memory with numbers that are none."""
+    assert isinstance(kv, PagedKV | UnitKV)
+    for memory in (kv.k, kv.v) if isinstance(kv, PagedKV) else (kv.memory,):
+        memory.view(torch.uint8).fill_(255)
+
+
 def generate(
     decoder: Decoder,
     prompts: list[list[int]],
@@ -54,8 +63,7 @@ def generate(
     deck = list(range(sum(counts) + 1))
     random.Random(seed).shuffle(deck)
     kv = decoder.new_kv(len(deck), page_size)
-    kv.k.fill_(torch.nan)
-    kv.v.fill_(torch.nan)
+    spoil(kv)
     rows = [Row(list(p), [deck.pop() for _ in range(c)]) for p, c in zip(prompts, counts, strict=True)]
     logits: list[list[torch.Tensor]] = [[] for _ in rows]
     while live := [i for i, row in enumerate(rows) if len(logits[i]) < num_tokens]:

@@ -13,7 +13,7 @@ from naive import generate
 from small_models import CONFIGS, reference, save_model
 
 from shoal.core.errors import ModelError
-from shoal.kernels import load
+from shoal.kernels import load, set_threads
 from shoal.nn.arch import make_config, read_config
 from shoal.nn.decoder import Decoder
 from shoal.nn.weights import load_weights
@@ -28,14 +28,14 @@ STORIES = Path(__file__).parents[2].parent / "shared/data/models/stories260K"
 @pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    set_threads(1)
     yield
-    torch.set_num_threads(before)
+    set_threads(before)
 
 
 def open_decoder(folder: Path, context: int | None = None) -> Decoder:
     config = read_config(folder, context)
-    return Decoder(config, load_weights(folder, config), load("ref"))
+    return Decoder(config, load_weights(folder, config), load("auto"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -276,7 +276,7 @@ def test_a_prompt_that_cannot_be_run_is_an_error_output(llm: LLM) -> None:
 
 
 def test_a_prompt_larger_than_memory_is_refused_with_numbers_and_the_rest_runs(folder: Path) -> None:
-    made = LLM(str(folder), memory_bytes=2 * 2 * 32 * 16 * 4 * 2, block_size=32)  # two blocks
+    made = LLM(str(folder), memory_bytes=2 * 2 * 32 * 32 * 4 * 2, block_size=32)  # two blocks, heads filled up to 32
     outputs = made.generate(["x" * 100, "the"], GREEDY, use_tqdm=False)
     assert "64 are available" in str(outputs[0].error) and outputs[1].error is None
     made.close()

@@ -75,7 +75,7 @@ def report(output: Path) -> dict:
     return json.loads((output.with_name(output.name + ".shoal") / "report.json").read_text())
 
 
-LONG = [row(i, f"Copy: the fish number {i}", max_tokens=90, ignore_eos=True) for i in range(16)]
+LONG = [row(i, f"Copy: the fish number {i}", max_tokens=400, ignore_eos=True) for i in range(48)]
 
 
 @pytest.fixture(scope="module")

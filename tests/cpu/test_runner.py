@@ -20,7 +20,8 @@ from shoal.core.config import EngineConfig
 from shoal.core.errors import UsageError
 from shoal.core.types import PENDING, TOKEN, Answer, Finish, Move, Output, Request, Sampling, Slice, Start, Step
 from shoal.engine import Engine
-from shoal.kernels import load
+from shoal.kernels import load, set_threads
+from shoal.kernels.cpu import instruction_sets
 from shoal.nn.arch import read_config
 from shoal.nn.decoder import Decoder
 from shoal.nn.weights import load_weights
@@ -54,9 +55,9 @@ class Thief(Policy):
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    set_threads(1)
     yield
-    torch.set_num_threads(before)
+    set_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def decoder(folder: Path) -> Decoder:
     config = read_config(folder)
-    return Decoder(config, load_weights(folder, config), load("ref"))
+    return Decoder(config, load_weights(folder, config), load("auto"))
 
 
 # -- the workload -------------------------------------------------------------------------------------
@@ -350,10 +351,15 @@ def test_the_tightest_control_group_on_the_way_up_decides(tmp_path: Path) -> Non
 def test_a_built_engine_knows_what_it_stands_on(folder: Path) -> None:
     built = build_engine(EngineConfig(model=str(folder), memory_bytes=10**6, block_size=16, policy=f"{__name__}:Thief"))
     facts = built.facts
-    block = 2 * 3 * 16 * 2 * 16 * 4  # K and V, layers, tokens, heads, width, float32
+    block = 2 * 3 * 16 * 2 * 32 * 4  # K and V, layers, tokens, heads, width filled up to 32, float32
     assert facts.memory.block == block and facts.memory.num_blocks == 10**6 // block
     weights = sum(p.numel() for p in save_model("llama", folder).parameters()) * 4
-    assert (facts.context, facts.vocab_size, facts.weights, facts.kernels) == (1024, VOCAB, "fp32", "ref")
+    assert (facts.context, facts.vocab_size, facts.weights, facts.kernels) == (
+        1024,
+        VOCAB,
+        "fp32",
+        instruction_sets()[0],
+    )
     assert facts.memory.weights == weights
     assert type(built.engine.scheduler.policy).__name__ == "Thief"
     built.close()
@@ -378,6 +384,6 @@ def test_scores_and_samples_are_cut_into_pieces_without_a_trace(
     decoder: Decoder, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shoal.runtime.runner._LOGIT_BYTES", 1)
-    monkeypatch.setattr("shoal.nn.sampler._DRAW_BYTES", 1)
+    monkeypatch.setattr("shoal.kernels.ref_sampling._BYTES", 1)
     assert run(decoder, rows(), CALM)[0] == expected
     assert np.isfinite([each.logprob for each in expected["r13"][3]]).all()

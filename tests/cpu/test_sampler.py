@@ -12,16 +12,19 @@ import pytest
 import torch
 
 from shoal.core.types import TOKEN, Request, Sampling, Start
+from shoal.kernels import load, set_threads
+from shoal.kernels.ref_sampling import exponential
 from shoal.nn.random import draw, philox
 from shoal.nn.sampler import Sampler, Samples
-from shoal.nn.scores import exponential, score
+from shoal.nn.scores import score
 
 VOCAB = 199
+KERNELS = load("auto")  # tests/cpu/test_sampling_kernels.py says that all give the same
 
 
 def started(wishes: Sequence[Sampling], prompt: Sequence[int] = (1,), produced: Sequence[int] = ()) -> Sampler:
     """A sampler with ticket i for wishes[i]."""
-    sampler = Sampler(VOCAB)
+    sampler = Sampler(VOCAB, KERNELS)
     for ticket, sampling in enumerate(wishes):
         request = Request(str(ticket), array(TOKEN, prompt), sampling)
         sampler.start(Start(ticket, request, array(TOKEN, produced)))
@@ -128,7 +131,7 @@ def test_top_p_over_a_vocabulary_larger_than_its_first_look() -> None:
 
     logits, ids = noise(1, 3, spread=0.5, vocab=40_000), torch.tensor([[1]])
     kept = TopPLogitsWarper(0.9)(ids, logits)[0].isfinite()
-    sampler = Sampler(40_000)
+    sampler = Sampler(40_000, KERNELS)
     for ticket in range(200):
         sampling = Sampling(temperature=1.0, top_p=0.9, seed=ticket)
         sampler.start(Start(ticket, Request(str(ticket), array(TOKEN, [1]), sampling), array(TOKEN)))
@@ -208,7 +211,7 @@ MIXED = [
 def run_mixed(order: list[int], groups: int, threads: int = 1, steps: int = 12) -> dict[int, list[Any]]:
     """Tokens and scores of every mixed row, sampled in `groups` calls a step, rows in the given order."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    set_threads(threads)
     sampler, story = started(MIXED, prompt=[3, 4, 9]), {i: [] for i in order}
     for step in range(steps):
         logits = noise(len(MIXED), seed=100 + step, spread=2.0)
@@ -217,7 +220,7 @@ def run_mixed(order: list[int], groups: int, threads: int = 1, steps: int = 12) 
             result = sampler.sample(logits[torch.tensor(part)], part)
             for ticket in part:
                 story[ticket].append((result.tokens[ticket], result.logprobs.get(ticket)))
-    torch.set_num_threads(before)
+    set_threads(before)
     return story
 
 
@@ -242,7 +245,7 @@ def test_a_draw_is_the_inverse_of_the_cumulated_weights_at_a_place_that_the_row_
 def test_a_resumed_row_is_an_undisturbed_row() -> None:
     expected = run_mixed(list(range(len(MIXED))), groups=1)
     for cut in (1, 5, 11):
-        sampler = Sampler(VOCAB)
+        sampler = Sampler(VOCAB, KERNELS)
         for ticket, sampling in enumerate(MIXED):
             produced = array(TOKEN, [token for token, _ in expected[ticket][:cut]])
             sampler.start(Start(ticket, Request(str(ticket), array(TOKEN, [3, 4, 9]), sampling), produced))
@@ -254,14 +257,14 @@ def test_a_resumed_row_is_an_undisturbed_row() -> None:
 @pytest.mark.parametrize("vocab", [260, 4099, 32_003])
 def test_reductions_have_the_same_bits_alone_and_in_company(vocab: int) -> None:
     logits = noise(7, 1, spread=4.0, vocab=vocab)
-    together = score(logits, [5, 6, 7, 8, 9, 10, 11], 4)
+    together = score(KERNELS, logits, [5, 6, 7, 8, 9, 10, 11], 4)
     for threads in (1, 2):
-        torch.set_num_threads(threads)
+        set_threads(threads)
         for row in range(7):
-            assert score(logits[row : row + 1], [5 + row], 4) == [together[row]]
+            assert score(KERNELS, logits[row : row + 1], [5 + row], 4) == [together[row]]
             z = logits - logits.max()
             assert torch.equal(exponential(z)[row], exponential(z[row : row + 1])[0])
-    torch.set_num_threads(1)
+    set_threads(1)
 
 
 # -- scores -------------------------------------------------------------------------------------------
@@ -285,7 +288,7 @@ def test_logprobs_are_of_the_model_before_any_wish() -> None:
 def test_of_equal_logits_the_lowest_ids_are_the_best() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, 100] = 1.0
-    found = score(logits, [2], 3)[0]
+    found = score(KERNELS, logits, [2], 3)[0]
     assert [i for i, _ in found.top] == [100, 0, 1]
     assert found.rank == 4
 

@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 def answer(folder: Path) -> torch.Tensor:
     config = read_config(folder)
-    return generate(Decoder(config, load_weights(folder, config), load("ref")), [[1, 2, 3]], 2)[0][1]
+    return generate(Decoder(config, load_weights(folder, config), load("auto")), [[1, 2, 3]], 2)[0][1]
 
 
 def change(folder: Path, **edits: torch.Tensor | None) -> None:
@@ -120,6 +120,6 @@ def test_half_precision_answers_are_near(folder: Path) -> None:
     config = read_config(folder)
     answers = []
     for dtype in DTYPES.values():
-        decoder = Decoder(config, load_weights(folder, config, dtype), load("ref"))
+        decoder = Decoder(config, load_weights(folder, config, dtype), load("auto"))
         answers.append(generate(decoder, [list(range(50))], 1)[0][1].log_softmax(-1))
     assert (answers[0] - answers[1]).abs().max() < 0.3

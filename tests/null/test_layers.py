@@ -33,7 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "client": {"core", "engine"},
     "jobs": JOB_SIDE,
     "llm": EVERYTHING | {"build", "jobs"},
-    "cli": {"core", "models", "jobs"},
+    "bench": EVERYTHING | {"build", "client", "host", "jobs"},
+    "cli": {"core", "models", "jobs", "bench"},
     "__main__": {"cli"},
     "__init__": {"core", "jobs", "llm"},
 }
@@ -55,6 +56,7 @@ OUTSIDE: dict[str, set[str]] = {
     "client": {"msgspec", "psutil"},
     "jobs": {"numpy", "msgspec", "pyarrow", "rich", "psutil", "jinja2"},
     "llm": {"torch", "numpy", "rich"},
+    "bench": {"torch", "numpy"},
     "cli": {"typer", "rich", "yaml"},
     "__main__": set(),
     "__init__": set(),

@@ -8,24 +8,27 @@
 #include <vector>
 
 #include "kernels.h"
+#include "plan.h"
+#include "threads.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
+using namespace shoal;
 
 namespace {
 
 // What this machine can run, best first.
-std::vector<const shoal::Kernels *> available() {
-  std::vector<const shoal::Kernels *> tables;
+std::vector<const Kernels *> available() {
+  std::vector<const Kernels *> tables;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
-    tables.push_back(&shoal::kernels_avx512);
+    tables.push_back(&kernels_avx512);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    tables.push_back(&shoal::kernels_avx2);
+    tables.push_back(&kernels_avx2);
 #endif
-  tables.push_back(&shoal::kernels_scalar);
+  tables.push_back(&kernels_scalar);
   return tables;
 }
 
@@ -35,40 +38,170 @@ std::vector<std::string> names() {
   return out;
 }
 
-class Table {
- public:
+struct Table {
   explicit Table(const std::string &name) {
     for (auto *table : available())
       if (name == table->name) kernels = table;
     if (!kernels) throw nb::value_error(("this machine has no instruction set named '" + name + "'").c_str());
   }
-  const shoal::Kernels *kernels = nullptr;
+  const Kernels *kernels = nullptr;
 };
 
-template <class T>
+template <class T = void>
 T *at(uintptr_t address) {
   return reinterpret_cast<T *>(address);
+}
+
+struct Linear {
+  const Kernels *kernels;
+  Weight weight;
+};
+
+using release = nb::call_guard<nb::gil_scoped_release>;
+
+void bind_linear(nb::module_ &m) {
+  nb::enum_<Kind>(m, "Kind")
+      .value("FP32", Kind::fp32)
+      .value("BF16", Kind::bf16)
+      .value("INT8", Kind::int8)
+      .value("INT4", Kind::int4)
+      .value("INT4_A16", Kind::int4_a16);
+  nb::enum_<Gate>(m, "Gate").value("NONE", Gate::none).value("SILU", Gate::silu).value("GELU", Gate::gelu);
+  nb::class_<Linear>(m, "Linear")
+      .def(
+          "__init__",
+          [](Linear *self, const Table &t, Kind kind, Gate gate, int64_t n, int64_t k, int64_t group, uintptr_t panels,
+             uintptr_t scale, uintptr_t zero, uintptr_t bias, bool wide, int64_t outputs) {
+            if (outputs < 0) outputs = gate == Gate::none ? n : n / 2;
+            new (self) Linear{t.kernels,
+                              {kind, gate, n, k, outputs, group, at(panels), at(scale), at(zero),
+                               at<const float>(bias), wide}};
+          },
+          "table"_a, "kind"_a, "gate"_a, "n"_a, "k"_a, "group"_a, "panels"_a, "scale"_a = 0, "zero"_a = 0,
+          "bias"_a = 0, "wide"_a = false, "outputs"_a = -1)
+      .def(
+          "__call__",
+          [](const Linear &self, uintptr_t x, int64_t rows, uintptr_t residual, float factor, uintptr_t y) {
+            self.kernels->linear(self.weight, at(x), rows, at(residual), factor, at(y));
+          },
+          release());
+}
+
+void bind_attention(nb::module_ &m) {
+  nb::class_<Pages>(m, "Pages").def(
+      "__init__",
+      [](Pages *self, uintptr_t keys, uintptr_t values, int64_t page_size, int64_t kv_heads, int64_t width, bool wide) {
+        new (self) Pages{at(keys), at(values), page_size, kv_heads, width, wide};
+      },
+      "keys"_a, "values"_a, "page_size"_a, "kv_heads"_a, "width"_a, "wide"_a);
+  nb::class_<Kernels::Heads>(m, "Heads").def(
+      "__init__",
+      [](Kernels::Heads *self, int64_t query_heads, int64_t rotated, uintptr_t cosine, uintptr_t sine,
+         uintptr_t query_norm, uintptr_t key_norm, float eps, bool whole) {
+        new (self) Kernels::Heads{query_heads, rotated, at<const float>(cosine), at<const float>(sine),
+                                  at<const float>(query_norm), at<const float>(key_norm), eps, whole};
+      },
+      "query_heads"_a, "rotated"_a, "cosine"_a, "sine"_a, "query_norm"_a, "key_norm"_a, "eps"_a, "whole"_a);
+  nb::class_<Plan>(m, "Plan")
+      .def(
+          "__init__",
+          [](Plan *self, uintptr_t start, uintptr_t length, uintptr_t table, int64_t rows, int64_t row_length,
+             int64_t page_size, int64_t num_pages, bool share) {
+            new (self) Plan(at<const int64_t>(start), at<const int64_t>(length), at<const int32_t>(table), rows,
+                            row_length, page_size, num_pages, share);
+          },
+          "start"_a, "length"_a, "table"_a, "rows"_a, "row_length"_a, "page_size"_a, "num_pages"_a, "share"_a, release())
+      .def_prop_ro("num_levels", [](const Plan &plan) { return plan.level_ends.size(); })
+      .def_prop_ro("segments", [](const Plan &plan) {
+        nb::list out;
+        for (const Segment &s : plan.segments)
+          out.append(nb::make_tuple(s.first, s.count, s.row, s.begin, s.end, (bool)s.resume, (bool)s.keep));
+        return out;
+      })
+      .def_prop_ro("order", [](const Plan &plan) { return plan.order; });
 }
 
 }  // namespace
 
 NB_MODULE(_cpu, m) {
   m.doc() = "Compiled kernels. Addresses and sizes are trusted: call them through shoal.kernels.cpu.";
+  m.def("set_threads", &set_team_size, "threads"_a, "How many threads a call may use, the caller's included.");
+  m.def("threads", &team_size);
   m.def("names", &names, "Instruction sets this machine can run, best first.");
+  bind_linear(m);
+  bind_attention(m);
   nb::class_<Table>(m, "Table")
       .def(nb::init<const std::string &>(), "name"_a)
       .def_prop_ro("name", [](const Table &t) { return std::string(t.kernels->name); })
+      .def("packed_bytes", [](const Table &t, Kind kind, int64_t n, int64_t k) { return t.kernels->packed_bytes(kind, n, k); })
       .def(
-          "rms_norm_fp32",
-          [](const Table &t, uintptr_t x, uintptr_t weight, uintptr_t y, int64_t rows, int64_t columns, float eps) {
-            t.kernels->rms_norm_fp32(at<const float>(x), at<const float>(weight), at<float>(y), rows, columns, eps);
+          "pack",
+          [](const Table &t, Kind kind, uintptr_t weight, uintptr_t panels, int64_t n, int64_t k) {
+            t.kernels->pack(kind, at(weight), at(panels), n, k);
           },
-          nb::call_guard<nb::gil_scoped_release>())
+          release())
       .def(
-          "rms_norm_bf16",
-          [](const Table &t, uintptr_t x, uintptr_t weight, uintptr_t y, int64_t rows, int64_t columns, float eps) {
-            t.kernels->rms_norm_bf16(at<const shoal::bf16>(x), at<const shoal::bf16>(weight), at<shoal::bf16>(y), rows,
-                                     columns, eps);
+          "rms_norm",
+          [](const Table &t, uintptr_t x, uintptr_t weight, uintptr_t y, int64_t rows, int64_t columns, float eps,
+             bool wide) { t.kernels->rms_norm(at(x), at<const float>(weight), at(y), rows, columns, eps, wide); },
+          release())
+      .def(
+          "add",
+          [](const Table &t, uintptr_t x, uintptr_t branch, float factor, uintptr_t y, int64_t count, bool wide) {
+            t.kernels->add(at(x), at(branch), factor, at(y), count, wide);
           },
-          nb::call_guard<nb::gil_scoped_release>());
+          release())
+      .def(
+          "place",
+          [](const Table &t, uintptr_t qkv, const Kernels::Heads &heads, const Pages &pages, uintptr_t position,
+             uintptr_t slot, int64_t tokens) {
+            t.kernels->place(at(qkv), heads, pages, at<const int64_t>(position), at<const int64_t>(slot), tokens);
+          },
+          release())
+      .def(
+          "attention",
+          [](const Table &t, const Plan &plan, const Pages &pages, uintptr_t q, int64_t stride, int64_t query_heads,
+             float scale, int64_t window, float softcap, uintptr_t states, uintptr_t out) {
+            t.kernels->attention(plan.work(), pages, at(q), stride, query_heads, scale, window, softcap,
+                                 at<float>(states), at(out));
+          },
+          release())
+      .def(
+          "move",
+          [](const Table &t, const Pages &pages, uintptr_t moves, int64_t count) {
+            t.kernels->move(pages, at<const int64_t>(moves), count);
+          },
+          release())
+      .def(
+          "largest",
+          [](const Table &t, uintptr_t x, uintptr_t index, uintptr_t value, int64_t rows, int64_t columns) {
+            t.kernels->largest(at<const float>(x), at<int64_t>(index), at<float>(value), rows, columns);
+          },
+          release())
+      .def(
+          "draw",
+          [](const Table &t, uintptr_t x, int64_t columns, int64_t count, uintptr_t row, uintptr_t number, uintptr_t best,
+             uintptr_t heat, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t token) {
+            const Draws draws = {count, at<const int64_t>(row), at<const uint64_t>(number), at<const float>(best),
+                                 at<const float>(heat), at<const int64_t>(top_k), at<const double>(top_p),
+                                 at<const float>(min_p)};
+            t.kernels->draw(at<const float>(x), columns, draws, at<int64_t>(token));
+          },
+          release())
+      .def(
+          "score",
+          [](const Table &t, uintptr_t x, int64_t columns, int64_t count, int64_t top, uintptr_t row, uintptr_t token,
+             uintptr_t best, uintptr_t value, uintptr_t weight, uintptr_t rank, uintptr_t ids, uintptr_t values) {
+            const Scores scores = {count, top, at<const int64_t>(row), at<const int64_t>(token), at<float>(best),
+                                   at<float>(value), at<int64_t>(weight), at<int64_t>(rank), at<int64_t>(ids),
+                                   at<float>(values)};
+            t.kernels->score(at<const float>(x), columns, scores);
+          },
+          release())
+      .def(
+          "peak", [](const Table &t, Kind kind, int64_t iterations) { return t.kernels->peak(kind, iterations); },
+          release())
+      .def(
+          "read", [](const Table &t, uintptr_t memory, int64_t bytes) { return t.kernels->read(at(memory), bytes); },
+          release());
 }

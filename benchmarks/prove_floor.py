@@ -1,0 +1,174 @@
+"""How near the engine comes to the machine's limits: W1 to W4 at full size with the random 387M-parameter model.
+
+By turns within one process: bf16 and int8 on all cores, bf16 on one core, bf16 beside a busy neighbour. It knows what
+has to hold; it must not know how anything is measured (`shoal.bench` does).
+
+    python -m benchmarks.prove_floor [--rounds 5] [--scale 1.0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from statistics import median
+from typing import Any
+
+import psutil
+
+from benchmarks.common import write_result
+from benchmarks.prove_planning import model
+from shoal.bench import machine
+from shoal.bench.floor import costs, floor
+from shoal.bench.limits import Limits, measure
+from shoal.bench.ours import Ours, Run, first_token_seconds
+from shoal.bench.workloads import NAMES, Workload, make
+from shoal.core.config import EngineConfig
+from shoal.kernels import set_threads
+from shoal.nn.arch import ModelConfig, read_config
+
+PROVES = ("shoal/kernels", "shoal/nn", "shoal/runtime", "shoal/sched", "shoal/kv", "shoal/bench", "CMakeLists.txt")
+OVER_FLOOR = 1.15
+INT8 = {"W2": 1.6, "W3": 1.6}  # times as fast as bf16
+TWO_CORES = {"W1": 1.85, "W3": 1.85, "W4": 1.85}  # times as fast as one
+FIRST_TOKEN = 3.0  # seconds from nothing
+NEIGHBOUR, OVER_SHARE = "W3", 1.15  # slower beside a busy process by its share of the cores, and no more than 15 %
+
+
+@contextmanager
+def busy_neighbour() -> Iterator[psutil.Process]:
+    """A process that wants a core all the time."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield psutil.Process(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def beside_neighbour(ours: Ours, workload: Workload) -> dict[str, float]:
+    """A run's wall seconds, and the share of all cores that the neighbour got meanwhile."""
+    with busy_neighbour() as neighbour:
+        before = neighbour.cpu_times()
+        run = ours.run(workload)
+        after = neighbour.cpu_times()
+    got = after.user + after.system - before.user - before.system
+    return {"wall": run.span.wall, "share": got / (run.span.wall * len(os.sched_getaffinity(0)))}
+
+
+def walls(runs: list[Run]) -> float:
+    return median(run.span.wall for run in runs)
+
+
+@dataclass
+class Rounds:
+    """What was measured, by setting and workload."""
+
+    workloads: list[Workload]
+    limits: list[Limits]
+    runs: dict[str, dict[str, list[Run]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
+    beside: list[dict[str, float]] = field(default_factory=list)
+    where: dict[str, dict[str, float]] = field(default_factory=dict)  # shares of the wall, by workload
+
+    @property
+    def best(self) -> Limits:
+        """The highest of each limit: a neighbour can only make a measurement lower."""
+        fastest = max(self.limits, key=lambda each: each.peak["bf16"])
+        return replace(fastest, bandwidth=max(each.bandwidth for each in self.limits))
+
+
+def run_rounds(rounds: int, found: Rounds, plain: Ours, quantised: Ours, cores: int) -> None:
+    """Every setting once in each round; one core and the neighbour in the first three."""
+    for number in range(rounds):
+        for workload in found.workloads:
+            name = workload.name
+            found.runs["bf16"][name].append(plain.run(workload))
+            found.runs["int8"][name].append(quantised.run(workload))
+            if name in TWO_CORES and number < 3:
+                set_threads(1)
+                found.runs["one core"][name].append(plain.run(workload))
+                set_threads(cores)
+            if name == NEIGHBOUR and number < 3:
+                found.beside.append(beside_neighbour(plain, workload))
+        found.limits.append(measure())
+        seen = ", ".join(f"{name} {walls(runs):.2f} s" for name, runs in found.runs["bf16"].items())
+        print(f"round {number + 1}: {seen}", flush=True)
+    for workload in found.workloads:
+        run, watch = plain.watch(workload)
+        found.where[workload.name] = {part: each / run.span.wall for part, each in watch.parts(run.span.wall).items()}
+
+
+def summary(found: Rounds, described: ModelConfig) -> dict[str, dict[str, Any]]:
+    """Medians and ratios by workload."""
+    rows: dict[str, dict[str, Any]] = {}
+    for workload in found.workloads:
+        name, least = workload.name, floor(workload, costs(described, "bf16"), found.best)
+        runs = found.runs["bf16"][name]
+        alone = found.runs["one core"][name]
+        rows[name] = {
+            "wall": walls(runs), "cpu": median(run.span.cpu for run in runs), "floor": least.seconds,
+            "over_floor": walls(runs) / least.seconds, "int8_speedup": walls(runs) / walls(found.runs["int8"][name]),
+            "cores_speedup": walls(alone) / walls(runs) if alone else None, "where": found.where[name],
+            "others": median(run.span.others or 0.0 for run in runs), "floor_parts": asdict(least),
+        }  # fmt: skip
+    for each in found.beside:
+        each["over_share"] = each["wall"] / rows[NEIGHBOUR]["wall"] * (1 - each["share"])
+    return rows
+
+
+def measured(rounds: int, scale: float) -> tuple[dict[str, Any], dict[str, bool]]:
+    """The numbers, and what holds."""
+    cores = len(os.sched_getaffinity(0))
+    config = EngineConfig(model=str(model()), weights="bf16", threads=cores)
+    described = read_config(model())
+    found = Rounds([make(name, described.vocab_size, scale) for name in NAMES], [measure()])
+    machine.forget_peak()  # the buffer of the bandwidth is not the engine's
+    first = [first_token_seconds(config, found.workloads[0].prompt_tokens) for _ in range(3)]
+    plain = Ours(config, found.workloads)
+    run_rounds(rounds, found, plain, Ours(replace(config, weights="int8"), found.workloads), cores)
+    rows = summary(found, described)
+    holds = {
+        f"over the floor at most {OVER_FLOOR}": all(row["over_floor"] <= OVER_FLOOR for row in rows.values()),
+        "int8 against bf16": all(rows[name]["int8_speedup"] >= least for name, least in INT8.items()),
+        "two cores against one": all(rows[name]["cores_speedup"] >= least for name, least in TWO_CORES.items()),
+        "start to first token": median(first) < FIRST_TOKEN,
+        "busy neighbour": median(each["over_share"] for each in found.beside) <= OVER_SHARE,
+        "Python's share of a step below 2 %": all(row["where"]["python"] < 0.02 for row in rows.values()),
+    }
+    runs = {way: {name: [asdict(run) for run in each] for name, each in by.items()} for way, by in found.runs.items()}
+    numbers = {
+        "rounds": rounds, "scale": scale, "limits": [asdict(each) for each in found.limits], "workloads": rows,
+        "start_to_first_token": first, "beside_a_neighbour": found.beside, "runs": runs,
+    }  # fmt: skip
+    return numbers, holds
+
+
+def main() -> int:
+    """Print what holds; 1 when something does not."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scale", type=float, default=1.0)
+    asked = parser.parse_args()
+    numbers, holds = measured(asked.rounds, asked.scale)
+    for name, row in numbers["workloads"].items():
+        where = ", ".join(f"{part} {100 * share:.1f} %" for part, share in row["where"].items())
+        cores = f"{row['cores_speedup']:.2f}" if row["cores_speedup"] else "not run"
+        print(
+            f"{name}: {row['wall']:.2f} s, {row['cpu']:.1f} s of processor, floor {row['floor']:.2f} s, "
+            f"{row['over_floor']:.3f} x; int8 {row['int8_speedup']:.2f} x; two cores {cores}; {where}"
+        )
+    print(f"first token after {median(numbers['start_to_first_token']):.2f} s; beside {numbers['beside_a_neighbour']}")
+    for name, held in holds.items():
+        print(f"{name}: {'holds' if held else 'DOES NOT HOLD'}")
+    if asked.scale == 1.0:
+        write_result("floor", numbers | {"holds": holds, "shown": all(holds.values())})
+    return 0 if all(holds.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

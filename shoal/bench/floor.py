@@ -1,0 +1,121 @@
+"""The least time a workload can take on a machine of given limits, whatever the engine.
+
+It knows a model's sizes, a workload's prompts and the limits; it must not know engines or kernels.
+Per step the larger of operations over their rate and bytes over the bandwidth; every distinct prompt position is
+computed once, all rows decode together, and a step reads the weights once and each distinct position's keys and
+values once, however many rows attend to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from shoal.bench.limits import Limits
+from shoal.bench.workloads import Workload
+from shoal.nn.arch import ModelConfig
+
+Ints = npt.NDArray[np.int64]
+
+NO_WINDOW = 1 << 40
+_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5, "int4-a16": 0.5}  # of one weight of a linear layer
+ARITHMETIC = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8", "int4-a16": "bf16"}  # of products
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a model's parts cost. Weights are counted in numbers, the rest in bytes."""
+
+    linear: int  # weights of all layers
+    head: int  # weights of the head
+    weight_bytes: float  # of all layers and the head: what a step must read
+    position_bytes: int  # keys and values of one position in one layer
+    query_key: int  # operations of one query position on one key position in one layer
+    windows: tuple[int, ...]  # of each layer; 0 sees all
+    linear_arithmetic: str
+    other_arithmetic: str  # of head and attention
+
+
+def costs(model: ModelConfig, mode: str) -> Costs:
+    """The costs of a model whose linear layers have the weights of `mode`; its head and its KV stay in 16 (or 32) bits.
+
+    Scales of quantised weights are not counted: the floor is a floor.
+    """
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    layer = model.width * (2 * queries + 2 * keys + 3 * model.inner)
+    head, wide = model.vocab_size * model.width, 4 if mode == "fp32" else 2
+    return Costs(
+        linear=model.num_layers * layer,
+        head=head,
+        weight_bytes=model.num_layers * layer * _BYTES[mode] + head * wide,
+        position_bytes=2 * keys * wide,
+        query_key=4 * queries,
+        windows=tuple(layer.window for layer in model.layers),
+        linear_arithmetic=ARITHMETIC[mode],
+        other_arithmetic="fp32" if mode == "fp32" else "bf16",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """Seconds of the prompts, and of the steps that answer, and what they are made of."""
+
+    prefill: float
+    decode: float
+    prompt_tokens: int  # distinct
+    steps: int  # that answer, after the one that ends the prompts
+    bound_by_bytes: int  # of these steps
+
+    @property
+    def seconds(self) -> float:
+        return self.prefill + self.decode
+
+
+def floor(workload: Workload, model: Costs, limits: Limits) -> Floor:
+    """The floor of a workload. Rows' first tokens come with their prompts; then step s makes token s + 1 of each."""
+    prompts, answer = _sorted(workload)
+    length = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+    overlap = np.array([0, *map(_overlap, prompts, prompts[1:])], dtype=np.int64)
+    linear, other = limits.rate(model.linear_arithmetic), limits.rate(model.other_arithmetic)
+
+    def work(tokens: int, contexts: Ints, sampled: int) -> float:
+        pairs = sum(int(np.minimum(contexts, window or NO_WINDOW).sum()) for window in model.windows)
+        operations = model.query_key * pairs + 2 * model.head * sampled
+        return 2 * model.linear * tokens / linear + operations / other
+
+    positions = np.concatenate([np.arange(a, b) + 1 for a, b in zip(overlap, length, strict=True)])
+    prefill, decode, bound = work(len(positions), positions, len(length)), 0.0, 0
+    for step in range(1, int(answer.max())):
+        live = np.flatnonzero(answer > step)
+        context = length[live] + step
+        own = context - _shared(overlap, live)
+        read = sum(int(np.minimum(own, window or NO_WINDOW).sum()) for window in model.windows)
+        move = (model.weight_bytes + model.position_bytes * read) / limits.bandwidth
+        compute = work(len(live), context, len(live))
+        bound += move > compute
+        decode += max(compute, move)
+    return Floor(prefill, decode, len(positions), max(0, int(answer.max()) - 1), bound)
+
+
+def _sorted(workload: Workload) -> tuple[list[Ints], Ints]:
+    """Prompts in lexicographic order of their bytes, so that neighbours share most; and their answers' lengths."""
+    rows = sorted(workload.rows, key=lambda row: row.prompt.tobytes())
+    prompts = [np.array(row.prompt, dtype=np.int64) for row in rows]
+    return prompts, np.array([row.answer for row in rows], dtype=np.int64)
+
+
+def _overlap(one: Ints, other: Ints) -> int:
+    """Tokens that two prompts have in common from their start."""
+    most = min(len(one), len(other))
+    differs = np.flatnonzero(one[:most] != other[:most])
+    return int(differs[0]) if len(differs) else most
+
+
+def _shared(overlap: Ints, live: Ints) -> Ints:
+    """Positions that each live row shares with the live row before it: the least overlap on the way there."""
+    shared = np.zeros(len(live), dtype=np.int64)
+    if len(live) > 1:
+        shared[1:] = np.minimum.reduceat(overlap[: live[-1] + 1], live[:-1] + 1)
+    return shared

@@ -1,0 +1,326 @@
+#pragma once
+// The arithmetic of attention on 16 lanes and on register tiles: exponentials, sums and maxima of rows, queries by
+// keys, weights by values. Knows the layout of units (pages.cpp); must not know pages, segments or heads.
+// Included by attention.cpp alone, which is compiled once per instruction set.
+#include "ops.h"
+#include "vec.h"
+
+namespace shoal {
+namespace SHOAL_SET {
+namespace {
+
+constexpr int64_t UNITS = TILE / UNIT;   // of a position tile
+constexpr int64_t SCORES = TILE + UNIT;  // floats from row to row: not a power of two, rows would compete for the cache
+constexpr float LOG2E = 1.44269504088896f;
+#ifdef __AVX512F__
+constexpr int64_t ROWS = 12;  // of a register tile: 24 registers of sums
+#define EACH_COUNT(f, ...) \
+  {f<__VA_ARGS__, 1>, f<__VA_ARGS__, 2>, f<__VA_ARGS__, 3>, f<__VA_ARGS__, 4>,  f<__VA_ARGS__, 5>,  f<__VA_ARGS__, 6>, \
+   f<__VA_ARGS__, 7>, f<__VA_ARGS__, 8>, f<__VA_ARGS__, 9>, f<__VA_ARGS__, 10>, f<__VA_ARGS__, 11>, f<__VA_ARGS__, 12>}
+constexpr int64_t FEW = 7;  // rows of which a register tile can be twice as wide
+#define EACH_FEW(f, ...)                                                                                          \
+  {f<__VA_ARGS__, 1>, f<__VA_ARGS__, 2>, f<__VA_ARGS__, 3>, f<__VA_ARGS__, 4>, f<__VA_ARGS__, 5>, f<__VA_ARGS__, 6>, \
+   f<__VA_ARGS__, 7>}
+#else
+constexpr int64_t ROWS = 4, FEW = 2;
+#define EACH_FEW(f, ...) {f<__VA_ARGS__, 1>, f<__VA_ARGS__, 2>}
+#define EACH_COUNT(f, ...) {f<__VA_ARGS__, 1>, f<__VA_ARGS__, 2>, f<__VA_ARGS__, 3>, f<__VA_ARGS__, 4>}
+#endif
+
+// A word is a float, or two neighbouring bf16. Words of queries and weights from row to row are multiplied by words of
+// keys and values from lane to lane.
+typedef uint32_t word;
+
+template <bool WIDE>
+struct Number {
+  typedef float type;
+};
+template <>
+struct Number<false> {
+  typedef bf16 type;
+};
+
+template <bool WIDE>
+constexpr int64_t PER_WORD = WIDE ? 1 : 2;
+
+template <bool WIDE>
+constexpr int64_t WEIGHTS = SCORES / PER_WORD<WIDE>;  // words from row to row
+
+// A register of floats, and how many of them are 16 lanes. Register tiles are written in these: the compiler keeps
+// wider vectors in memory.
+#if defined(__AVX512F__)
+constexpr int SPLIT = 1;
+#elif defined(__AVX2__)
+constexpr int SPLIT = 2;
+#else
+constexpr int SPLIT = 4;
+#endif
+constexpr int REGISTER = LANES / SPLIT;
+typedef float reg __attribute__((vector_size(64 / SPLIT)));
+typedef uint32_t reg_bits __attribute__((vector_size(64 / SPLIT)));
+typedef uint32_t reg_bits_any __attribute__((vector_size(64 / SPLIT), aligned(4), may_alias));
+
+INLINE reg fma_of(reg a, reg b, reg c) {
+#if defined(__AVX512F__)
+  return (reg)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (reg)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Words as they are multiplied: whole where the machine multiplies pairs or they are floats, else both numbers apart.
+#ifdef __AVX512BF16__
+constexpr bool PAIRS = true;
+#else
+constexpr bool PAIRS = false;
+#endif
+template <bool WIDE>
+struct Operand {
+  reg_bits first, second;
+  explicit Operand(reg_bits x) : first(x), second(x) {
+    if (!WIDE && !PAIRS) first = x << 16, second = x & 0xffff0000u;
+  }
+};
+
+template <bool WIDE>
+INLINE reg step(reg total, const Operand<WIDE> &b, const Operand<WIDE> &a) {
+#ifdef __AVX512BF16__
+  if (!WIDE) return (reg)_mm512_dpbf16_ps((__m512)total, (__m512bh)b.first, (__m512bh)a.first);
+#endif
+  total = fma_of((reg)b.first, (reg)a.first, total);
+  return WIDE ? total : fma_of((reg)b.second, (reg)a.second, total);
+}
+
+// 2 to the power of x, for x <= 0 and little more. The polynomials are least relative errors of 2**f on [0, 1) (3e-6
+// where weights are rounded to bf16, else 2e-9 before rounding) among those that are exactly 1 at 0.
+template <bool WIDE>
+INLINE vf power_of_two(vf x) {
+#ifdef __AVX512F__
+  const vf f = (vf)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x), and 0 for -infinity
+  vf p;
+  if (WIDE) {
+    p = fma(splat(2.16129149e-4f), f, splat(1.24679470e-3f));
+    p = fma(p, f, splat(9.67545155e-3f));
+    p = fma(p, f, splat(5.54852821e-2f));
+    p = fma(p, f, splat(2.40229309e-1f));
+    p = fma(p, f, splat(6.93147063e-1f));
+  } else {
+    p = fma(splat(1.34266838e-2f), f, splat(5.22424728e-2f));
+    p = fma(p, f, splat(2.41280198e-1f));
+    p = fma(p, f, splat(6.93044841e-1f));
+  }
+  p = fma(p, f, splat(1.f));
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // p * 2**floor(x)
+#else
+  reg part[SPLIT];
+  __builtin_memcpy(part, &x, sizeof part);
+#pragma GCC unroll 4
+  for (int i = 0; i < SPLIT; i++) {
+    typedef int32_t whole_reg __attribute__((vector_size(64 / SPLIT)));
+    const whole_reg below = (whole_reg)(part[i] + 126.f) >> 31;  // all bits of the lanes below -126
+    const reg t = (reg)((whole_reg)part[i] & ~below);             // 0 in those
+    const reg whole = (t + 12582912.f) - 12582912.f, f = t - whole, zero = {};  // to the nearest whole number
+    reg p = zero + 1.535336188e-4f;  // the coefficients of `exponential`
+    p = fma_of(p, f, zero + 1.339887440e-3f);
+    p = fma_of(p, f, zero + 9.618437357e-3f);
+    p = fma_of(p, f, zero + 5.550332471e-2f);
+    p = fma_of(p, f, zero + 2.402264791e-1f);
+    p = fma_of(p, f, zero + 6.931472028e-1f);
+    p = fma_of(p, f, zero + 1.f);
+    const whole_reg power = __builtin_convertvector(whole, whole_reg) << 23;
+    part[i] = (reg)(((whole_reg)p + power) & ~below);
+  }
+  __builtin_memcpy(&x, part, sizeof part);
+  return x;
+#endif
+}
+
+INLINE vf add(vf a, vf b) { return a + b; }
+
+// Reduces the lanes of 16 vectors: lane r is that of rows[r]. As in `sum`, each step joins lanes i and i + half.
+template <vf (*join)(vf, vf)>
+INLINE vf reduce_rows(const float *rows) {
+#ifdef __AVX512F__
+  __m512 v[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; r++) v[r] = _mm512_load_ps(rows + (r % 4 * 4 + r / 4) * LANES);  // undoes the steps' order
+#define JOIN(shuffle, from, low, high) \
+  _Pragma("GCC unroll 16") for (int r = 0; r < from / 2; r++) v[r] = \
+      (__m512)join((vf)shuffle(v[2 * r], v[2 * r + 1], low), (vf)shuffle(v[2 * r], v[2 * r + 1], high));
+  JOIN(_mm512_shuffle_f32x4, 16, 0x44, 0xee)
+  JOIN(_mm512_shuffle_f32x4, 8, 0x88, 0xdd)
+  JOIN(_mm512_shuffle_ps, 4, 0x44, 0xee)
+  JOIN(_mm512_shuffle_ps, 2, 0x88, 0xdd)
+#undef JOIN
+  return (vf)v[0];
+#else
+  vf out;
+  for (int r = 0; r < LANES; r++) {
+    float lane[2 * LANES] = {};
+    __builtin_memcpy(lane, rows + r * LANES, LANES * sizeof(float));
+    for (int64_t half = LANES / 2; half > 0; half /= 2) store(lane, join(load(lane), load(lane + half)));
+    out[r] = lane[0];
+  }
+  return out;
+#endif
+}
+
+// tanh(x) = sign(x) (1 - e) / (1 + e) with e = exp(-2 |x|)
+INLINE vf hyperbolic_tangent(vf x) {
+  const vf e = power_of_two<true>(absolute(x) * (-2.f * LOG2E));
+  const vf y = (1.f - e) / (1.f + e);
+  return (vf)((vu)y | ((vu)x & 0x80000000u));
+}
+
+// Transposes 16 words of each of `count` <= 16 rows to [16][count]. Writes up to 16 words beyond the end.
+INLINE void transpose(const char *const *rows, int64_t count, word *to) {
+#ifdef __AVX512F__
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; r++) a[r] = _mm512_loadu_si512(rows[r]);
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; r++) {
+    b[2 * r] = _mm512_unpacklo_epi32(a[2 * r], a[2 * r + 1]);
+    b[2 * r + 1] = _mm512_unpackhi_epi32(a[2 * r], a[2 * r + 1]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; r++)
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {  // a[4 r + j]: word j of every four, of rows 4 r to 4 r + 3
+      a[4 * r + 2 * h] = _mm512_unpacklo_epi64(b[4 * r + h], b[4 * r + h + 2]);
+      a[4 * r + 2 * h + 1] = _mm512_unpackhi_epi64(b[4 * r + h], b[4 * r + h + 2]);
+    }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    const __m512i low = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88), high = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xdd);
+    const __m512i more = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88);
+    const __m512i most = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xdd);
+    b[j] = _mm512_shuffle_i32x4(low, more, 0x88), b[j + 8] = _mm512_shuffle_i32x4(low, more, 0xdd);
+    b[j + 4] = _mm512_shuffle_i32x4(high, most, 0x88), b[j + 12] = _mm512_shuffle_i32x4(high, most, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < 16; k++) _mm512_storeu_si512(to + k * count, b[k]);
+#else
+  for (int64_t r = 0; r < count; r++)
+    for (int64_t k = 0; k < LANES; k++) __builtin_memcpy(to + k * count + r, rows[r] + k * 4, 4);
+#endif
+}
+
+// m rows of queries, packed by step, by the positions of C key units. `tops`, unless null, takes in the largest scores
+// by lane. `ahead`: as many units, to be fetched line after line.
+template <bool WIDE, bool AHEAD, int C, int m>
+__attribute__((noinline)) void score(const word *q, const word *const *keys, int64_t steps, float *scores, float *tops,
+                                     const word *const *ahead) {
+  constexpr int W = SPLIT == 1 ? C : SPLIT, ONCE = W / SPLIT;  // registers, units at once
+  const int64_t turn = (steps + C - 1) / C;
+  for (int from = 0; from < C; from += ONCE) {
+    const word *unit[ONCE], *next = nullptr, *a = q;
+#pragma GCC unroll 16
+    for (int c = 0; c < ONCE; c++) unit[c] = keys[from + c];
+    reg total[m][W];
+#pragma GCC unroll 16
+    for (int r = 0; r < m; r++)
+#pragma GCC unroll 4
+      for (int c = 0; c < W; c++) total[r][c] = (reg){};
+    for (int64_t k = 0, until = 0; k < steps; k++, a += m) {
+      if (AHEAD && from == 0) {
+        if (k == until) next = *ahead++, until += turn;
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++, next += LANES) __builtin_prefetch(next, 0, 3);
+      }
+      reg_bits x[W];
+#pragma GCC unroll 4
+      for (int c = 0; c < W; c++) x[c] = *(const reg_bits_any *)(unit[c / SPLIT] + k * LANES + c % SPLIT * REGISTER);
+#pragma GCC unroll 16
+      for (int r = 0; r < m; r++) {
+        const Operand<WIDE> w(a[r] - (reg_bits){});
+#pragma GCC unroll 4
+        for (int c = 0; c < W; c++) total[r][c] = step<WIDE>(total[r][c], Operand<WIDE>(x[c]), w);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < m; r++)
+#pragma GCC unroll 4
+      for (int c = 0; c < W; c++)
+        __builtin_memcpy(scores + r * SCORES + from * UNIT + c * REGISTER, &total[r][c], sizeof(reg));
+  }
+  if (!tops) return;
+#pragma GCC unroll 16
+  for (int r = 0; r < m; r++) {
+    vf top = load(tops + r * LANES);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) top = larger(top, load(scores + r * SCORES + c * UNIT));
+    store(tops + r * LANES, top);
+  }
+}
+
+// out = out * old + (m rows of weights by 16 C numbers of the values of each unit, `offset` words into it) * fresh.
+// `ahead`: for each unit an address from which as much as is read of it is to be fetched.
+template <bool WIDE, bool AHEAD, int C, int m>
+__attribute__((noinline)) void mix(const word *weights, const word *const *values, int64_t units, int64_t offset,
+                                   const float *old, const float *fresh, float *out, int64_t padded,
+                                   const word *const *ahead) {
+  constexpr int W = SPLIT == 1 ? C : SPLIT, ONCE = W / SPLIT;  // registers, vectors of 16 numbers at once
+  constexpr int64_t STEPS = UNIT / PER_WORD<WIDE>;
+  for (int from = 0; from < C; from += ONCE) {
+    const word *a = weights;
+    reg total[m][W];
+#pragma GCC unroll 16
+    for (int r = 0; r < m; r++)
+#pragma GCC unroll 4
+      for (int c = 0; c < W; c++) total[r][c] = (reg){};
+    for (int64_t u = 0; u < units; u++) {
+      const word *v = values[u] + offset + from / 2 * (STEPS * PANEL) + from % 2 * LANES;
+      const word *next = AHEAD ? ahead[u] : nullptr;
+      for (int64_t k = 0; k < STEPS; k++, a++, v += PANEL) {
+        if (AHEAD && from == 0) {
+#pragma GCC unroll 4
+          for (int c = 0; c < C; c++, next += LANES) __builtin_prefetch(next, 0, 3);
+        }
+        reg_bits x[W];
+#pragma GCC unroll 4
+        for (int c = 0; c < W; c++) {
+          const int64_t panel = c / SPLIT / 2, half = c / SPLIT % 2;
+          x[c] = *(const reg_bits_any *)(v + panel * STEPS * PANEL + half * LANES + c % SPLIT * REGISTER);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < m; r++) {
+          const Operand<WIDE> w(a[r * WEIGHTS<WIDE>] - (reg_bits){});
+#pragma GCC unroll 4
+          for (int c = 0; c < W; c++) total[r][c] = step<WIDE>(total[r][c], Operand<WIDE>(x[c]), w);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < m; r++) {
+      if (fresh[r] == 0.f) continue;
+#pragma GCC unroll 4
+      for (int c = 0; c < W; c++) {
+        float *o = out + r * padded + from * LANES + c * REGISTER;
+        reg state;
+        __builtin_memcpy(&state, o, sizeof state);
+        state = fma_of(total[r][c], fresh[r] - (reg){}, state * old[r]);
+        __builtin_memcpy(o, &state, sizeof state);
+      }
+    }
+  }
+}
+
+typedef void (*Score)(const word *, const word *const *, int64_t, float *, float *, const word *const *);
+typedef void (*Mix)(const word *, const word *const *, int64_t, int64_t, const float *, const float *, float *, int64_t,
+                    const word *const *);
+
+template <bool WIDE>
+constexpr Score SCORE[2][ROWS] = {EACH_COUNT(score, WIDE, false, 2), EACH_COUNT(score, WIDE, true, 2)};
+template <bool WIDE>
+constexpr Mix MIX[2][ROWS] = {EACH_COUNT(mix, WIDE, false, 2), EACH_COUNT(mix, WIDE, true, 2)};
+template <bool WIDE>
+constexpr Score SCORE_FEW[2][FEW] = {EACH_FEW(score, WIDE, false, 4), EACH_FEW(score, WIDE, true, 4)};
+template <bool WIDE>
+constexpr Mix MIX_FEW[2][FEW] = {EACH_FEW(mix, WIDE, false, 4), EACH_FEW(mix, WIDE, true, 4)};
+
+}  // namespace
+}  // namespace SHOAL_SET
+}  // namespace shoal

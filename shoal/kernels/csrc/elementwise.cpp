@@ -1,0 +1,146 @@
+// What is computed number by number or row by row: norms, residual sums and each row's largest number.
+// Knows rows of float or bf16; must not know what they mean. Every sum over a row is folded in an order that depends on
+// the number of columns alone, and the last numbers of a row go through the same instructions as the others, padded.
+#include "ops.h"
+#include "threads.h"
+#include "vec.h"
+
+namespace shoal {
+namespace SHOAL_SET {
+namespace {
+
+constexpr int64_t WORTH = 65536;  // numbers below which waking another thread costs more than it saves
+constexpr int64_t CHAINS = 4;     // independent vectors of a reduction, so that it need not wait for itself
+
+// The first `count` < LANES numbers of p, then `rest`. Memory beyond them is not touched.
+template <class T>
+INLINE vf load_some(const T *p, int64_t count, float rest) {
+  float lane[LANES];
+  for (int64_t i = 0; i < LANES; i++) lane[i] = i < count ? load_one(p + i) : rest;
+  return load(lane);
+}
+
+template <class T>
+INLINE void store_some(T *p, vf v, int64_t count) {
+  T lane[LANES];
+  store(lane, v);
+  for (int64_t i = 0; i < count; i++) p[i] = lane[i];
+}
+
+// The sum of the squares: number i goes to lane i of CHAINS * LANES, lanes are folded by halves.
+template <class T>
+INLINE float sum_of_squares(const T *x, int64_t columns) {
+  vf chain[CHAINS] = {};
+  int64_t i = 0;
+  for (; i + CHAINS * LANES <= columns; i += CHAINS * LANES)
+#pragma GCC unroll 4
+    for (int64_t c = 0; c < CHAINS; c++) {
+      const vf v = load(x + i + c * LANES);
+      chain[c] = fma(v, v, chain[c]);
+    }
+#pragma GCC unroll 4
+  for (int64_t c = 0; c < CHAINS; c++, i += LANES)
+    if (i < columns) {
+      const vf v = i + LANES <= columns ? load(x + i) : load_some(x + i, columns - i, 0);
+      chain[c] = fma(v, v, chain[c]);
+    }
+  return sum((chain[0] + chain[2]) + (chain[1] + chain[3]));
+}
+
+template <class T>
+void norm_rows(const T *x, const float *weight, T *y, int64_t rows, int64_t columns, float eps) {
+  const int64_t whole = columns - columns % LANES;
+  for_each(rows, rows * columns > WORTH, [&](int64_t row) {
+    const T *from = x + row * columns;
+    T *to = y + row * columns;
+    const vf scale = splat(1.0f / __builtin_sqrtf(sum_of_squares(from, columns) / (float)columns + eps));
+    for (int64_t i = 0; i < whole; i += LANES) store(to + i, load(from + i) * scale * load(weight + i));
+    if (const int64_t rest = columns - whole)
+      store_some(to + whole, load_some(from + whole, rest, 0) * scale * load_some(weight + whole, rest, 0), rest);
+  });
+}
+
+template <class T>
+void add_all(const T *x, const T *branch, float factor, T *y, int64_t count) {
+  const vf times = splat(factor);
+  const int64_t vectors = count / LANES, rest = count % LANES;
+  for_each(vectors, count > WORTH, [&](int64_t v) {
+    const int64_t i = v * LANES;
+    store(y + i, fma(load(branch + i), times, load(x + i)));
+  });
+  if (const int64_t i = vectors * LANES; rest)
+    store_some(y + i, fma(load_some(branch + i, rest, 0), times, load_some(x + i, rest, 0)), rest);
+}
+
+INLINE part load_register(const float *p) {
+  part v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// The largest number of `count`, or a NaN if there is one. Works on single registers: this is read at memory speed.
+INLINE float block_largest(const float *x, int64_t count) {
+  constexpr int64_t STEP = LANES / PARTS;
+  part best[CHAINS];
+  part_bits odd[CHAINS] = {};  // lanes that have seen a NaN
+#pragma GCC unroll 4
+  for (int64_t c = 0; c < CHAINS; c++) best[c] = -__builtin_inff() - (part){};
+  int64_t i = 0;
+  for (; i + CHAINS * STEP <= count; i += CHAINS * STEP)
+#pragma GCC unroll 4
+    for (int64_t c = 0; c < CHAINS; c++) {
+      const part v = load_register(x + i + c * STEP);
+      best[c] = v > best[c] ? v : best[c];
+      odd[c] |= v != v;
+    }
+  float lane[CHAINS * STEP], top = -__builtin_inff();
+  int32_t odd_lane[CHAINS * STEP], nan = 0;
+  __builtin_memcpy(lane, best, sizeof lane), __builtin_memcpy(odd_lane, odd, sizeof odd_lane);
+  for (int64_t j = 0; j < CHAINS * STEP; j++) nan |= odd_lane[j], top = lane[j] > top ? lane[j] : top;
+  for (; i < count; i++) nan |= x[i] != x[i], top = x[i] > top ? x[i] : top;
+  return nan ? __builtin_nanf("") : top;
+}
+
+// Walks blocks that stay in the first cache, so that only the block of the largest number is read twice.
+INLINE int64_t row_largest(const float *x, int64_t columns) {
+  constexpr int64_t BLOCK = 2048;
+  int64_t where = 0;
+  float best = -__builtin_inff();
+  for (int64_t i = 0; i < columns; i += BLOCK) {
+    const float found = block_largest(x + i, columns - i < BLOCK ? columns - i : BLOCK);
+    if (found > best || found != found) where = i, best = found;
+    if (found != found) break;
+  }
+  int64_t i = where;
+  if (best != best)
+    while (x[i] == x[i]) i++;
+  else
+    while (x[i] != best) i++;
+  return i;
+}
+
+}  // namespace
+
+void rms_norm(const void *x, const float *weight, void *y, int64_t rows, int64_t columns, float eps, bool wide) {
+  if (wide)
+    norm_rows((const float *)x, weight, (float *)y, rows, columns, eps);
+  else
+    norm_rows((const bf16 *)x, weight, (bf16 *)y, rows, columns, eps);
+}
+
+void add(const void *x, const void *branch, float factor, void *y, int64_t count, bool wide) {
+  if (wide)
+    add_all((const float *)x, (const float *)branch, factor, (float *)y, count);
+  else
+    add_all((const bf16 *)x, (const bf16 *)branch, factor, (bf16 *)y, count);
+}
+
+void largest(const float *x, int64_t *index, float *value, int64_t rows, int64_t columns) {
+  for_each(rows, rows * columns > WORTH, [&](int64_t row) {
+    index[row] = row_largest(x + row * columns, columns);
+    value[row] = x[row * columns + index[row]];
+  });
+}
+
+}  // namespace SHOAL_SET
+}  // namespace shoal

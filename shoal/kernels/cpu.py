@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shoal.kernels import _cpu
 from shoal.kernels.api import KV, Activation, Batch, Draws, Heads, Mode, Scores
-from shoal.kernels.quantize import Quantized, quantize
+from shoal.kernels.quantize import Quantized, pieces, quantize
 
 UNIT = 16  # positions: a page holds whole units
 PANEL = 32  # outputs of a weight that lie together; values of a head are filled up to it
@@ -307,4 +307,4 @@ def _scales(weight: Quantized) -> tuple[Tensor, Tensor]:
 
 def _row_sums(values_NK: Tensor) -> Tensor:
     """Sums of int8 rows as float32 [N, 1]. Each partial sum is a whole number that float32 holds up to K = 132,000."""
-    return torch.cat([part.float().sum(1, keepdim=True) for part in values_NK.split(64)])
+    return torch.cat([part.float().sum(1, keepdim=True) for part in pieces(values_NK)])

@@ -65,12 +65,15 @@ def quantize(weight_NK: Tensor, mode: Mode) -> Quantized:
     """
     if mode == "plain":
         raise ValueError("a plain weight is not quantised")
-    outputs, inputs = weight_NK.shape
-    group = group_size(mode, inputs)
-    many = max(1, CHUNK // inputs)
-    parts = [_round_int8(part) if mode == "int8" else _round_int4(part, group) for part in weight_NK.split(many)]
+    group = group_size(mode, weight_NK.shape[1])
+    parts = [_round_int8(part) if mode == "int8" else _round_int4(part, group) for part in pieces(weight_NK)]
     values, scales, zeros = (torch.cat(each) for each in zip(*parts, strict=True))
     return Quantized(mode, values, scales, None if mode == "int8" else zeros, group)
+
+
+def pieces(weight_NK: Tensor) -> tuple[Tensor, ...]:
+    """The weight in runs of rows that stay in the cache."""
+    return weight_NK.split(max(1, CHUNK // weight_NK.shape[1]))
 
 
 def _round_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:

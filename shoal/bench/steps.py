@@ -77,6 +77,9 @@ class _RandomWeights:
 
     take_for_layer = take
 
+    def layer_bias(self, name: str) -> torch.Tensor:
+        return self.take(f"{name}.bias")
+
     def norm(self, name: str) -> torch.Tensor:
         return torch.ones(self._shapes[f"{name}.weight"])
 

@@ -75,7 +75,7 @@ double peak(Kind kind, int64_t iterations) {
 }
 
 double read(const void *memory, int64_t bytes) {
-  constexpr int64_t STEP = 4 * sizeof(vu), PIECE = 1 << 20;
+  constexpr int64_t STEP = 4 * sizeof(vu), PIECE = 1 << 16;
   const int64_t pieces = bytes / PIECE;
   for_each(pieces, true, [&](int64_t piece) {
     const char *p = (const char *)memory + piece * PIECE;

@@ -75,7 +75,7 @@ class _RandomWeights:
     def take(self, name: str) -> torch.Tensor:
         return random(*self._shapes[name], dtype=self.dtype)
 
-    take_for_layer = take
+    layer_weight = take
 
     def layer_bias(self, name: str) -> torch.Tensor:
         return self.take(f"{name}.bias")

@@ -17,7 +17,7 @@ from benchmarks.common import write_result
 from shoal.core.clock import SimClock
 from shoal.core.types import TOKEN, Request, Sampling, Step
 from shoal.engine import Engine
-from shoal.host import settle_collector
+from shoal.host import settle_interpreter
 from shoal.sched.cost import LinearCost
 from shoal.sched.policies.batch import BatchPolicy
 from shoal.sched.policy import Budget
@@ -106,7 +106,7 @@ def simulate() -> dict[str, float]:
 
 def main() -> int:
     """Measure, print, and say whether the claims hold."""
-    settle_collector()  # as the engine process does
+    settle_interpreter()  # as the engine process does
     cost, job = plan_and_commit(), simulate()
     print("plan and commit:", {name: round(value, 2) for name, value in cost.items()})
     print("simulated job:", {name: round(value, 1) for name, value in job.items()})

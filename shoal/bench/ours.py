@@ -21,7 +21,7 @@ from shoal.core.config import EngineConfig
 from shoal.core.errors import EngineDied, UsageError
 from shoal.core.types import TOKEN, Finish, Request, Sampling
 from shoal.engine import Engine
-from shoal.host import settle_collector
+from shoal.host import settle_interpreter
 from shoal.sched.scheduler import Counters, Scheduler
 
 _WARM_UP = 8  # requests of 64 tokens in and 8 out, before anything is timed
@@ -65,7 +65,7 @@ class Ours:
                     f"{workload.name} has rows of {workload.longest} tokens; the model's context is {facts.context}"
                 )
         self._warm_up()
-        settle_collector()
+        settle_interpreter()
 
     def close(self) -> None:
         """End the kernels' thread."""

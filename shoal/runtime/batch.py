@@ -6,6 +6,7 @@ T = tokens of the step, N = slices, B = pages of the longest slice, P = page siz
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -15,12 +16,43 @@ import torch
 from shoal.core.types import PENDING, Move, Step
 from shoal.kernels.api import Batch
 
+Ints = npt.NDArray[np.int64]
 
-def build_batch(step: Step, page_size: int, vocab_size: int, last: Mapping[int, int], device: torch.device) -> Batch:
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A step laid out before its time: all of it is known but the tokens that earlier steps are still computing."""
+
+    ids_T: Ints
+    pos_T: Ints
+    slot_T: Ints
+    start_N1: Ints
+    table_NB: npt.NDArray[np.int32]
+    length_N: Ints
+    out_R: Ints
+    pending_K: Ints  # places in ids_T, and whose tokens they wait for
+    tickets_K: list[int]
+
+    def batch(self, last: Mapping[int, int], device: torch.device) -> Batch:
+        """The step as tensors. `last` has the token that each ticket sampled last; one that sampled nothing gets some
+        token of the vocabulary: its row has failed, and nobody reads what comes of it."""
+        if self.tickets_K:
+            self.ids_T[self.pending_K] = [last.get(ticket, 0) for ticket in self.tickets_K]
+
+        def tensor(values: npt.NDArray[np.generic]) -> torch.Tensor:
+            return torch.from_numpy(values).to(device, non_blocking=True)
+
+        return Batch(
+            ids_T=tensor(self.ids_T), pos_T=tensor(self.pos_T), slot_T=tensor(self.slot_T),
+            start_N1=tensor(self.start_N1), table_NB=tensor(self.table_NB), length_N=tensor(self.length_N),
+            out_R=tensor(self.out_R),
+        )  # fmt: skip
+
+
+def lay_out(step: Step, page_size: int, vocab_size: int) -> Layout:
     """Lay the slices of a step one after the other; the wanted positions in the same order. There is at least one.
 
-    `last` has the token that each ticket sampled last. A PENDING token of a ticket that sampled nothing, and a token
-    outside the vocabulary, become some token of it: their rows have failed, and nobody reads what comes of them.
+    A token outside the vocabulary becomes some token of it: its row has failed too.
     """
     slices = step.slices
     count_N = np.array([len(each.tokens) for each in slices], dtype=np.int64)
@@ -29,8 +61,8 @@ def build_batch(step: Step, page_size: int, vocab_size: int, last: Mapping[int, 
     start_N1 = np.concatenate([[0], np.cumsum(count_N)])
     owner_T = np.repeat(np.arange(len(slices)), count_N)
     ids_T = np.frombuffer(b"".join([memoryview(each.tokens) for each in slices]), dtype=np.int32).astype(np.int64)
-    pending = np.flatnonzero(ids_T == PENDING)
-    ids_T[pending] = [last.get(slices[n].ticket, 0) for n in owner_T[pending]]
+    pending_K = np.flatnonzero(ids_T == PENDING)
+    tickets_K = [slices[n].ticket for n in owner_T[pending_K]]
     np.clip(ids_T, 0, vocab_size - 1, out=ids_T)
     pos_T = np.arange(len(ids_T)) + (begin_N - start_N1[:-1])[owner_T]
     table_NB = _table([each.blocks for each in slices])
@@ -38,14 +70,7 @@ def build_batch(step: Step, page_size: int, vocab_size: int, last: Mapping[int, 
     owner_R = np.repeat(np.arange(len(slices)), want_N)
     offset_R = np.arange(len(owner_R)) - (np.cumsum(want_N) - want_N)[owner_R]
     out_R = (start_N1[1:] - want_N)[owner_R] + offset_R
-
-    def tensor(values: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(values).to(device, non_blocking=True)
-
-    return Batch(
-        ids_T=tensor(ids_T), pos_T=tensor(pos_T), slot_T=tensor(slot_T), start_N1=tensor(start_N1),
-        table_NB=tensor(table_NB), length_N=tensor(begin_N + count_N), out_R=tensor(out_R),
-    )  # fmt: skip
+    return Layout(ids_T, pos_T, slot_T, start_N1, table_NB, begin_N + count_N, out_R, pending_K, tickets_K)
 
 
 def _table(blocks: list[tuple[int, ...]]) -> npt.NDArray[np.int32]:

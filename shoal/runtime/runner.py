@@ -18,7 +18,7 @@ from shoal.core.types import Answer, Request, Slice, Start, Step, StepResult, To
 from shoal.kernels.api import KV, Batch, Kernels
 from shoal.nn.sampler import Sampler
 from shoal.nn.scores import score
-from shoal.runtime.batch import build_batch, moves_tensor
+from shoal.runtime.batch import Layout, lay_out, moves_tensor
 
 _LOGIT_BYTES = 32 << 20  # of float32 logits at a time; reductions over them need about six times as much beside
 _TILE = 16  # rows of a matrix product: a multiple wastes none
@@ -79,8 +79,9 @@ class ModelRunner:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shoal-kernels")
 
     def submit(self, step: Step) -> StepInFlight:
-        """Run the step after all earlier ones."""
-        return StepInFlight(self._worker.submit(self._run, step))
+        """Run the step after all earlier ones. It is laid out at once, while those run."""
+        layout = lay_out(step, self._kv.page_size, self._vocab_size) if step.slices else None
+        return StepInFlight(self._worker.submit(self._run, step, layout))
 
     def close(self) -> None:
         """Wait for the steps in flight and end the worker. No step may follow."""
@@ -88,7 +89,7 @@ class ModelRunner:
 
     # -- all below runs in the worker ------------------------------------------------------------------
 
-    def _run(self, step: Step) -> StepResult:
+    def _run(self, step: Step, layout: Layout | None) -> StepResult:
         began = time.perf_counter()
         result = StepResult({})
         with torch.inference_mode():
@@ -98,9 +99,8 @@ class ModelRunner:
                 self._start(start)
             if step.moves:
                 self._kernels.move_blocks(self._kv, moves_tensor(step.moves))
-            if step.slices:
-                batch = build_batch(step, self._kv.page_size, self._vocab_size, self._last, self._kernels.device)
-                hidden_RD = self._model.forward(batch, self._kv)
+            if layout is not None:
+                hidden_RD = self._model.forward(layout.batch(self._last, self._kernels.device), self._kv)
                 wishes = self._wishes(step.slices, result)
                 self._score(hidden_RD, wishes, result)
                 self._sample(hidden_RD, wishes, result)

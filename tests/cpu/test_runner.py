@@ -25,7 +25,7 @@ from shoal.kernels.cpu import instruction_sets
 from shoal.nn.arch import read_config
 from shoal.nn.decoder import Decoder
 from shoal.nn.weights import load_weights
-from shoal.runtime.batch import build_batch
+from shoal.runtime.batch import lay_out
 from shoal.runtime.memory import MemoryPlan, _control_groups, available_bytes, plan_memory
 from shoal.runtime.runner import ModelRunner
 from shoal.sched.policies.batch import BatchPolicy
@@ -250,7 +250,7 @@ def test_a_batch_says_where_every_token_goes() -> None:
         Slice(9, 8, array(TOKEN, [PENDING]), (6, 0, 3), 1),
         Slice(10, 0, array(TOKEN, [999]), (5,), 0),
     )
-    batch = build_batch(Step(1, slices), 4, VOCAB, {9: 77}, torch.device("cpu"))
+    batch = lay_out(Step(1, slices), 4, VOCAB).batch({9: 77}, torch.device("cpu"))
     assert batch.ids_T.tolist() == [5, 6, 1, 2, 3, 4, 5, 77, VOCAB - 1]
     assert batch.pos_T.tolist() == [3, 4, 0, 1, 2, 3, 4, 8, 0]
     assert batch.slot_T.tolist() == [39, 8, 16, 17, 18, 19, 4, 12, 20]

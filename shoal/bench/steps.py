@@ -75,7 +75,8 @@ class _RandomWeights:
     def take(self, name: str) -> torch.Tensor:
         return random(*self._shapes[name], dtype=self.dtype)
 
-    layer_weight = take
+    def layer_weight(self, name: str) -> torch.Tensor:
+        return self.take(f"{name}.weight")
 
     def layer_bias(self, name: str) -> torch.Tensor:
         return self.take(f"{name}.bias")

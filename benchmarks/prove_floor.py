@@ -26,8 +26,9 @@ from benchmarks.prove_planning import model
 from shoal.bench import machine
 from shoal.bench.floor import costs, floor
 from shoal.bench.limits import Limits, measure
+from shoal.bench.options import WORKLOADS
 from shoal.bench.ours import Ours, Run, first_token_seconds
-from shoal.bench.workloads import NAMES, Workload, make
+from shoal.bench.workloads import Workload, make
 from shoal.core.config import EngineConfig
 from shoal.kernels import set_threads
 from shoal.nn.arch import ModelConfig, read_config
@@ -126,7 +127,7 @@ def measured(rounds: int, scale: float) -> tuple[dict[str, Any], dict[str, bool]
     cores = len(os.sched_getaffinity(0))
     config = EngineConfig(model=str(model()), weights="bf16", threads=cores)
     described = read_config(model())
-    found = Rounds([make(name, described.vocab_size, scale) for name in NAMES], [measure()])
+    found = Rounds([make(name, described.vocab_size, scale) for name in WORKLOADS], [measure()])
     machine.forget_peak()  # the buffer of the bandwidth is not the engine's
     first = [first_token_seconds(config, found.workloads[0].prompt_tokens) for _ in range(3)]
     plain = Ours(config, found.workloads)

@@ -38,6 +38,17 @@ def judged(record: dict[str, Any], peer: str) -> dict[str, bool]:
     return holds
 
 
+def without_places(value: Any) -> Any:
+    """The record with the names of files where it has their paths: those are this machine's."""
+    if isinstance(value, dict):
+        return {key: without_places(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_places(each) for each in value]
+    if isinstance(value, str):
+        return ":".join(part.rsplit("/", 1)[-1] for part in value.split(":"))
+    return value
+
+
 def main() -> int:
     """Print what holds; 1 when something does not."""
     parser = argparse.ArgumentParser()
@@ -50,8 +61,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "bench.json"
         run_bench(BenchOptions(model=str(model()), runs=asked.runs, peers=(asked.peer,), json=path))
-        record = json.loads(path.read_text())
-    record["settings"].pop("model")  # a path of this machine
+        record = without_places(json.loads(path.read_text()))
     holds = judged(record, asked.peer)
     for name, held in holds.items():
         print(f"{name}: {'holds' if held else 'DOES NOT HOLD'}")

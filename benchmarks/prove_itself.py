@@ -30,6 +30,7 @@ from shoal.core.config import EngineConfig
 from shoal.core.sequence import Sequence as Row
 from shoal.core.types import Request
 from shoal.engine import Engine
+from shoal.host import settle_interpreter
 from shoal.jobs.options import JobOptions
 from shoal.jobs.run import SOME_FAILED, run_job
 from shoal.kernels import set_threads
@@ -315,6 +316,7 @@ def answers(line: Any) -> Any:
 def prove(sets: int, seed: int, model: str, settings: Sequence[Setting]) -> dict[str, Any]:
     """Run every setting and say which lines differ from the calm run's."""
     threads = torch.get_num_threads()
+    settle_interpreter()  # as in an engine process: adversaries plan for long, and the kernels' thread would wait
     made, runs = lines(sets, seed), []
     bodies = {name: json.loads(line)["body"] for name, line in made.items()}
     resumed: Counter[str] = Counter()

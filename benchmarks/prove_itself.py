@@ -125,8 +125,7 @@ FACTORS: Mapping[str, Sequence[Any]] = {
 }
 """What must not change a line, the weights apart."""
 
-QUANTIZED = ("int8", "int4", "int4-a16")
-"""Weights with which the friendly policies' settings are run again."""
+QUANTIZED = ("int8", "int4", "int4-a16")  # the friendly policies' settings are run again with these
 
 WISHES: Mapping[str, Sequence[Any]] = {
     "prompt": ("chat", "long chat", "text", "tokens", "texts"),
@@ -202,9 +201,6 @@ def prompt(kind: str, number: int, shared: list[int], random: Random, body: dict
     if kind == "tokens":
         return {"prompt": shared[: 17 + 5 * (number % 8)] + [random.randrange(5, 4000) for _ in range(1 + number % 4)]}
     return {"prompt": STORY + text if kind == "text" else [STORY, STORY + text]}
-
-
-# -- runs ---------------------------------------------------------------------------------------------
 
 
 class Watched(InProcess):
@@ -311,9 +307,6 @@ def answers(line: Any) -> Any:
     """The part of a line that is not a name."""
     record = json.loads(line) if isinstance(line, bytes) else line
     return record["response"]["body"].get("choices")
-
-
-# -- the proof ----------------------------------------------------------------------------------------
 
 
 def prove(sets: int, seed: int, model: str, settings: Sequence[Setting]) -> dict[str, Any]:

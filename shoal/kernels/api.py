@@ -31,6 +31,7 @@ class Batch:
     table_NB: Tensor  # int32, page of positions [b*P, (b+1)*P), padded with 0 which is never read as such
     length_N: Tensor  # int64, positions with key and value after this step
     out_R: Tensor  # int64, indices into T of the positions whose hidden state is needed
+    wanted: Batch | None = None  # those positions as a step of their own, where they are few
 
 
 Activation = Literal["silu", "gelu"]
@@ -126,7 +127,10 @@ class Kernels(Protocol):
         ...
 
     def linear(self, x_TK: Tensor, packed: object, residual_TN: Tensor | None = None, factor: float = 1.0) -> Tensor:
-        """Return (x · weightᵀ + bias) * factor + residual as [T, N] in the dtype of x. T may be 0."""
+        """Return (x · weightᵀ + bias) * factor + residual as [T, N] in the dtype of x. T may be 0.
+
+        The residual's memory may be used for the result.
+        """
         ...
 
     def gated(self, x_TK: Tensor, packed: object) -> Tensor:

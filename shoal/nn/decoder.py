@@ -39,12 +39,18 @@ class Decoder:
         )
 
     def forward(self, batch: Batch, kv: KV) -> Tensor:
-        """Write the step's keys and values; return the wanted positions' hidden states as [R, D], after the norm."""
+        """Write the step's keys and values; return the wanted positions' hidden states as [R, D], after the norm.
+
+        Of the last layer the other positions leave keys and values, and nothing else is computed of them.
+        """
         x_TD = embed(self.kernels, self.config, self.embedding_VD, batch.ids_T)
         step = StepState(batch, kv, self.kernels.plan(batch, kv))
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x_TD = layer(x_TD, step)
-        return self.norm(x_TD.index_select(0, batch.out_R))
+        if batch.wanted is None:
+            return self.norm(self.layers[-1](x_TD, step).index_select(0, batch.out_R))
+        plan = self.kernels.plan(batch.wanted, kv) if len(batch.out_R) else None
+        return self.norm(self.layers[-1](x_TD, StepState(batch, kv, plan, batch.out_R)))
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Return float32 [R, V]."""

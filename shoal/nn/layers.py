@@ -22,7 +22,8 @@ class StepState:
 
     batch: Batch
     kv: KV
-    plan: object  # the kernels' own preparation of the batch
+    plan: object  # the kernels' own preparation of the batch, or of the rows that go on
+    only_R: Tensor | None = None  # rows that go on once keys and values are placed, for which the plan is; None: all
 
 
 class Norm:
@@ -59,9 +60,12 @@ class Attention:
             )
         )  # fmt: skip
 
-    def __call__(self, x_TD: Tensor, step: StepState, residual_TD: Tensor | None, factor: float) -> Tensor:
+    def place(self, x_TD: Tensor, step: StepState) -> Tensor:
+        """Write the rows' keys and values; return their queries, [T, H, E]."""
+        return self.kernels.place(self.kernels.linear(x_TD, self.qkv), self.heads, step.kv, self.index, step.batch)
+
+    def __call__(self, q_THE: Tensor, step: StepState, residual_TD: Tensor | None, factor: float) -> Tensor:
         config = self.config
-        q_THE = self.kernels.place(self.kernels.linear(x_TD, self.qkv), self.heads, step.kv, self.index, step.batch)
         out_THE = self.kernels.attention(
             q_THE, step.kv, self.index, step.plan, config.attention_scale, self.layer.window, config.attention_softcap
         )
@@ -101,13 +105,18 @@ class Layer:
         self.before_attention, self.after_attention, self.before_feed, self.after_feed = norms
 
     def __call__(self, x_TD: Tensor, step: StepState) -> Tensor:
-        """Return the stream after this layer; its keys and values are in the pages."""
+        """Return the stream after this layer, of the rows that go on; keys and values of all are in the pages."""
         normed = self.before_attention(x_TD) if self.before_attention else x_TD
+        q_THE = self.attention.place(normed, step)
+        if step.only_R is not None:
+            x_TD, q_THE = x_TD.index_select(0, step.only_R), q_THE.index_select(0, step.only_R)
+            if not len(x_TD):
+                return x_TD
         if self.after_attention:
-            branch = self.after_attention(self.attention(normed, step, None, 1.0))
+            branch = self.after_attention(self.attention(q_THE, step, None, 1.0))
             x_TD = self.kernels.add(x_TD, branch, self.scale)
         else:
-            x_TD = self.attention(normed, step, x_TD, self.scale)
+            x_TD = self.attention(q_THE, step, x_TD, self.scale)
         normed = self.before_feed(x_TD) if self.before_feed else x_TD
         if self.after_feed:
             return self.kernels.add(x_TD, self.after_feed(self.feed_forward(normed, None, 1.0)), self.scale)

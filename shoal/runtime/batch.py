@@ -6,7 +6,7 @@ T = tokens of the step, N = slices, B = pages of the longest slice, P = page siz
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -32,6 +32,7 @@ class Layout:
     out_R: Ints
     pending_K: Ints  # places in ids_T, and whose tokens they wait for
     tickets_K: list[int]
+    want_N: Ints  # wanted positions of each slice, its last ones
 
     def batch(self, last: Mapping[int, int], device: torch.device) -> Batch:
         """The step as tensors. `last` has the token that each ticket sampled last; one that sampled nothing gets some
@@ -42,11 +43,17 @@ class Layout:
         def tensor(values: npt.NDArray[np.generic]) -> torch.Tensor:
             return torch.from_numpy(values).to(device, non_blocking=True)
 
-        return Batch(
-            ids_T=tensor(self.ids_T), pos_T=tensor(self.pos_T), slot_T=tensor(self.slot_T),
-            start_N1=tensor(self.start_N1), table_NB=tensor(self.table_NB), length_N=tensor(self.length_N),
-            out_R=tensor(self.out_R),
+        arrays = (self.ids_T, self.pos_T, self.slot_T, self.start_N1, self.table_NB, self.length_N, self.out_R)
+        whole = Batch(*map(tensor, arrays))
+        if len(self.out_R) == len(self.ids_T):
+            return whole
+        some_N, out_R = np.flatnonzero(self.want_N), self.out_R
+        start_N1 = np.concatenate([[0], np.cumsum(self.want_N[some_N])])
+        arrays = (
+            self.ids_T[out_R], self.pos_T[out_R], self.slot_T[out_R], start_N1, self.table_NB[some_N],
+            self.length_N[some_N], np.arange(len(out_R)),
         )  # fmt: skip
+        return replace(whole, wanted=Batch(*map(tensor, arrays)))
 
 
 def lay_out(step: Step, page_size: int, vocab_size: int) -> Layout:
@@ -70,7 +77,7 @@ def lay_out(step: Step, page_size: int, vocab_size: int) -> Layout:
     owner_R = np.repeat(np.arange(len(slices)), want_N)
     offset_R = np.arange(len(owner_R)) - (np.cumsum(want_N) - want_N)[owner_R]
     out_R = (start_N1[1:] - want_N)[owner_R] + offset_R
-    return Layout(ids_T, pos_T, slot_T, start_N1, table_NB, begin_N + count_N, out_R, pending_K, tickets_K)
+    return Layout(ids_T, pos_T, slot_T, start_N1, table_NB, begin_N + count_N, out_R, pending_K, tickets_K, want_N)
 
 
 def _table(blocks: list[tuple[int, ...]]) -> npt.NDArray[np.int32]:

@@ -18,14 +18,13 @@ from small_models import reference, save_model
 from shoal.build import WallClock, build_engine
 from shoal.core.config import EngineConfig
 from shoal.core.errors import UsageError
-from shoal.core.types import PENDING, TOKEN, Answer, Finish, Move, Output, Request, Sampling, Slice, Start, Step
+from shoal.core.types import TOKEN, Answer, Finish, Move, Output, Request, Sampling, Slice, Start, Step
 from shoal.engine import Engine
 from shoal.kernels import load, set_threads
 from shoal.kernels.cpu import instruction_sets
 from shoal.nn.arch import read_config
 from shoal.nn.decoder import Decoder
 from shoal.nn.weights import load_weights
-from shoal.runtime.batch import lay_out
 from shoal.runtime.memory import MemoryPlan, _control_groups, available_bytes, plan_memory
 from shoal.runtime.runner import ModelRunner
 from shoal.sched.policies.batch import BatchPolicy
@@ -241,24 +240,6 @@ def test_prompt_scores_are_those_of_transformers(decoder: Decoder, tmp_path: Pat
 
 
 # -- steps --------------------------------------------------------------------------------------------
-
-
-def test_a_batch_says_where_every_token_goes() -> None:
-    slices = (
-        Slice(7, 3, array(TOKEN, [5, 6]), (9, 2), 1),
-        Slice(8, 0, array(TOKEN, [1, 2, 3, 4, 5]), (4, 1), 3),
-        Slice(9, 8, array(TOKEN, [PENDING]), (6, 0, 3), 1),
-        Slice(10, 0, array(TOKEN, [999]), (5,), 0),
-    )
-    batch = lay_out(Step(1, slices), 4, VOCAB).batch({9: 77}, torch.device("cpu"))
-    assert batch.ids_T.tolist() == [5, 6, 1, 2, 3, 4, 5, 77, VOCAB - 1]
-    assert batch.pos_T.tolist() == [3, 4, 0, 1, 2, 3, 4, 8, 0]
-    assert batch.slot_T.tolist() == [39, 8, 16, 17, 18, 19, 4, 12, 20]
-    assert batch.start_N1.tolist() == [0, 2, 7, 8, 9]
-    assert batch.table_NB.tolist() == [[9, 2, 0], [4, 1, 0], [6, 0, 3], [5, 0, 0]]
-    assert batch.length_N.tolist() == [5, 5, 9, 1]
-    assert batch.out_R.tolist() == [1, 4, 5, 6, 7]
-    assert batch.table_NB.dtype == torch.int32
 
 
 def test_a_moved_block_answers_as_the_one_it_was_copied_from(decoder: Decoder) -> None:

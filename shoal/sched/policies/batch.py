@@ -8,6 +8,7 @@ admission by the predicted peak.
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 from shoal.core.sequence import Sequence
 from shoal.core.types import Finish
@@ -17,6 +18,7 @@ from shoal.sched.lengths import LengthHistory
 from shoal.sched.policy import Budget, Key, Policy, Reach, View
 
 STEP_COST = 32  # tokens whose computation takes as long as a step that has little else to do
+FEW = 256  # waiting rows up to which what waits is taken for all that is left
 RELEARN = 32  # finished rows after which expectations are asked anew
 
 
@@ -32,6 +34,7 @@ class BatchPolicy(Policy):
         self._base = 0
         self._growths: list[Growth] = []
         self._certain = True
+        self._tokens = self.limit.tokens  # of this plan's step
         self._backlog = 0  # prompt tokens of running sequences that are not computed yet
         self._pace = 1  # prompt tokens a step has room for beside the decodes
         self._fresh = False
@@ -39,7 +42,30 @@ class BatchPolicy(Policy):
     def budget(self, view: View) -> Budget:
         """The forecast of this plan starts anew; it is made when the first candidate asks."""
         self._fresh = False
-        return self.limit
+        self._tokens = self._enough(view)
+        return Budget(self._tokens, self.limit.sequences)
+
+    def _enough(self, view: View) -> int:
+        """Tokens of a step such that prompts are computed beside decodes that would not fill it.
+
+        The longest answer takes its steps whatever is done; near the end of a job, when few rows decode, a step reads
+        all weights for little. So a prompt is put off as far as its own answer leaves time: it must be computed when
+        as many steps are left as that has tokens. Only where all lengths are certain, and all that waits is in sight.
+        """
+        most = self.limit.tokens
+        decodes = sum(seq.pending <= 1 for seq in view.running)
+        if len(view.waiting) > FEW or decodes == len(view.running) + len(view.waiting):
+            return most
+        if decodes >= 4 * STEP_COST or any(seq.stop for seq in chain(view.running, view.waiting)):
+            return most
+        left = max(_left(seq) for seq in chain(view.running, view.waiting))
+        behind = [seq for seq in view.running if seq.pending > 1]
+        behind += sorted(view.waiting, key=lambda seq: seq.request.index)
+        tokens, pace = 0, 0.0
+        for seq in behind:
+            tokens += seq.pending
+            pace = max(pace, tokens / (left - _left(seq) + 1))
+        return min(most, max(decodes + math.ceil(pace), STEP_COST))
 
     def rank(self, seq: Sequence, view: View) -> Key:
         """Decodes, then prefills under way, then the plan's order. Rows without a plan come in order of arrival."""
@@ -93,7 +119,7 @@ class BatchPolicy(Policy):
     def _look(self, view: View, reserved: int) -> None:
         """Describe the running sequences to the forecast."""
         private = backlog = 0
-        self._pace = max(self.limit.tokens - len(view.running), 1)
+        self._pace = max(self._tokens - len(view.running), 1)
         growths, certain = [], True
         for seq in view.running:
             expected = self._expected.get(seq.number, 0)
@@ -131,3 +157,8 @@ class BatchPolicy(Policy):
             self._finished += 1
             if self._finished % RELEARN == 0:
                 self._expected.clear()
+
+
+def _left(seq: Sequence) -> int:
+    """Tokens that a sequence whose length is certain has still to produce."""
+    return max(seq.request.sampling.max_tokens - seq.produced, 0) if seq.samples else 0

@@ -22,6 +22,7 @@ from shoal.bench.watch import watched
 from shoal.build import WallClock
 from shoal.core.types import TOKEN, Request, Sampling, Slice, Step, Tokens
 from shoal.engine import Engine, Executor, Pending
+from shoal.host import settle_interpreter
 from shoal.kernels import Kernels, load
 from shoal.nn.arch import ModelConfig, make_config
 from shoal.nn.decoder import Decoder
@@ -115,6 +116,7 @@ def run(limits: Limits, mode: str) -> Iterator[Decodes]:
         if isinstance(tensor, torch.Tensor):
             tensor.zero_()  # skipped positions are read: they must be numbers, and in memory
     runner, model = ModelRunner(decoder, kernels, kv, config.vocab_size), costs(config, mode)
+    settle_interpreter()
     try:
         for batch in BATCHES:
             prompts = [_tokens(row, 32) for row in range(batch)]

@@ -158,13 +158,15 @@ class CpuKernels:
         assert isinstance(packed, PackedLinear)
         rows, inputs = x_TK.shape
         assert inputs == packed.inputs and x_TK.dtype == packed.dtype and x_TK.is_contiguous(), (x_TK.shape, packed)
-        out_TN = torch.empty((rows, packed.outputs), dtype=x_TK.dtype)
-        residual = 0
-        if residual_TN is not None:
-            assert residual_TN.shape == out_TN.shape and residual_TN.dtype == x_TK.dtype and residual_TN.is_contiguous()
-            residual = residual_TN.data_ptr()
-        packed.narrow(x_TK.data_ptr(), rows, residual, factor, out_TN.data_ptr())
-        return out_TN
+        if residual_TN is None:
+            out_TN = torch.empty((rows, packed.outputs), dtype=x_TK.dtype)
+            packed.narrow(x_TK.data_ptr(), rows, 0, factor, out_TN.data_ptr())
+            return out_TN
+        assert residual_TN.shape == (rows, packed.outputs), (residual_TN.shape, packed)
+        assert residual_TN.dtype == x_TK.dtype and residual_TN.is_contiguous(), residual_TN.dtype
+        out = residual_TN.data_ptr()
+        packed.narrow(x_TK.data_ptr(), rows, out, factor, out)
+        return residual_TN
 
     def gated(self, x_TK: Tensor, packed: object) -> Tensor:
         return self.linear(x_TK, packed)

@@ -15,8 +15,11 @@ from typing import Any
 from shoal.kernels.api import Kernels
 
 PARTS = ("linear", "head", "attention", "rest", "python")
-_PART_OF = {"linear": "linear", "gated": "linear", "logits": "head", "attention": "attention"}  # the others: rest
-_NOT_OF_A_STEP = ("new_kv", "kv_bytes", "pack", "pack_gated", "prepare_heads")
+_PART_OF = {  # the others: rest
+    "linear": "linear", "gated": "linear", "gated_with": "linear", "add_deltas": "linear", "logits": "head",
+    "attention": "attention",
+}  # fmt: skip
+_NOT_OF_A_STEP = ("new_kv", "kv_bytes", "pack", "pack_gated", "pack_deltas", "prepare_heads")
 
 
 @dataclass(slots=True)

@@ -7,10 +7,10 @@ import os
 import torch
 
 from shoal.kernels import _cpu
-from shoal.kernels.api import KV, WEIGHT_BITS, Batch, Draws, Heads, Kernels, Scores
+from shoal.kernels.api import KV, WEIGHT_BITS, Batch, Delta, Draws, Heads, Kernels, Scores, Up
 from shoal.kernels.ref import RefKernels
 
-__all__ = ["KV", "WEIGHT_BITS", "Batch", "Draws", "Heads", "Kernels", "Scores", "load"]
+__all__ = ["KV", "WEIGHT_BITS", "Batch", "Delta", "Draws", "Heads", "Kernels", "Scores", "Up", "load"]
 
 
 def set_threads(threads: int) -> None:

@@ -12,6 +12,7 @@ threads. tests/cpu/test_kernels.py states this as tests.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -32,6 +33,7 @@ class Batch:
     length_N: Tensor  # int64, positions with key and value after this step
     out_R: Tensor  # int64, indices into T of the positions whose hidden state is needed
     wanted: Batch | None = None  # those positions as a step of their own, where they are few
+    adapter_T: Tensor | None = None  # int64, number of each token's adapter, -1 for none; None: no token has one
 
 
 Activation = Literal["silu", "gelu"]
@@ -51,6 +53,25 @@ class Heads:
     norms: tuple[Tensor, Tensor] | None = None  # float32 weights for queries and keys
     whole: bool = False  # a norm runs over all heads of a token together instead of each
     eps: float = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """The second product of a low-rank delta. It reads the first one's numbers from `begin` on, one for each of its
+    columns, and is added to the layer's outputs from `first` on; of a gated layer all to one side."""
+
+    weight_NR: Tensor
+    scale: float
+    begin: int = 0
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one adapter adds to a linear layer: for each of `ups`, (x · downᵀ)[its columns] · upᵀ * scale."""
+
+    down_HK: Tensor
+    ups: tuple[Up, ...]
 
 
 WEIGHT_BITS = 40  # weights are multiples of 2**-40 of the best token's; 2**22 of them cannot overflow 63 bits
@@ -135,6 +156,25 @@ class Kernels(Protocol):
 
     def gated(self, x_TK: Tensor, packed: object) -> Tensor:
         """Return activation(gate of x) * (rest of x) as [T, F]; gelu is its tanh form."""
+        ...
+
+    def pack_deltas(self, deltas: Sequence[Delta | None], packed: object) -> object:
+        """Prepare what adapters 0, 1, … add to a packed layer; None adds nothing. Tensors have the activations' dtype."""
+        ...
+
+    def group(self, adapter_T: Tensor) -> object:
+        """Sort the rows of a step by adapter, for `add_deltas`; -1 is a row without one."""
+        ...
+
+    def add_deltas(self, x_TK: Tensor, y_TN: Tensor, deltas: object, grouped: object, factor: float = 1.0) -> None:
+        """Add to each row of y, in place, what its adapter makes of its row of x, times the factor.
+
+        The first product is rounded to the dtype of x, the sum to that of y. Rows without an adapter are not touched.
+        """
+        ...
+
+    def gated_with(self, x_TK: Tensor, packed: object, deltas: object, grouped: object) -> Tensor:
+        """Return `gated` with deltas added before the activation; rows without an adapter are those of `gated`."""
         ...
 
     def logits(self, x_RD: Tensor, packed: object) -> Tensor:

@@ -6,14 +6,15 @@ of the package.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from shoal.kernels import _cpu
-from shoal.kernels.api import KV, Activation, Batch, Draws, Heads, Mode, Scores
+from shoal.kernels.api import KV, Activation, Batch, Delta, Draws, Heads, Mode, Scores
+from shoal.kernels.cpu_deltas import Grouped, PackedDeltas, group
 from shoal.kernels.quantize import Quantized, pieces, quantize
 
 UNIT = 16  # positions: a page holds whole units
@@ -49,7 +50,8 @@ class PackedLinear:
     """A weight in panels, with the tensors whose addresses the extension holds."""
 
     narrow: _cpu.Linear  # gives the dtype of its input
-    wide: _cpu.Linear  # gives float32
+    wide: _cpu.Linear  # gives float32; of a gated layer the sums, panels of gate and rest in turn
+    gated: bool
     dtype: torch.dtype  # of its input
     inputs: int
     outputs: int
@@ -145,14 +147,16 @@ class CpuKernels:
         if bias_N is not None:
             bias[:n] = bias_N
         scale, zero = (each.data_ptr() for each in scales) if scales else (0, 0)
+        gated = gate != _cpu.Gate.NONE
         narrow, wide = (
             _cpu.Linear(
-                self._table, kind, gate, n, k, group, panels.data_ptr(), scale=scale, zero=zero,
-                bias=bias.data_ptr() if bias_N is not None else 0, wide=wide, outputs=outputs,
+                self._table, kind, gate if not wide else _cpu.Gate.NONE, n, k, group, panels.data_ptr(), scale=scale,
+                zero=zero, bias=bias.data_ptr() if bias_N is not None else 0, wide=wide,
+                outputs=n if wide and gated else outputs,
             )
             for wide in (False, True)
         )  # fmt: skip
-        return PackedLinear(narrow, wide, dtype, k, outputs, (panels, bias, *scales))
+        return PackedLinear(narrow, wide, gated, dtype, k, outputs, (panels, bias, *scales))
 
     def linear(self, x_TK: Tensor, packed: object, residual_TN: Tensor | None = None, factor: float = 1.0) -> Tensor:
         assert isinstance(packed, PackedLinear)
@@ -171,8 +175,39 @@ class CpuKernels:
     def gated(self, x_TK: Tensor, packed: object) -> Tensor:
         return self.linear(x_TK, packed)
 
-    def logits(self, x_RD: Tensor, packed: object) -> Tensor:
+    def pack_deltas(self, deltas: Sequence[Delta | None], packed: object) -> PackedDeltas:
         assert isinstance(packed, PackedLinear)
+        found = PackedDeltas(_cpu.Deltas(self._table), packed.inputs, packed.outputs, packed.gated)
+        for delta in deltas:
+            found.append(delta, self.pack)
+        return found
+
+    def group(self, adapter_T: Tensor) -> Grouped:
+        return group(adapter_T)
+
+    def add_deltas(self, x_TK: Tensor, y_TN: Tensor, deltas: object, grouped: object, factor: float = 1.0) -> None:
+        assert isinstance(deltas, PackedDeltas) and isinstance(grouped, Grouped)
+        assert x_TK.shape == (grouped.num_rows, deltas.inputs) and x_TK.is_contiguous(), (x_TK.shape, deltas)
+        assert y_TN.shape == (grouped.num_rows, deltas.columns) and y_TN.is_contiguous(), (y_TN.shape, deltas)
+        deltas.deltas(
+            grouped.row_M.data_ptr(), grouped.start_G1.data_ptr(), grouped.adapter_G.data_ptr(), len(grouped.adapter_G),
+            x_TK.data_ptr(), y_TN.data_ptr(), deltas.columns, y_TN.dtype == torch.float32, factor,
+        )  # fmt: skip
+
+    def gated_with(self, x_TK: Tensor, packed: object, deltas: object, grouped: object) -> Tensor:
+        assert isinstance(packed, PackedLinear) and isinstance(deltas, PackedDeltas) and isinstance(grouped, Grouped)
+        rows, inputs = x_TK.shape
+        assert inputs == packed.inputs and x_TK.dtype == packed.dtype and x_TK.is_contiguous(), (x_TK.shape, packed)
+        if grouped.sums is None or grouped.sums.shape != (rows, deltas.columns):
+            grouped.sums = torch.empty((rows, deltas.columns))
+        packed.wide(x_TK.data_ptr(), rows, 0, 1.0, grouped.sums.data_ptr())
+        self.add_deltas(x_TK, grouped.sums, deltas, grouped)
+        out_TF = torch.empty((rows, packed.outputs), dtype=x_TK.dtype)
+        packed.narrow.gate(grouped.sums.data_ptr(), rows, out_TF.data_ptr())
+        return out_TF
+
+    def logits(self, x_RD: Tensor, packed: object) -> Tensor:
+        assert isinstance(packed, PackedLinear) and not packed.gated
         rows, inputs = x_RD.shape
         assert inputs == packed.inputs and x_RD.dtype == packed.dtype and x_RD.is_contiguous(), (x_RD.shape, packed)
         out_RV = torch.empty((rows, packed.outputs))

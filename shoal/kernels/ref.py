@@ -12,13 +12,14 @@ Why each function is batch-invariant:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from shoal.kernels import ref_sampling
-from shoal.kernels.api import KV, Activation, Batch, Draws, Heads, Mode, Scores
+from shoal.kernels.api import KV, Activation, Batch, Delta, Draws, Heads, Mode, Scores
 from shoal.kernels.quantize import Quantized, product, quantize
 from shoal.kernels.ref_attention import TILE, TilePlan, attend, fold_sum
 from shoal.kernels.ref_product import fill_weight, tiled_product
@@ -99,8 +100,42 @@ class RefKernels:
 
     def gated(self, x_TK: Tensor, packed: object) -> Tensor:
         assert isinstance(packed, Packed)
+        return self._let_through(self._outputs(x_TK, packed), packed).to(x_TK.dtype)
+
+    def _let_through(self, both: Tensor, packed: Packed) -> Tensor:
+        return self.silu_mul(both) if packed.activation == "silu" else self.gelu_mul(both)
+
+    def pack_deltas(self, deltas: Sequence[Delta | None], packed: object) -> list[Delta | None]:
+        return [None if each is None else self._filled(each) for each in deltas]
+
+    def _filled(self, delta: Delta) -> Delta:
+        """The same with weights as they are multiplied; the numbers that fill them up are cut off again."""
+        ups = tuple(replace(up, weight_NR=up.weight_NR.to(self.device)) for up in delta.ups)
+        return Delta(fill_weight(delta.down_HK.to(self.device)), ups)
+
+    def group(self, adapter_T: Tensor) -> list[tuple[int, Tensor]]:
+        numbers = sorted(set(adapter_T.tolist()) - {-1})
+        return [(number, (adapter_T == number).nonzero()[:, 0]) for number in numbers]
+
+    def add_deltas(self, x_TK: Tensor, y_TN: Tensor, deltas: object, grouped: object, factor: float = 1.0) -> None:
+        assert isinstance(deltas, list) and isinstance(grouped, list)
+        for number, rows in grouped:
+            delta = deltas[number]
+            if delta is None:
+                continue
+            narrow = tiled_product(x_TK[rows], delta.down_HK)
+            for up in delta.ups:
+                outputs, rank = up.weight_NR.shape
+                part = narrow[:, up.begin : up.begin + rank].contiguous()
+                added = tiled_product(part, fill_weight(up.weight_NR))[:, :outputs].float() * (up.scale * factor)
+                columns = slice(up.first, up.first + outputs)
+                y_TN[rows, columns] = (y_TN[rows, columns].float() + added).to(y_TN.dtype)
+
+    def gated_with(self, x_TK: Tensor, packed: object, deltas: object, grouped: object) -> Tensor:
+        assert isinstance(packed, Packed)
         both = self._outputs(x_TK, packed)
-        return (self.silu_mul(both) if packed.activation == "silu" else self.gelu_mul(both)).to(x_TK.dtype)
+        self.add_deltas(x_TK, both, deltas, grouped)
+        return self._let_through(both, packed).to(x_TK.dtype)
 
     def logits(self, x_RD: Tensor, packed: object) -> Tensor:
         return self._outputs(x_RD, packed).float()

@@ -57,6 +57,13 @@ struct Linear {
   Weight weight;
 };
 
+// What every adapter adds to one layer, by adapter.
+struct Deltas {
+  const Kernels *kernels;
+  std::vector<std::vector<Delta::Up>> ups;  // not moved after `all` points into them
+  std::vector<Delta> all;
+};
+
 using release = nb::call_guard<nb::gil_scoped_release>;
 
 void bind_linear(nb::module_ &m) {
@@ -83,6 +90,38 @@ void bind_linear(nb::module_ &m) {
           "__call__",
           [](const Linear &self, uintptr_t x, int64_t rows, uintptr_t residual, float factor, uintptr_t y) {
             self.kernels->linear(self.weight, at(x), rows, at(residual), factor, at(y));
+          },
+          release())
+      .def(
+          "gate",
+          [](const Linear &self, uintptr_t sums, int64_t rows, uintptr_t y) {
+            self.kernels->apply_gate(self.weight, at<const float>(sums), rows, at(y));
+          },
+          release());
+}
+
+void bind_deltas(nb::module_ &m) {
+  nb::class_<Delta::Up>(m, "Up").def(
+      "__init__",
+      [](Delta::Up *self, const Linear &weight, float scale, int64_t begin, int64_t first, int64_t stride) {
+        new (self) Delta::Up{weight.weight, scale, begin, first, stride};
+      },
+      "weight"_a, "scale"_a, "begin"_a, "first"_a, "stride"_a);
+  nb::class_<Deltas>(m, "Deltas")
+      .def("__init__", [](Deltas *self, const Table &t) { new (self) Deltas{t.kernels, {}, {}}; }, "table"_a)
+      .def(
+          "append",
+          [](Deltas &self, const Linear *down, const std::vector<Delta::Up> &ups) {
+            self.ups.push_back(ups);  // moves the vectors, not what they hold
+            self.all.push_back({down ? down->weight : Weight{}, self.ups.back().data(), (int64_t)ups.size()});
+          },
+          "down"_a.none(), "ups"_a)
+      .def(
+          "__call__",
+          [](const Deltas &self, uintptr_t row, uintptr_t start, uintptr_t adapter, int64_t groups, uintptr_t x,
+             uintptr_t y, int64_t columns, bool wide, float factor) {
+            const Adapted rows = {at<const int64_t>(row), at<const int64_t>(start), at<const int64_t>(adapter), groups};
+            self.kernels->add_deltas(self.all.data(), rows, at(x), at(y), columns, wide, factor);
           },
           release());
 }
@@ -129,6 +168,7 @@ NB_MODULE(_cpu, m) {
   m.def("threads", &team_size);
   m.def("names", &names, "Instruction sets this machine can run, best first.");
   bind_linear(m);
+  bind_deltas(m);
   bind_attention(m);
   nb::class_<Table>(m, "Table")
       .def(nb::init<const std::string &>(), "name"_a)

@@ -32,6 +32,25 @@ struct Weight {
   bool wide;          // y is float whatever x is
 };
 
+// What one adapter adds to a linear layer: numbers begin to begin + k of x · downᵀ times each `up`, times its scale.
+// Panel i of an up's outputs begins at column first + i * stride of what it is added to. No ups: it adds nothing.
+struct Delta {
+  struct Up {
+    Weight weight;  // plain, wide
+    float scale;
+    int64_t begin, first, stride;
+  };
+  Weight down;
+  const Up *ups;
+  int64_t num_ups;
+};
+
+// Rows row[start[g]] to row[start[g + 1] - 1] have adapter adapter[g]; no row is there twice.
+struct Adapted {
+  const int64_t *row, *start, *adapter;
+  int64_t groups;
+};
+
 // Where keys and values of one layer lie: [pages][kv_heads] blocks (attention.cpp has their layout).
 struct Pages {
   void *keys, *values;
@@ -87,6 +106,13 @@ struct Kernels {
 
   // y = (x · weightᵀ + bias) * factor + residual, or act(gate) * up. residual may be null, and may be y.
   void (*linear)(const Weight &weight, const void *x, int64_t rows, const void *residual, float factor, void *y);
+
+  // y[r] += what r's adapter makes of x[r], times the factor; other rows are not touched. x and y have rows of down.k
+  // and `columns` numbers, y is float if `wide`. Deltas are by adapter.
+  void (*add_deltas)(const Delta *deltas, const Adapted &rows, const void *x, void *y, int64_t columns, bool wide,
+                     float factor);
+  // What `linear` makes of a gated weight's sums, from the sums: rows of n floats, panels of gate and up in turn.
+  void (*apply_gate)(const Weight &weight, const float *sums, int64_t rows, void *y);
 
   // y[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight, in float, rounded once. x and y may be the same memory.
   void (*rms_norm)(const void *x, const float *weight, void *y, int64_t rows, int64_t columns, float eps, bool wide);

@@ -334,6 +334,24 @@ void Layer::all() {
 
 }  // namespace
 
+void apply_gate(const Weight &weight, const float *sums, int64_t rows, void *y) {
+  const int64_t columns = weight.outputs, panels = weight.n / (2 * PANEL);
+  for_each(rows * panels, rows * weight.n > 65536, [&](int64_t item) {
+    const int64_t row = item / panels, panel = item % panels;
+    const float *from = sums + row * weight.n + panel * 2 * PANEL;
+    for (int64_t at = 0; at < PANEL; at += LANES) {
+      const vf v = activate(weight.gate, load(from + at)) * load(from + PANEL + at);
+      const int64_t column = panel * PANEL + at, count = columns - column < LANES ? columns - column : LANES;
+      if (count <= 0) break;
+      float wide[LANES];
+      uint16_t narrow[LANES];
+      store(wide, v), store(narrow, v);
+      if (weight.kind == Kind::fp32) __builtin_memcpy((float *)y + row * columns + column, wide, count * 4);
+      else __builtin_memcpy((uint16_t *)y + row * columns + column, narrow, count * 2);
+    }
+  });
+}
+
 void linear(const Weight &weight, const void *x, int64_t rows, const void *residual, float factor, void *y) {
   const int64_t in = weight.k * (weight.kind == Kind::fp32 ? 4 : 2);
   const int64_t out = weight.outputs * (weight.kind == Kind::fp32 || weight.wide ? 4 : 2);

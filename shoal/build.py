@@ -14,9 +14,10 @@ import torch
 
 from shoal import kernels as backends
 from shoal.core.config import EngineConfig
-from shoal.core.errors import UsageError
+from shoal.core.errors import ModelError, UsageError
 from shoal.engine import Engine
 from shoal.kernels import Kernels
+from shoal.nn.adapter import Adapter, load_adapter
 from shoal.nn.arch import ModelConfig, read_config
 from shoal.nn.decoder import Decoder
 from shoal.nn.weights import MODES, load_weights, model_bytes
@@ -79,10 +80,11 @@ def build_engine(config: EngineConfig, useful_tokens: int | None = None) -> Buil
     model = read_config(folder, config.context)
     mode = weight_mode(config.weights, folder)
     kernels = _load_kernels(config)
-    memory = _memory(config, model, mode, kernels, useful_tokens)
-    decoder = Decoder(model, load_weights(folder, model, *MODES[mode]), kernels)
+    adapters = _adapters(config, model, mode)
+    memory = _memory(config, model, mode, kernels, useful_tokens, sum(each.num_bytes for each in adapters))
+    decoder = Decoder(model, load_weights(folder, model, *MODES[mode]), kernels, adapters)
     kv = decoder.new_kv(memory.num_blocks, config.block_size)
-    runner = ModelRunner(decoder, kernels, kv, model.vocab_size)
+    runner = ModelRunner(decoder, kernels, kv, model.vocab_size, tuple(config.adapters))
     scheduler = Scheduler(make_policy(config), memory.num_blocks, config.block_size, config.reuse)
     facts = EngineFacts(
         folder=folder, architecture=model.architecture, context=model.context, vocab_size=model.vocab_size,
@@ -123,15 +125,27 @@ def _check_device(name: str) -> None:
         raise UsageError(f"device {name} is not there: torch sees {torch.cuda.device_count()} such devices; use cpu")
 
 
+def _adapters(config: EngineConfig, model: ModelConfig, mode: str) -> list[Adapter]:
+    """The adapters in the order of the configuration, opened and checked. ModelError names the one that is wrong."""
+    found = []
+    for name, folder in config.adapters.items():
+        try:
+            found.append(load_adapter(Path(folder).expanduser(), model, MODES[mode][0]))
+        except ModelError as error:
+            raise ModelError(f"adapter {name}: {error}") from error
+    return found
+
+
 def _memory(
-    config: EngineConfig, model: ModelConfig, mode: str, kernels: Kernels, useful_tokens: int | None
+    config: EngineConfig, model: ModelConfig, mode: str, kernels: Kernels, useful_tokens: int | None, more: int
 ) -> MemoryPlan:
+    """`more` is what adapters take beside the weights."""
     dtype, _ = MODES[mode]
     block = model.num_layers * kernels.kv_bytes(config.block_size, model.num_kv_heads, model.head_dim, dtype)
     useful = useful_tokens if useful_tokens is not None else config.max_sequences * model.context
     return plan_memory(
         available=available_bytes(kernels.device),
-        weights=model_bytes(model, mode),
+        weights=model_bytes(model, mode) + more,
         block=block,
         asked=config.memory_bytes,
         useful_blocks=-(-useful // config.block_size) + config.max_sequences,  # a row's last block is seldom full

@@ -8,14 +8,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from shoal.core.errors import UsageError
 
 WEIGHTS = ("auto", "fp32", "bf16", "int8", "int4", "int4-a16")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,), "int": (int,), "bool": (bool,), "int | None": (int, type(None)),
+    "str": (str,), "int": (int,), "bool": (bool,), "int | None": (int, type(None)), "dict[str, str]": (dict,),
 }  # fmt: skip
 
 
@@ -39,6 +39,7 @@ class EngineConfig:
     reuse: bool = True  # compute a shared prefix once; False is the control
     policy: str = "auto"  # import path module:Class; auto is the batch policy
     seed: int = 0  # from which a row without a seed of its own gets one
+    adapters: dict[str, str] = field(default_factory=dict)  # LoRA adapters' folders by the names that requests give
 
     def __post_init__(self) -> None:
         """Refuse values outside their range, naming the field."""
@@ -53,6 +54,9 @@ class EngineConfig:
             raise UsageError(f"weights is {self.weights!r}; it must be one of {', '.join(WEIGHTS)}")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"device is {self.device!r}; it must be cpu, cuda or cuda:N")
+        for name, folder in self.adapters.items():
+            if not (isinstance(name, str) and isinstance(folder, str) and name and "\0" not in name):
+                raise UsageError(f"adapters has {name!r}: {folder!r}; it must hold folders by name")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> EngineConfig:

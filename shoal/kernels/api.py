@@ -159,7 +159,7 @@ class Kernels(Protocol):
         ...
 
     def pack_deltas(self, deltas: Sequence[Delta | None], packed: object) -> object:
-        """Prepare what adapters 0, 1, … add to a packed layer; None adds nothing. Tensors have the activations' dtype."""
+        """Prepare what adapters 0, 1, … add to a packed layer; None adds nothing. Tensors are of the dtype of x."""
         ...
 
     def group(self, adapter_T: Tensor) -> object:

@@ -5,11 +5,15 @@ It knows how a step's tokens become hidden states and logits, and must not know 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from shoal.kernels.api import KV, Batch, Kernels
+from shoal.nn.adapter import Adapter
 from shoal.nn.arch import ModelConfig
+from shoal.nn.deltas import Deltas
 from shoal.nn.layers import Layer, Norm, StepState
 from shoal.nn.rope import make_table
 from shoal.nn.weights import Weights
@@ -18,7 +22,10 @@ from shoal.nn.weights import Weights
 class Decoder:
     """A model ready to run on its kernels' device. It holds weights only; keys and values belong to the caller."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, kernels: Kernels, adapters: Sequence[Adapter] = ()
+    ) -> None:
+        """Batches name adapters by their place in `adapters`."""
         self.config = config
         self.kernels = kernels
         self.dtype = weights.dtype
@@ -28,6 +35,7 @@ class Decoder:
             Layer(kernels, weights, config, index, None if layer.rope is None else tables[layer.rope])
             for index, layer in enumerate(config.layers)
         ]
+        self.deltas = Deltas(kernels, config, adapters, [layer.linears for layer in self.layers])
         self.norm = Norm(kernels, weights, "norm", config.norm_eps)
         self.head = kernels.pack(self.embedding_VD if config.tied else weights.take("lm_head.weight"))
 
@@ -44,13 +52,14 @@ class Decoder:
         Of the last layer the other positions leave keys and values, and nothing else is computed of them.
         """
         x_TD = embed(self.kernels, self.config, self.embedding_VD, batch.ids_T)
-        step = StepState(batch, kv, self.kernels.plan(batch, kv))
+        adapted = None if batch.adapter_T is None else self.deltas.of(batch.adapter_T)
+        step = StepState(batch, kv, self.kernels.plan(batch, kv), adapted=adapted)
         for layer in self.layers[:-1]:
             x_TD = layer(x_TD, step)
         if batch.wanted is None:
             return self.norm(self.layers[-1](x_TD, step).index_select(0, batch.out_R))
         plan = self.kernels.plan(batch.wanted, kv) if len(batch.out_R) else None
-        return self.norm(self.layers[-1](x_TD, StepState(batch, kv, plan, batch.out_R)))
+        return self.norm(self.layers[-1](x_TD, StepState(batch, kv, plan, batch.out_R, adapted)))
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Return float32 [R, V]."""

@@ -6,12 +6,13 @@ T tokens, D width, H query heads, G key/value heads, E head width, F rotated pai
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from shoal.kernels.api import KV, Batch, Heads, Kernels
 from shoal.nn.arch import LayerConfig, ModelConfig
+from shoal.nn.deltas import Adapted, Site
 from shoal.nn.linear import load_gated, load_linear
 from shoal.nn.weights import Weights, norm_names
 
@@ -24,6 +25,7 @@ class StepState:
     kv: KV
     plan: object  # the kernels' own preparation of the batch, or of the rows that go on
     only_R: Tensor | None = None  # rows that go on once keys and values are placed, for which the plan is; None: all
+    adapted: Adapted | None = None  # None: no row has an adapter
 
 
 class Norm:
@@ -62,14 +64,21 @@ class Attention:
 
     def place(self, x_TD: Tensor, step: StepState) -> Tensor:
         """Write the rows' keys and values; return their queries, [T, H, E]."""
-        return self.kernels.place(self.kernels.linear(x_TD, self.qkv), self.heads, step.kv, self.index, step.batch)
+        qkv_TW = self.kernels.linear(x_TD, self.qkv)
+        if step.adapted is not None:
+            step.adapted.add(self.index, "qkv", x_TD, qkv_TW)
+        return self.kernels.place(qkv_TW, self.heads, step.kv, self.index, step.batch)
 
     def __call__(self, q_THE: Tensor, step: StepState, residual_TD: Tensor | None, factor: float) -> Tensor:
         config = self.config
         out_THE = self.kernels.attention(
             q_THE, step.kv, self.index, step.plan, config.attention_scale, self.layer.window, config.attention_softcap
         )
-        return self.kernels.linear(out_THE.flatten(1), self.out, residual_TD, factor)
+        heads_TW = out_THE.flatten(1)
+        out_TD = self.kernels.linear(heads_TW, self.out, residual_TD, factor)
+        if step.adapted is not None:
+            step.adapted.add(self.index, "out", heads_TW, out_TD, factor)
+        return out_TD
 
 
 class FeedForward:
@@ -78,12 +87,19 @@ class FeedForward:
     def __init__(self, kernels: Kernels, weights: Weights, config: ModelConfig, index: int) -> None:
         name = f"layers.{index}.mlp"
         parts = ("gate_up_proj",) if config.fused else ("gate_proj", "up_proj")
-        self.kernels = kernels
+        self.kernels, self.index = kernels, index
         self.gate_up = load_gated(kernels, weights, config.activation, *(f"{name}.{part}" for part in parts))
         self.down = load_linear(kernels, weights, f"{name}.down_proj")
 
-    def __call__(self, x_TD: Tensor, residual_TD: Tensor | None, factor: float) -> Tensor:
-        return self.kernels.linear(self.kernels.gated(x_TD, self.gate_up), self.down, residual_TD, factor)
+    def __call__(
+        self, x_TD: Tensor, residual_TD: Tensor | None, factor: float, adapted: Adapted | None = None
+    ) -> Tensor:
+        if adapted is None:
+            return self.kernels.linear(self.kernels.gated(x_TD, self.gate_up), self.down, residual_TD, factor)
+        inner_TF = adapted.gated(self.index, x_TD, self.gate_up)
+        out_TD = self.kernels.linear(inner_TF, self.down, residual_TD, factor)
+        adapted.add(self.index, "down", inner_TF, out_TD, factor)
+        return out_TD
 
 
 class Layer:
@@ -104,6 +120,12 @@ class Layer:
             norms = [None, norms[0], None, norms[1]]
         self.before_attention, self.after_attention, self.before_feed, self.after_feed = norms
 
+    @property
+    def linears(self) -> dict[Site, object]:
+        """The packed linear layers, to which adapters add."""
+        attention, feed = self.attention, self.feed_forward
+        return {"qkv": attention.qkv, "out": attention.out, "gate_up": feed.gate_up, "down": feed.down}
+
     def __call__(self, x_TD: Tensor, step: StepState) -> Tensor:
         """Return the stream after this layer, of the rows that go on; keys and values of all are in the pages."""
         normed = self.before_attention(x_TD) if self.before_attention else x_TD
@@ -112,6 +134,8 @@ class Layer:
             x_TD, q_THE = x_TD.index_select(0, step.only_R), q_THE.index_select(0, step.only_R)
             if not len(x_TD):
                 return x_TD
+            if step.adapted is not None:
+                step = replace(step, adapted=step.adapted.take(step.only_R))
         if self.after_attention:
             branch = self.after_attention(self.attention(q_THE, step, None, 1.0))
             x_TD = self.kernels.add(x_TD, branch, self.scale)
@@ -119,5 +143,6 @@ class Layer:
             x_TD = self.attention(q_THE, step, x_TD, self.scale)
         normed = self.before_feed(x_TD) if self.before_feed else x_TD
         if self.after_feed:
-            return self.kernels.add(x_TD, self.after_feed(self.feed_forward(normed, None, 1.0)), self.scale)
-        return self.feed_forward(normed, x_TD, self.scale)
+            branch = self.after_feed(self.feed_forward(normed, None, 1.0, step.adapted))
+            return self.kernels.add(x_TD, branch, self.scale)
+        return self.feed_forward(normed, x_TD, self.scale, step.adapted)

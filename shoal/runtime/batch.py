@@ -33,6 +33,7 @@ class Layout:
     pending_K: Ints  # places in ids_T, and whose tokens they wait for
     tickets_K: list[int]
     want_N: Ints  # wanted positions of each slice, its last ones
+    adapter_T: Ints | None = None  # as in Batch
 
     def batch(self, last: Mapping[int, int], device: torch.device) -> Batch:
         """The step as tensors. `last` has the token that each ticket sampled last; one that sampled nothing gets some
@@ -44,7 +45,7 @@ class Layout:
             return torch.from_numpy(values).to(device, non_blocking=True)
 
         arrays = (self.ids_T, self.pos_T, self.slot_T, self.start_N1, self.table_NB, self.length_N, self.out_R)
-        whole = Batch(*map(tensor, arrays))
+        whole = Batch(*map(tensor, arrays), adapter_T=None if self.adapter_T is None else tensor(self.adapter_T))
         if len(self.out_R) == len(self.ids_T):
             return whole
         some_N, out_R = np.flatnonzero(self.want_N), self.out_R
@@ -56,10 +57,11 @@ class Layout:
         return replace(whole, wanted=Batch(*map(tensor, arrays)))
 
 
-def lay_out(step: Step, page_size: int, vocab_size: int) -> Layout:
+def lay_out(step: Step, page_size: int, vocab_size: int, adapters: Mapping[int, int] | None = None) -> Layout:
     """Lay the slices of a step one after the other; the wanted positions in the same order. There is at least one.
 
-    A token outside the vocabulary becomes some token of it: its row has failed too.
+    `adapters` has the number of the adapter of each ticket that has one. A token outside the vocabulary becomes some
+    token of it: its row has failed too.
     """
     slices = step.slices
     count_N = np.array([len(each.tokens) for each in slices], dtype=np.int64)
@@ -77,7 +79,11 @@ def lay_out(step: Step, page_size: int, vocab_size: int) -> Layout:
     owner_R = np.repeat(np.arange(len(slices)), want_N)
     offset_R = np.arange(len(owner_R)) - (np.cumsum(want_N) - want_N)[owner_R]
     out_R = (start_N1[1:] - want_N)[owner_R] + offset_R
-    return Layout(ids_T, pos_T, slot_T, start_N1, table_NB, begin_N + count_N, out_R, pending_K, tickets_K, want_N)
+    adapter_T = None
+    if adapters and any(each.ticket in adapters for each in slices):
+        adapter_T = np.array([adapters.get(each.ticket, -1) for each in slices], dtype=np.int64)[owner_T]
+    arrays = (ids_T, pos_T, slot_T, start_N1, table_NB, begin_N + count_N, out_R)
+    return Layout(*arrays, pending_K, tickets_K, want_N, adapter_T)
 
 
 def _table(blocks: list[tuple[int, ...]]) -> npt.NDArray[np.int32]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -71,7 +72,10 @@ class _Wishes:
 class ModelRunner:
     """Runs steps of one model. `submit` may be called from any one thread; all tensors are touched by the worker."""
 
-    def __init__(self, model: Model, kernels: Kernels, kv: KV, vocab_size: int) -> None:
+    def __init__(self, model: Model, kernels: Kernels, kv: KV, vocab_size: int, adapters: Sequence[str] = ()) -> None:
+        """`adapters` are the names of the model's, by number."""
+        self._adapters = {name: number for number, name in enumerate(adapters)}
+        self._adapted: dict[int, int] = {}  # ticket -> number of its adapter; changed by `submit` alone
         self._model, self._kernels, self._kv, self._vocab_size = model, kernels, kv, vocab_size
         self._sampler = Sampler(vocab_size, kernels)
         self._tickets: dict[int, _Ticket] = {}
@@ -80,7 +84,12 @@ class ModelRunner:
 
     def submit(self, step: Step) -> StepInFlight:
         """Run the step after all earlier ones. It is laid out at once, while those run."""
-        layout = lay_out(step, self._kv.page_size, self._vocab_size) if step.slices else None
+        for ticket in step.drops:
+            self._adapted.pop(ticket, None)
+        for start in step.starts:
+            if start.request.adapter in self._adapters:
+                self._adapted[start.ticket] = self._adapters[start.request.adapter]
+        layout = lay_out(step, self._kv.page_size, self._vocab_size, self._adapted) if step.slices else None
         return StepInFlight(self._worker.submit(self._run, step, layout))
 
     def close(self) -> None:
@@ -113,6 +122,8 @@ class ModelRunner:
         problem = ""
         if prompt.min() < 0 or prompt.max() >= self._vocab_size:
             problem = f"the prompt has a token outside the model's vocabulary of {self._vocab_size} tokens"
+        if start.request.adapter and start.request.adapter not in self._adapters:
+            problem = f"no adapter {start.request.adapter!r} is loaded: known are {', '.join(self._adapters) or 'none'}"
         known = len(start.request.prompt) + len(start.produced)
         self._tickets[start.ticket] = _Ticket(start.request, known, problem)
         self._sampler.start(start)

@@ -6,7 +6,7 @@ It knows how to fill a Batch by hand. It must not share code with the runner, wh
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,10 +54,12 @@ def generate(
     page_size: int = 16,
     chunk: int = 1 << 30,
     seed: int = 0,
+    adapters: list[int] | None = None,
 ) -> list[tuple[list[int], torch.Tensor]]:
     """Greedy tokens of each prompt, and the logits [num_tokens, V] they were chosen from.
 
-    At most `chunk` tokens of a prompt are computed in one step. Pages hold NaN until they are written.
+    At most `chunk` tokens of a prompt are computed in one step. Pages hold NaN until they are written. `adapters` has
+    the number of each prompt's adapter, -1 for none.
     """
     counts = [-(-(len(prompt) + num_tokens) // page_size) for prompt in prompts]
     deck = list(range(sum(counts) + 1))
@@ -68,7 +70,11 @@ def generate(
     logits: list[list[torch.Tensor]] = [[] for _ in rows]
     while live := [i for i, row in enumerate(rows) if len(logits[i]) < num_tokens]:
         pieces = [(rows[i].tokens[rows[i].computed :][:chunk], rows[i].computed, rows[i].pages) for i in live]
-        out = decoder.logits(decoder.forward(make_batch(pieces, page_size, decoder.kernels.device), kv))
+        batch = make_batch(pieces, page_size, decoder.kernels.device)
+        if adapters is not None:
+            numbers = [adapters[i] for i, (tokens, _, _) in zip(live, pieces, strict=True) for _ in tokens]
+            batch = replace(batch, adapter_T=torch.tensor(numbers))
+        out = decoder.logits(decoder.forward(batch, kv))
         for i, (tokens, _, _), scores in zip(live, pieces, out, strict=True):
             rows[i].computed += len(tokens)
             if rows[i].computed == len(rows[i].tokens):

@@ -19,7 +19,7 @@ from typer.core import TyperGroup, TyperOption
 from shoal import __version__
 from shoal.core.config import parse_bytes
 from shoal.core.errors import ShoalError
-from shoal.jobs.options import FailureBudget, JobOptions, Order, parse_body
+from shoal.jobs.options import FailureBudget, JobOptions, Order, parse_adapters, parse_body
 
 INTERRUPTED = 5
 PREFIX = "SHOAL_"
@@ -49,6 +49,11 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}"
             raise typer.BadParameter(f"{path} has the unknown key {key!r}{hint}")
+    for parameter in ctx.command.params:
+        given = values.get(parameter.name)
+        if getattr(parameter, "multiple", False) and given is not None:
+            pairs = [f"{name}={value}" for name, value in given.items()] if isinstance(given, dict) else given
+            values[parameter.name] = [pairs] if isinstance(pairs, str) else pairs
     ctx.default_map = {**(ctx.default_map or {}), **values}
     return path
 
@@ -56,6 +61,9 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
 Input = Annotated[Path, typer.Option("--input", "-i", help="Rows: JSONL, CSV or Parquet; - is standard input.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Answers, in input order; run again to continue.")]
 Model = Annotated[str, typer.Option(help="Folder or hub id; without it, the small model that ships in the package.")]
+Adapter = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=FOLDER", help="LoRA adapter for rows whose model is NAME; repeatable.")
+]
 Prompt = Annotated[str | None, typer.Option(help="Prompt of plain rows over their columns: 'Summarize: {text}'.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put plain rows through the model's chat template.")]
 Body = Annotated[str, typer.Option(help="Request fields for rows that lack them, as JSON: '{\"max_tokens\": 64}'.")]
@@ -104,6 +112,7 @@ def run(
     input: Input,
     output: Output,
     model: Model = "",
+    adapter: Adapter = None,
     prompt: Prompt = None,
     chat: Chat = False,
     body: Body = "{}",
@@ -128,6 +137,7 @@ def run(
             input=input,
             output=output,
             model=model,
+            adapter=parse_adapters(adapter or ()),
             prompt=prompt,
             chat=chat,
             body=parse_body(body),

@@ -67,6 +67,11 @@ class Sampling:
         return self.temperature == 0.0
 
 
+def root_of(adapter: str, salt: str) -> str:
+    """The name under which prompts may share keys and values: no two pairs have the same, as no adapter has a NUL."""
+    return f"{adapter}\0{salt}" if salt else adapter
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What a client asked for. Never changes after it is made."""
@@ -91,7 +96,7 @@ class Request:
     @property
     def root(self) -> str:
         """Prompts under different roots never share keys and values."""
-        return f"{self.adapter}\0{self.salt}" if self.salt else self.adapter
+        return root_of(self.adapter, self.salt)
 
     @property
     def samples(self) -> bool:

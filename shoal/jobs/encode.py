@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from shoal.core.errors import RowError
-from shoal.core.types import TOKEN, Request, Sampling, Tokens
+from shoal.core.types import TOKEN, Request, Sampling, Tokens, root_of
 from shoal.jobs.body import ChatBody, Message
 from shoal.jobs.schema import RowSpec, parse_line
 from shoal.jobs.settings import JobSettings
@@ -127,6 +127,7 @@ class RowEncoder:
                 sampling=dataclasses.replace(sampling, sample=sample) if sample else sampling,
                 score_from=1 if top >= 0 and sample == 0 else -1,
                 score_top=max(top, 0),
+                adapter=self.settings.adapter(row.body),
                 salt=row.body.cache_salt or "",
                 index=index + sample if index >= 0 else -1,
                 future=futures[sample] if futures is not None else None,
@@ -213,7 +214,7 @@ class RowEncoder:
             samples=row.n,
             max_tokens=answer,
             expect=float(answer) if body.ignore_eos and not body.stop and not body.stop_token_ids else None,
-            root=f"\0{body.cache_salt}" if body.cache_salt else "",
+            root=root_of(self.settings.adapter(body), body.cache_salt or ""),
             score_from=1 if row.score_top >= 0 else -1,
             key=0 if row.custom_id is None else hash(row.custom_id) or 1,
         )

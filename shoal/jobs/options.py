@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -58,6 +59,19 @@ def parse_body(text: str) -> dict[str, object]:
     return body
 
 
+def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
+    """Folders by name, from texts NAME=FOLDER; a UsageError for anything else and for a name given twice."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, _, folder = text.partition("=")
+        if not name or not folder:
+            raise UsageError(f"--adapter {text!r} names no folder: write it as NAME=FOLDER")
+        if name in found:
+            raise UsageError(f"--adapter {name} is given twice: give each adapter a name of its own")
+        found[name] = folder
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class JobOptions:
     """One job, as asked for on the command line or in Python."""
@@ -65,6 +79,7 @@ class JobOptions:
     input: Path  # STDIN is standard input
     output: Path
     model: str = ""  # a folder or a hub id; "" is the embedded model
+    adapter: dict[str, str] = field(default_factory=dict)  # folders of LoRA adapters by the names that rows give
     prompt: str | None = None  # template over a plain row's columns, as '{text}'
     chat: bool = False  # the prompt (or a plain row's messages) goes through the model's chat template
     body: dict[str, object] = field(default_factory=dict)  # request fields for rows that do not set them
@@ -93,6 +108,7 @@ class JobOptions:
         """What the engine is told. A UsageError for values that no engine can have."""
         given = {
             "model": self.model,
+            "adapters": self.adapter,
             "device": self.device,
             "weights": self.weights,
             "threads": self.threads,

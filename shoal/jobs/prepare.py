@@ -5,6 +5,7 @@ It must not plan, start an engine, or load a tensor.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import sys
@@ -13,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from shoal import __version__
-from shoal.core.errors import UsageError
+from shoal.core.errors import ModelError, UsageError
 from shoal.jobs.encode import RowEncoder
 from shoal.jobs.files import Files
 from shoal.jobs.options import STDIN, JobOptions
@@ -28,6 +29,7 @@ from shoal.text.checkpoint import ModelInfo, resolve_model, weight_mode
 from shoal.text.tokenizer import Tokenizer
 
 EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "i8mm")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 LIBRARIES = ("torch", "numpy", "tokenizers", "jinja2")
 
 
@@ -67,12 +69,14 @@ def prepare(options: JobOptions, files: Files) -> Prepared:
     settings = JobSettings(
         model=name,
         strict=options.strict,
+        adapters=tuple(options.adapter),
         seed=options.seed,
         prompt=None if options.prompt is None else PromptTemplate.parse(options.prompt),
         chat=options.chat,
-        defaults=parse_defaults(options.body),
+        defaults=parse_defaults(options.body, options.adapter),
     )
     encoder = RowEncoder(tokenizer, ChatTemplate.load(folder), info, settings)
+    _check_adapters(options, name)
     _check_input(options, errors)
     state = open_state(options.output, errors, files, restart=options.restart, overwrite=options.overwrite)
     opened = False
@@ -95,6 +99,18 @@ def created() -> int:
     if not said.isdecimal():
         raise UsageError(f"SOURCE_DATE_EPOCH is {said!r}: it must be a whole number of seconds")
     return int(said)
+
+
+def _check_adapters(options: JobOptions, model: str) -> None:
+    """Refuse what is no adapter's folder before anything is locked; the engine looks at what is in the files."""
+    for name, folder in options.adapter.items():
+        if name == model:
+            raise UsageError(f"--adapter {name}: this is the model's own name: give the adapter another")
+        for file in ADAPTER:
+            if not (Path(folder).expanduser() / file).is_file():
+                raise ModelError(
+                    f"--adapter {name}: {folder} has no {file}: give a folder that peft's save_pretrained() wrote"
+                )
 
 
 def _check_input(options: JobOptions, errors: Path | None) -> None:
@@ -137,10 +153,17 @@ def _manifest(
             "created": created(),
         },
         weight_mode=weight_mode(options.weights, folder),
+        adapters={name: _adapter_hash(Path(each), state, files) for name, each in options.adapter.items()},
         instruction_set=f"{options.device} {os.environ.get('SHOAL_ISA') or instruction_set()}",
         versions={"shoal": __version__, **{name: version(name) for name in LIBRARIES}},
         layout={"order": options.order.value, "one_file": options.one_file},
     )
+
+
+def _adapter_hash(folder: Path, state: Path, files: Files) -> str:
+    """One hash over the files of an adapter."""
+    hashes = hash_files([folder.expanduser() / name for name in ADAPTER], state / HASHES, files)
+    return hashlib.sha256("".join(hashes[name] for name in ADAPTER).encode()).hexdigest()
 
 
 def instruction_set() -> str:

@@ -325,7 +325,7 @@ class _Job:
 
     def _greet(self, name: str | None) -> None:
         """Say once that rows may name any model, and which one answers them."""
-        if name not in (None, self.job.name) and not self.strangers:
+        if name not in (None, self.job.name, *self.job.options.adapter) and not self.strangers:
             self.strangers = True
             self.display.warn(f"rows name the model {name!r}; {self.job.name} answers all (--strict refuses them)")
 

@@ -279,7 +279,8 @@ def _plain_row(raw: bytes, settings: JobSettings) -> RowSpec:
 def _check(row: RowSpec, settings: JobSettings) -> None:
     """What one field alone does not show."""
     body = row.body
-    if settings.strict and row.endpoint != "plain" and body.model not in settings.names:
+    asked = body.model is not None or (settings.strict and row.endpoint != "plain")
+    if asked and (settings.strict or settings.adapters) and body.model not in settings.names:
         served = ", ".join(settings.names)
         raise RowError(f"the model {body.model!r} does not exist; this job serves {served}", "model_not_found", "model")
     for name in ("stream", "use_beam_search"):

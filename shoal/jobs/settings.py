@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ class JobSettings:
     model: str = "shoal"  # the name in answers to rows that name none
     served: tuple[str, ...] = ()  # with `strict`: the only names a row may give; empty means `model` alone
     strict: bool = False  # whether a row's model name must be one of `served`
+    adapters: tuple[str, ...] = ()  # names of adapters; where there are any, a row may name no other model
     seed: int = 0  # with a row's custom_id (or line) it makes the seed of rows without one
     prompt: PromptTemplate | None = None  # plain rows: how a row's columns become its prompt
     chat: bool = False  # plain rows: the prompt is a user's message
@@ -46,8 +47,12 @@ class JobSettings:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The model names that a strict job serves."""
-        return self.served or (self.model,)
+        """The model names that a job serves where it looks at them, adapters' last."""
+        return (self.served or (self.model,)) + self.adapters
+
+    def adapter(self, body: Body) -> str:
+        """The adapter that a row names; '' for the model itself."""
+        return body.model if body.model in self.adapters and body.model is not None else ""
 
     def complete(self, body: B) -> B:
         """The body with the job's defaults where it is silent."""
@@ -56,11 +61,14 @@ class JobSettings:
         return msgspec.structs.replace(body, **silent) if silent else body
 
 
-def parse_defaults(fields: Mapping[str, Any]) -> Defaults:
-    """Body fields for all rows, checked as a row's own would be. Raises UsageError naming the field that is wrong."""
+def parse_defaults(fields: Mapping[str, Any], adapters: Collection[str] = ()) -> Defaults:
+    """Body fields for all rows, checked as a row's own would be. Raises UsageError naming the field that is wrong.
+
+    An adapter may be the model of all rows that name none: plain rows have no other way to name one.
+    """
     given = {("max_tokens" if name == "max_completion_tokens" else name): value for name, value in fields.items()}
     for name in given:
-        if name not in FIELDS or name in OWN:
+        if name not in FIELDS or (name in OWN and not (name == "model" and given[name] in adapters)):
             raise UsageError(f"{name!r} cannot be a default for all rows: remove it, or correct its name")
     chat: dict[str, Any] = {}
     completions: dict[str, Any] = {}

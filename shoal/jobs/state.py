@@ -287,7 +287,7 @@ def hash_files(paths: Iterable[Path], cache: Path, files: Files) -> dict[str, st
     A file counts as unchanged when path, size, inode and both its times are the same.
     """
     known = _known(cache, files)
-    found, entries = {}, {}
+    found, entries = {}, dict(known)  # others than these may be in the cache
     for path in sorted(paths):
         with disk_errors(path):
             stat = path.stat()

@@ -47,6 +47,7 @@ def test_two_flags_are_enough(asked: list[JobOptions]) -> None:
 
 FLAGS = {
     "model": ("m", "m"),
+    "adapter": ("a=b/c", {"a": "b/c"}),
     "prompt": ("P: {x}", "P: {x}"),
     "chat": (True, True),
     "body": ('{"max_tokens": 4}', {"max_tokens": 4}),

@@ -29,6 +29,7 @@ __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParam
 Prompt = str | Sequence[int] | Mapping[str, Any]  # a text, token ids, {"prompt": …} or {"prompt_token_ids": […]}
 Message = Mapping[str, Any]
 Params = SamplingParams | Sequence[SamplingParams] | None
+Adapters = Any  # None, a name, anything with a lora_name, or a list of these
 
 _PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
 WINDOW = 1024  # prompts in the engine at a time: enough to fill every step, few enough to plan quickly
@@ -37,7 +38,8 @@ WINDOW = 1024  # prompts in the engine at a time: enough to fill every step, few
 class LLM:
     """A model that answers, for one thread at a time. `model` is a folder or hub id; '' is the embedded model.
 
-    Further arguments are vLLM's or fields of EngineConfig: `arguments.make_config` has the rule for each.
+    `adapters` are folders of LoRA adapters by name. Further arguments are vLLM's or fields of EngineConfig:
+    `arguments.make_config` has the rule for each.
     """
 
     def __init__(
@@ -69,15 +71,16 @@ class LLM:
         sampling_params: Params = None,
         *,
         use_tqdm: bool = True,
-        lora_request: None = None,
+        lora_request: Adapters = None,
         priority: None = None,
     ) -> list[RequestOutput]:
         """An output for each prompt, in their order. A prompt that cannot be run has one with finish_reason "error".
 
-        Without parameters the model's own defaults hold. Prompts run in the order of their common beginnings.
+        Without parameters the model's own defaults hold. `lora_request` names an adapter for all prompts, or one (or
+        None) for each; vLLM's LoRARequest stands for its name. Prompts run in the order of their common beginnings.
         """
-        _refuse(lora_request=lora_request, priority=priority)
-        return self._run_all(_prompt_list(prompts), sampling_params, use_tqdm, special=True)
+        _refuse(priority=priority)
+        return self._run_all(_prompt_list(prompts), sampling_params, use_tqdm, True, lora_request)
 
     def chat(
         self,
@@ -85,7 +88,7 @@ class LLM:
         sampling_params: Params = None,
         *,
         use_tqdm: bool = True,
-        lora_request: None = None,
+        lora_request: Adapters = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -93,7 +96,6 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """As `generate`, for one conversation or a list of them, written by the model's chat template."""
-        _refuse(lora_request=lora_request)
         template = self._with_source(self._template, chat_template)
         chats: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         prompts: list[Prompt | RowError] = []
@@ -103,7 +105,7 @@ class LLM:
                 prompts.append(text)
             except RowError as error:
                 prompts.append(error)
-        return self._run_all(prompts, sampling_params, use_tqdm, special=False)
+        return self._run_all(prompts, sampling_params, use_tqdm, False, lora_request)
 
     def generate_iter(
         self, prompts: Iterable[Prompt], sampling_params: SamplingParams | None = None, *, window: int = WINDOW
@@ -133,11 +135,13 @@ class LLM:
     # -- from prompts to tasks -----------------------------------------------------------------------
 
     def _run_all(
-        self, prompts: Sequence[Prompt | RowError], sampling_params: Params, use_tqdm: bool, special: bool
-    ) -> list[RequestOutput]:
+        self, prompts: Sequence[Prompt | RowError], sampling_params: Params, use_tqdm: bool, special: bool,
+        lora_request: Adapters,
+    ) -> list[RequestOutput]:  # fmt: skip
         params = self._params_list(sampling_params, len(prompts))
+        adapters = _adapter_names(lora_request, len(prompts))
         encoded = self._encode_all(prompts, special)
-        tasks = [self._task(*each) for each in zip(prompts, encoded, params, strict=True)]
+        tasks = [self._task(*each) for each in zip(prompts, encoded, params, adapters, strict=True)]
         place = {task.request_id: number for number, task in enumerate(tasks)}
         tasks.sort(key=_beginning)
         ordered = (replace(task, index=index) for index, task in enumerate(tasks))
@@ -178,12 +182,17 @@ class LLM:
         except RowError as error:
             return error
 
-    def _task(self, prompt: Prompt | RowError, tokens: Tokens | RowError, params: SamplingParams) -> Task:
+    def _task(
+        self, prompt: Prompt | RowError, tokens: Tokens | RowError, params: SamplingParams, adapter: str = ""
+    ) -> Task:
         number, self._count = self._count, self._count + 1
         error = str(tokens) if isinstance(tokens, RowError) else ""
         unknown = sorted(set(prompt) - _PROMPT_KEYS) if isinstance(prompt, Mapping) else []
         if unknown:
             error = f"a prompt has {', '.join(map(repr, unknown))}, which is not available here: leave it out"
+        if adapter and adapter not in self.config.adapters:
+            known = ", ".join(self.config.adapters) or "none"
+            error = f"there is no adapter {adapter!r}; known are {known}: name it in LLM(adapters={{name: folder}})"
         return Task(
             request_id=str(number),
             text=_text(prompt),
@@ -191,6 +200,7 @@ class LLM:
             params=params,
             seed=row_seed(self.config.seed, number) if params.seed is None else params.seed,
             salt=str(prompt.get("cache_salt") or "") if isinstance(prompt, Mapping) else "",
+            adapter=adapter,
             error=error,
         )
 
@@ -218,9 +228,21 @@ def _given_tokens(prompt: Prompt) -> Tokens:
         raise RowError(f"a prompt must be a text or a list of token ids ({error})", param="prompt") from error
 
 
-def _beginning(task: Task) -> bytes:
-    """A key that sorts prompts by their tokens: bytes compare faster than numbers."""
-    return np.frombuffer(task.tokens, dtype=np.int32).astype(">i4").tobytes() if task.tokens else b""
+def _adapter_names(given: Adapters, count: int) -> list[str]:
+    """The adapter of each prompt, '' for none."""
+    each = list(given) if isinstance(given, (list, tuple)) else [given] * count
+    if len(each) != count:
+        raise UsageError(f"{len(each)} in lora_request for {count} prompts: give one for all, or one for each")
+    names = ["" if one is None else getattr(one, "lora_name", one) for one in each]
+    for name in names:
+        if not isinstance(name, str):
+            raise UsageError(f"lora_request is {name!r}; it must be the name of one of LLM(adapters={{name: folder}})")
+    return names
+
+
+def _beginning(task: Task) -> tuple[str, bytes]:
+    """A key that sorts prompts by adapter and tokens: bytes compare faster than numbers."""
+    return task.adapter, np.frombuffer(task.tokens, dtype=np.int32).astype(">i4").tobytes() if task.tokens else b""
 
 
 def _refuse(**values: object) -> None:

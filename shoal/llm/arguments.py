@@ -28,7 +28,8 @@ _IGNORED = (
 )  # fmt: skip
 _REFUSED: Mapping[str, tuple[object, ...]] = {  # with their neutral values
     "tensor_parallel_size": (1,), "pipeline_parallel_size": (1,), "data_parallel_size": (1,),
-    "quantization": (None,), "enable_lora": (False, None), "hf_overrides": (None, {}), "skip_tokenizer_init": (False,),
+    "quantization": (None,), "enable_lora": (False, True, None), "hf_overrides": (None, {}),
+    "skip_tokenizer_init": (False,),
     "logits_processors": (None, []), "structured_outputs_config": (None, {}), "kv_cache_dtype": ("auto", None),
     "speculative_config": (None, {}), "runner": ("auto", "generate"), "task": (None, "auto", "generate"),
     "convert": ("auto", "none", None), "allowed_local_media_path": ("", None), "tokenizer_revision": (None,),
@@ -49,6 +50,8 @@ def make_config(model: str, dtype: str, seed: int | None, arguments: Mapping[str
         if name in _TRANSLATED:
             if value is not None:
                 values[_TRANSLATED[name]] = value
+        elif name == "adapters" and isinstance(value, Mapping):
+            values[name] = {adapter: str(folder) for adapter, folder in value.items()}
         elif name in _OWN:
             values[name] = value
         elif name in _REFUSED:

@@ -29,6 +29,7 @@ class Task:
     seed: int
     index: int = -1  # place in the order of common beginnings, where that is known
     salt: str = ""
+    adapter: str = ""
     error: str = ""
 
 
@@ -50,6 +51,7 @@ class _Open:
             prompt_logprobs=first.prompt_logprobs(),
             metrics=timing,
             num_cached_tokens=int(timing.get("cached", 0)),
+            lora_request=task.adapter or None,
         )
 
 
@@ -102,6 +104,7 @@ class Loop:
                 score_from=1 if top >= 0 and sample == 0 else -1,
                 score_top=max(top, 0),
                 arrival=now,
+                adapter=task.adapter,
                 salt=task.salt,
                 index=task.index,
             )

@@ -54,7 +54,7 @@ class RequestOutput:
     prompt_logprobs: list[PositionLogprobs | None] | None = None  # None for the first token, which nothing precedes
     finished: bool = True
     metrics: Mapping[str, float] | None = None  # seconds: arrival, start, first, end; preemptions
-    lora_request: None = None
+    lora_request: str | None = None  # the name of its adapter
     num_cached_tokens: int = 0
 
     @property

@@ -21,6 +21,7 @@ TEMPLATE = (
 
 def save_byte_model(path: Path) -> Any:
     """Save a checkpoint of 259 tokens: the bytes, two words and an end. Returns the model."""
+    path.mkdir(exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {char: i for i, char in enumerate(alphabet)} | {"th": 256, "he": 257}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, [("t", "h"), ("h", "e")]))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shoal.kernels import _cpu
 from shoal.kernels.api import KV, Activation, Batch, Delta, Draws, Heads, Mode, Scores
-from shoal.kernels.cpu_deltas import Grouped, PackedDeltas, group
+from shoal.kernels.cpu_deltas import Grouped, PackedDeltas
 from shoal.kernels.quantize import Quantized, pieces, quantize
 
 UNIT = 16  # positions: a page holds whole units
@@ -183,27 +183,25 @@ class CpuKernels:
         return found
 
     def group(self, adapter_T: Tensor) -> Grouped:
-        return group(adapter_T)
+        return Grouped(adapter_T)
 
     def add_deltas(self, x_TK: Tensor, y_TN: Tensor, deltas: object, grouped: object, factor: float = 1.0) -> None:
         assert isinstance(deltas, PackedDeltas) and isinstance(grouped, Grouped)
         assert x_TK.shape == (grouped.num_rows, deltas.inputs) and x_TK.is_contiguous(), (x_TK.shape, deltas)
         assert y_TN.shape == (grouped.num_rows, deltas.columns) and y_TN.is_contiguous(), (y_TN.shape, deltas)
-        deltas.deltas(
-            grouped.row_M.data_ptr(), grouped.start_G1.data_ptr(), grouped.adapter_G.data_ptr(), len(grouped.adapter_G),
-            x_TK.data_ptr(), y_TN.data_ptr(), deltas.columns, y_TN.dtype == torch.float32, factor,
-        )  # fmt: skip
+        wide = y_TN.dtype == torch.float32
+        deltas.deltas.add(grouped.rows, x_TK.data_ptr(), len(x_TK), y_TN.data_ptr(), deltas.columns, wide, factor)
 
     def gated_with(self, x_TK: Tensor, packed: object, deltas: object, grouped: object) -> Tensor:
         assert isinstance(packed, PackedLinear) and isinstance(deltas, PackedDeltas) and isinstance(grouped, Grouped)
         rows, inputs = x_TK.shape
         assert inputs == packed.inputs and x_TK.dtype == packed.dtype and x_TK.is_contiguous(), (x_TK.shape, packed)
-        if grouped.sums is None or grouped.sums.shape != (rows, deltas.columns):
-            grouped.sums = torch.empty((rows, deltas.columns))
-        packed.wide(x_TK.data_ptr(), rows, 0, 1.0, grouped.sums.data_ptr())
-        self.add_deltas(x_TK, grouped.sums, deltas, grouped)
+        assert rows == grouped.num_rows, (x_TK.shape, grouped)
+        memory = grouped.memory(min(rows, deltas.deltas.gated_rows(deltas.columns)) * deltas.columns)
         out_TF = torch.empty((rows, packed.outputs), dtype=x_TK.dtype)
-        packed.narrow.gate(grouped.sums.data_ptr(), rows, out_TF.data_ptr())
+        deltas.deltas.gated(
+            packed.narrow, packed.wide, grouped.rows, x_TK.data_ptr(), rows, memory.data_ptr(), out_TF.data_ptr()
+        )
         return out_TF
 
     def logits(self, x_RD: Tensor, packed: object) -> Tensor:

@@ -55,22 +55,22 @@ class PackedDeltas:
         self.deltas.append(down.narrow, ups)
 
 
-@dataclass(slots=True)
 class Grouped:
     """Rows of a step that have an adapter, those of one adapter side by side, and memory for a gated layer's sums."""
 
-    row_M: Tensor
-    start_G1: Tensor
-    adapter_G: Tensor
-    num_rows: int  # of the step
-    sums: Tensor | None = None
+    def __init__(self, adapter_T: Tensor) -> None:
+        """Rows of -1 have none."""
+        order = torch.argsort(adapter_T, stable=True)
+        row_M = order[int((adapter_T < 0).sum()) :]
+        adapter_G, counts = adapter_T[row_M].unique_consecutive(return_counts=True)
+        start_G1 = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        self.num_rows = len(adapter_T)  # of the step
+        self._owned = row_M, start_G1, adapter_G
+        self.rows = _cpu.Adapted(row_M.data_ptr(), start_G1.data_ptr(), adapter_G.data_ptr(), len(adapter_G))
+        self._memory = torch.empty(0)
 
-
-def group(adapter_T: Tensor) -> Grouped:
-    """Sort rows by the number of their adapter, leaving out those that have none (-1)."""
-    order = torch.argsort(adapter_T, stable=True)
-    plain = int((adapter_T < 0).sum())
-    row_M = order[plain:].clone()
-    adapter_G, counts = adapter_T[row_M].unique_consecutive(return_counts=True)
-    start_G1 = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return Grouped(row_M, start_G1, adapter_G, len(adapter_T))
+    def memory(self, numbers: int) -> Tensor:
+        """Room for so many numbers, the same in every layer."""
+        if len(self._memory) < numbers:
+            self._memory = torch.empty(numbers)
+        return self._memory

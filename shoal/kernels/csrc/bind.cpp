@@ -91,12 +91,6 @@ void bind_linear(nb::module_ &m) {
           [](const Linear &self, uintptr_t x, int64_t rows, uintptr_t residual, float factor, uintptr_t y) {
             self.kernels->linear(self.weight, at(x), rows, at(residual), factor, at(y));
           },
-          release())
-      .def(
-          "gate",
-          [](const Linear &self, uintptr_t sums, int64_t rows, uintptr_t y) {
-            self.kernels->apply_gate(self.weight, at<const float>(sums), rows, at(y));
-          },
           release());
 }
 
@@ -107,6 +101,13 @@ void bind_deltas(nb::module_ &m) {
         new (self) Delta::Up{weight.weight, scale, begin, first, stride};
       },
       "weight"_a, "scale"_a, "begin"_a, "first"_a, "stride"_a);
+  nb::class_<Adapted>(m, "Adapted")
+      .def(
+          "__init__",
+          [](Adapted *self, uintptr_t row, uintptr_t start, uintptr_t adapter, int64_t groups) {
+            new (self) Adapted{at<const int64_t>(row), at<const int64_t>(start), at<const int64_t>(adapter), groups};
+          },
+          "row"_a, "start"_a, "adapter"_a, "groups"_a);
   nb::class_<Deltas>(m, "Deltas")
       .def("__init__", [](Deltas *self, const Table &t) { new (self) Deltas{t.kernels, {}, {}}; }, "table"_a)
       .def(
@@ -117,13 +118,21 @@ void bind_deltas(nb::module_ &m) {
           },
           "down"_a.none(), "ups"_a)
       .def(
-          "__call__",
-          [](const Deltas &self, uintptr_t row, uintptr_t start, uintptr_t adapter, int64_t groups, uintptr_t x,
-             uintptr_t y, int64_t columns, bool wide, float factor) {
-            const Adapted rows = {at<const int64_t>(row), at<const int64_t>(start), at<const int64_t>(adapter), groups};
-            self.kernels->add_deltas(self.all.data(), rows, at(x), at(y), columns, wide, factor);
+          "add",
+          [](const Deltas &self, const Adapted &rows, uintptr_t x, int64_t count, uintptr_t y, int64_t columns, bool wide,
+             float factor) {
+            self.kernels->add_deltas(self.all.data(), rows, at(x), count, at(y), columns, wide, factor);
           },
-          release());
+          release())
+      .def(
+          "gated",
+          [](const Deltas &self, const Linear &gated, const Linear &sums, const Adapted &rows, uintptr_t x, int64_t count,
+             uintptr_t memory, uintptr_t y) {
+            self.kernels->gated_with(gated.weight, sums.weight, self.all.data(), rows, at(x), count, at<float>(memory),
+                                     at(y));
+          },
+          release())
+      .def("gated_rows", [](const Deltas &self, int64_t n) { return self.kernels->gated_rows(n); }, "n"_a);
 }
 
 void bind_attention(nb::module_ &m) {

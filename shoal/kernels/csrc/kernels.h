@@ -45,7 +45,7 @@ struct Delta {
   int64_t num_ups;
 };
 
-// Rows row[start[g]] to row[start[g + 1] - 1] have adapter adapter[g]; no row is there twice.
+// Rows row[start[g]] to row[start[g + 1] - 1], ascending, have adapter adapter[g]; no row is there twice.
 struct Adapted {
   const int64_t *row, *start, *adapter;
   int64_t groups;
@@ -107,12 +107,15 @@ struct Kernels {
   // y = (x · weightᵀ + bias) * factor + residual, or act(gate) * up. residual may be null, and may be y.
   void (*linear)(const Weight &weight, const void *x, int64_t rows, const void *residual, float factor, void *y);
 
-  // y[r] += what r's adapter makes of x[r], times the factor; other rows are not touched. x and y have rows of down.k
-  // and `columns` numbers, y is float if `wide`. Deltas are by adapter.
-  void (*add_deltas)(const Delta *deltas, const Adapted &rows, const void *x, void *y, int64_t columns, bool wide,
-                     float factor);
-  // What `linear` makes of a gated weight's sums, from the sums: rows of n floats, panels of gate and up in turn.
-  void (*apply_gate)(const Weight &weight, const float *sums, int64_t rows, void *y);
+  // y[r] += what r's adapter makes of x[r], times the factor; other rows of the `count` are not touched. Rows of x have
+  // down.k numbers, those of y `columns`; y is float if `wide`. Deltas are by adapter.
+  void (*add_deltas)(const Delta *deltas, const Adapted &rows, const void *x, int64_t count, void *y, int64_t columns,
+                     bool wide, float factor);
+  // `linear` of a gated weight, with deltas added before the activation. `sums` is the same weight without its gate,
+  // wide: rows of n floats, panels of gate and up in turn. The memory has room for least(count, gated_rows(n)) rows.
+  void (*gated_with)(const Weight &gated, const Weight &sums, const Delta *deltas, const Adapted &rows, const void *x,
+                     int64_t count, float *memory, void *y);
+  int64_t (*gated_rows)(int64_t n);
 
   // y[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight, in float, rounded once. x and y may be the same memory.
   void (*rms_norm)(const void *x, const float *weight, void *y, int64_t rows, int64_t columns, float eps, bool wide);

@@ -9,7 +9,11 @@ namespace SHOAL_SET {
 int64_t packed_bytes(Kind, int64_t n, int64_t k);
 void pack(Kind, const void *weight, void *panels, int64_t n, int64_t k);
 void linear(const Weight &, const void *x, int64_t rows, const void *residual, float factor, void *y);
-void add_deltas(const Delta *, const Adapted &, const void *x, void *y, int64_t columns, bool wide, float factor);
+void add_deltas(const Delta *, const Adapted &, const void *x, int64_t count, void *y, int64_t columns, bool wide,
+                float factor);
+void gated_with(const Weight &gated, const Weight &sums, const Delta *, const Adapted &, const void *x, int64_t count,
+                float *memory, void *y);
+int64_t gated_rows(int64_t n);
 void apply_gate(const Weight &, const float *sums, int64_t rows, void *y);
 void rms_norm(const void *x, const float *weight, void *y, int64_t rows, int64_t columns, float eps, bool wide);
 void add(const void *x, const void *branch, float factor, void *y, int64_t count, bool wide);

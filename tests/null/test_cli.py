@@ -90,6 +90,16 @@ def test_a_flag_may_come_from_anywhere(
     assert asked[0] == asked[1] == asked[2]
 
 
+@pytest.mark.parametrize("text", ["adapter: {a: x, b: y}", "adapter: [a=x, b=y]"])
+def test_adapters_may_be_a_list_or_names_with_folders(text: str, asked: list[JobOptions], tmp_path: Path) -> None:
+    (tmp_path / "shoal.yaml").write_text(text + "\n")
+    base = ["run", "-i", "a", "-o", "b"]
+    assert call(*base, "--config", str(tmp_path / "shoal.yaml")) == 3
+    assert call(*base, "--adapter", "a=x", "--adapter", "b=y") == 3
+    assert call(*base, "--adapter", "a") == 2
+    assert [options.adapter for options in asked] == [{"a": "x", "b": "y"}] * 2
+
+
 def test_the_command_line_wins(asked: list[JobOptions], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = tmp_path / "shoal.yaml"
     config.write_text("seed: 1\ninput: from-file\noutput: o\n")

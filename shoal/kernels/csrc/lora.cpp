@@ -1,5 +1,5 @@
-// What adapters add to the outputs of linear layers: two narrow products for the rows of each adapter, and their sum with
-// what the layer gave. Knows which rows are whose; must not know how a product is computed (linear.cpp does).
+// What adapters add to the outputs of linear layers: two narrow products for the rows of each adapter, and their sum
+// with what the layer gave. Knows which rows are whose; must not know how a product is computed (linear.cpp does).
 //
 // A row's bits depend on that row and its adapter alone: rows and outputs are cut into pieces by their number, but the
 // products give each row the same bits in any company, and everything else is done number by number.
@@ -13,9 +13,9 @@ namespace shoal {
 namespace SHOAL_SET {
 namespace {
 
-constexpr int64_t PIECE = 48;       // rows that go through a product together
-constexpr int64_t STRIP = 256;      // outputs of a second product that are added at a time: they stay in the second cache
-constexpr int64_t SLAB = 8 << 20;   // bytes of a gated layer's sums at a time: they stay in the third cache
+constexpr int64_t PIECE = 48;      // rows that go through a product together
+constexpr int64_t STRIP = 256;     // outputs of a second product that are added at a time: they stay in a cache
+constexpr int64_t SLAB = 8 << 20;  // bytes of a gated layer's sums at a time: they stay in the third cache
 
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -2,8 +2,9 @@
 
 It knows a model's sizes, a workload's prompts and the limits; it must not know engines or kernels.
 Per step the larger of operations over their rate and bytes over the bandwidth; every distinct prompt position is
-computed once, all rows decode together, and a step reads the weights once and each distinct position's keys and
-values once, however many rows attend to it.
+computed once (in the last layer its keys and values alone, but for the position that is sampled from), all rows decode
+together, and a step reads the weights once and each distinct position's keys and values once, however many rows attend
+to it. An engine that decodes long answers while it computes other prompts can be faster: its steps are not these.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Costs:
     """What a model's parts cost. Weights are counted in numbers, the rest in bytes."""
 
     linear: int  # weights of all layers
+    last: int  # of these, weights that only positions need whose hidden state is wanted: the last layer's, after q, k, v
     head: int  # weights of the head
     weight_bytes: float  # of all layers and the head: what a step must read
     position_bytes: int  # keys and values of one position in one layer
@@ -48,6 +50,7 @@ def costs(model: ModelConfig, mode: str) -> Costs:
     head, wide = model.vocab_size * model.width, 4 if mode == "fp32" else 2
     return Costs(
         linear=model.num_layers * layer,
+        last=layer - model.width * (queries + 2 * keys),
         head=head,
         weight_bytes=model.num_layers * layer * _BYTES[mode] + head * wide,
         position_bytes=2 * keys * wide,
@@ -80,20 +83,21 @@ def floor(workload: Workload, model: Costs, limits: Limits) -> Floor:
     overlap = np.array([0, *map(_overlap, prompts, prompts[1:])], dtype=np.int64)
     linear, other = limits.rate(model.linear_arithmetic), limits.rate(model.other_arithmetic)
 
-    def work(tokens: int, contexts: Ints, sampled: int) -> float:
-        pairs = sum(int(np.minimum(contexts, window or NO_WINDOW).sum()) for window in model.windows)
-        operations = model.query_key * pairs + 2 * model.head * sampled
-        return 2 * model.linear * tokens / linear + operations / other
+    def work(contexts: Ints, wanted: Ints) -> float:
+        layers = [(contexts, window) for window in model.windows[:-1]] + [(wanted, model.windows[-1])]
+        pairs = sum(int(np.minimum(seen, window or NO_WINDOW).sum()) for seen, window in layers)
+        weights = (model.linear - model.last) * len(contexts) + model.last * len(wanted)
+        return 2 * weights / linear + (model.query_key * pairs + 2 * model.head * len(wanted)) / other
 
     positions = np.concatenate([np.arange(a, b) + 1 for a, b in zip(overlap, length, strict=True)])
-    prefill, decode, bound = work(len(positions), positions, len(length)), 0.0, 0
+    prefill, decode, bound = work(positions, length), 0.0, 0
     for step in range(1, int(answer.max())):
         live = np.flatnonzero(answer > step)
         context = length[live] + step
         own = context - _shared(overlap, live)
         read = sum(int(np.minimum(own, window or NO_WINDOW).sum()) for window in model.windows)
         move = (model.weight_bytes + model.position_bytes * read) / limits.bandwidth
-        compute = work(len(live), context, len(live))
+        compute = work(context, context)
         bound += move > compute
         decode += max(compute, move)
     return Floor(prefill, decode, len(positions), max(0, int(answer.max()) - 1), bound)

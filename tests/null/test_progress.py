@@ -41,7 +41,7 @@ class Cost:
     steps: int = 0
     preemptions: int = 0
     vain: int = 0  # preemptions
-    together: int = 0  # rows that ran at once
+    together: int = 1  # rows that ran at once
 
 
 def ended(requests, policy, block, tokens, ahead, memory=LEAST, reuse=False) -> Cost:

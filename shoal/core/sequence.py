@@ -45,7 +45,7 @@ class Sequence:
 
     @property
     def yields(self) -> bool:
-        """Whether it may lose its memory to others. A token whose value is in flight does not count: it would be lost."""
+        """Whether it may lose its memory to others. A token in flight does not count: it would be lost."""
         return len(self.tokens) - (self.tokens[-1] == PENDING) >= self.keep_until
 
     @property

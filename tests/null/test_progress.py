@@ -1,4 +1,4 @@
-"""Every job comes to its end: what preemptions cost is bounded, whatever the policy prefers and however short memory is."""
+"""Every job comes to its end: what preemptions cost is bounded, whatever the policy prefers and the memory holds."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class Planning:
         self._first_that_can()
         if not self.slices:
             self.desperate = True
-            for seq in sorted((s for s in self.scheduler.running.values()), key=lambda s: s.ticket):
+            for seq in sorted(self.scheduler.running.values(), key=lambda s: s.ticket):
                 if not self.slices and seq.ticket >= 0 and self.can_go_on(seq):
                     self.serve(seq, None)
             self.desperate = False

@@ -53,7 +53,7 @@ $(CHECKED)/.built: $(BUILT)
 checked-tests:
 	SHOAL_CHECKED=$$(echo $(CHECKED)/shoal/kernels/_cpu*.so) OMP_NUM_THREADS=1 GOMP_SPINCOUNT=5000 \
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(ASAN) $$($(CXX) -print-file-name=libstdc++.so)" \
-	$(BIN)/python -m pytest -p tools.checked_extension tests/cpu/test_*_kernels.py -q -n $(WORKERS)
+	$(BIN)/python -m pytest -p tools.checked_extension tests/cpu/test_*_kernels.py tests/cpu/test_threads.py -q -n $(WORKERS)
 
 $(VENV)/.installed: $(BUILT)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

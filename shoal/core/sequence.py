@@ -15,7 +15,8 @@ class Sequence:
 
     __slots__ = (
         "request", "samples", "goal", "stop", "number", "ticket", "tokens", "num_prompt", "computed", "blocks",
-        "table", "private_from", "guessing", "scored", "preemptions", "started", "first_token", "cached", "limit",
+        "table", "private_from", "guessing", "scored", "preemptions", "keep_until", "started", "first_token", "cached",
+        "limit",
     )  # fmt: skip
 
     def __init__(self, request: Request, number: int) -> None:
@@ -32,6 +33,7 @@ class Sequence:
         self.guessing = False  # a draft is in flight, so our length is not known
         self.scored = request.score_from - 1  # next position whose hidden state scores a prompt token; < 0: none
         self.preemptions = 0
+        self.keep_until = 0  # tokens it is to know before it is preempted again: it has repaid what that cost
         self.started: float | None = None
         self.first_token: float | None = None
         self.cached = 0  # prompt tokens it did not have to compute, at its first start
@@ -40,6 +42,11 @@ class Sequence:
     @property
     def running(self) -> bool:
         return self.ticket >= 0
+
+    @property
+    def yields(self) -> bool:
+        """Whether it may lose its memory to others. A token in flight does not count: it would be lost."""
+        return len(self.tokens) - (self.tokens[-1] == PENDING) >= self.keep_until
 
     @property
     def pending(self) -> int:

@@ -163,6 +163,7 @@ class Display:
         self._window = Window()
         self._every = LIVE_EVERY if console.is_terminal else PLAIN_EVERY
         self._due = -math.inf
+        self._reading_due = clock.now() + self._every  # most inputs are read before that
         self._live: Live | None = None
 
     def __enter__(self) -> Display:
@@ -189,6 +190,14 @@ class Display:
         """Say something that matters even to those who asked for quiet."""
         self.console.print(Text(f"warning: {words}", style="yellow"), soft_wrap=True)
 
+    def reading(self, rows: int, done: int, whole: int) -> None:
+        """Say how far the input is read, in bytes, when it is time to."""
+        now = self._clock.now()
+        if self.quiet or now < self._reading_due:
+            return
+        self._reading_due = now + self._every
+        self._picture(Text(f"reading and planning: {count(rows)} rows, {percent(done, whole)} of the input"))
+
     def show(self, progress: Progress, last: bool = False) -> None:
         """Take note of the job's progress and show it when it is time to, in any case the `last` time."""
         now = self._clock.now()
@@ -198,10 +207,14 @@ class Display:
         rates = self._window.add(now, progress)
         if self.quiet:
             return
+        self._picture(picture(progress, rates) if self.console.is_terminal else Text(plain_line(progress, rates)))
+
+    def _picture(self, what: Group | Text) -> None:
+        """In place of the last one on a terminal; else below it."""
         if not self.console.is_terminal:
-            self.console.print(Text(plain_line(progress, rates)), soft_wrap=True)
+            self.console.print(what, soft_wrap=True)
             return
         if self._live is None:
             self._live = Live(console=self.console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             self._live.start()
-        self._live.update(picture(progress, rates), refresh=True)
+        self._live.update(what, refresh=True)

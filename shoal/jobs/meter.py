@@ -179,7 +179,7 @@ class Meter:
         """All runs so far, this one included."""
         self._look()
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu = time.process_time() + children.ru_utime + children.ru_stime + self._child_seconds()
+        cpu = time.process_time() + children.ru_utime + children.ru_stime + self.engine_seconds()
         own = {name: float(self.total(name)) for name in COUNTED}
         own |= {
             "wall": time.monotonic() - self.began, "cpu": cpu, "load": self.load_seconds, "plan": self.plan_seconds,
@@ -189,7 +189,7 @@ class Meter:
         spent["peak"] = max(float(self._peak), self._earlier.get("peak", 0.0))
         return spent
 
-    def _child_seconds(self) -> float:
+    def engine_seconds(self) -> float:
         """Processor time of an engine that still lives."""
         try:
             times = [process.cpu_times() for process in self._processes[1:]]

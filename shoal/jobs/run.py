@@ -26,6 +26,7 @@ from shoal.jobs.feed import Ended, Feed
 from shoal.jobs.files import DiskFiles, Files
 from shoal.jobs.meter import Meter
 from shoal.jobs.options import JobOptions, Order
+from shoal.jobs.patience import Patience
 from shoal.jobs.plan import Order as PlanOrder
 from shoal.jobs.plan import Plan, build_plan
 from shoal.jobs.prepare import Prepared, prepare
@@ -127,6 +128,7 @@ class _Job:
         self.display = Display(console, self.clock, job.options.quiet)
         self.writer = AnswerWriter(job.tokenizer, job.manifest.answers, job.name, job.created, job.options.openai)
         self.meter = Meter(began)
+        self.patience = Patience(self.meter.engine_seconds)
         self.deaths = 0  # since a row was last completed
         self.budget_hit = False
         self.strangers = False  # whether a row has named another model
@@ -162,7 +164,8 @@ class _Job:
         job = self.job
         order: PlanOrder = "input" if job.options.order is Order.INPUT else "prefix"
         encoder = on_all_cores(job.encoder, job.info, job.source.size)
-        return build_plan(job.source, encoder, job.state.path, order, job.encoder.fingerprint, self._read)
+        with self.display:
+            return build_plan(job.source, encoder, job.state.path, order, job.encoder.fingerprint, self._read)
 
     def _read(self, rows: int, size: int) -> None:
         """Between two parts of the input that is being planned: stop here if asked to."""
@@ -170,6 +173,7 @@ class _Job:
             error = ShoalError(f"interrupted when {rows:,} rows had been read; run the same command again to continue")
             error.exit_code = INTERRUPTED
             raise error
+        self.display.reading(rows, size, self.job.source.size)
 
     def _open(self, plan: Plan) -> Results:
         job = self.job
@@ -229,6 +233,7 @@ class _Job:
             ready = self.engine.ready(POLL)
             if ready is not None:
                 self.meter.loaded(ready, self.engine.pid)
+                self.patience.begin(self.clock.now())
                 self.backend = self.engine
                 return
 
@@ -282,6 +287,7 @@ class _Job:
                 if feed.over:
                     break
                 news = self.backend.outputs(POLL)
+                self._listen(news is not None)
                 if news is not None:
                     self._take(news, feed, results)
             except EngineDied as death:
@@ -297,6 +303,15 @@ class _Job:
                     self._take(news, feed, results)
             except EngineDied:
                 return  # its unfinished rows would have run again anyway
+
+    def _listen(self, heard: bool) -> None:
+        """Say so when the engine's step takes longer than its steps do. To end it is left to those who know more."""
+        now = self.clock.now()
+        if heard:
+            self.patience.heard(now)
+        elif self.engine is not None and (words := self.patience.words(now)):
+            advice = f"wait, or end process {self.engine.pid}: its unfinished rows then run again in another engine"
+            self.display.warn(f"{words}; {advice}")
 
     def _take(self, news: News, feed: Feed, results: Results) -> None:
         feed.started(news.started)

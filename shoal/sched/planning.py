@@ -25,6 +25,7 @@ class Mechanism(Protocol):
     running: dict[int, Sequence]
     in_flight: int
     top_started: int
+    overfull: bool
 
     @property
     def steps(self) -> int: ...
@@ -59,8 +60,10 @@ class Planning:
         self.order: list[Sequence] = []
         self.last = 0  # order[last:] have been preempted in this plan
         self.at = 0  # order[:at] have been looked at
-        self.closed = False  # nobody starts any more in this step
+        self.barred = scheduler.overfull and bool(scheduler.running)  # nobody starts before somebody has ended
+        self.closed = self.barred  # nobody starts any more in this step
         self.forced = False  # the next to be served gets at least one token, whatever the policy says
+        self.desperate = False  # … and the memory of all that started after it, whether or not they yield
         self.waits = 0
         self.wait_until = math.inf
         self.reserved: set[int] | None = None  # looked up when the first candidate asks
@@ -95,14 +98,29 @@ class Planning:
         return seq.computed < seq.goal
 
     def force(self) -> None:
-        """The policy lets nothing happen and nothing is in flight: the first that can goes, so there is progress."""
-        self.forced, self.closed = True, False
+        """The policy lets nothing happen and nothing is in flight: the first that can goes, so there is progress.
+
+        If nobody can, all memory is with rows that do not yield. Then the one that has run longest takes it from those
+        that started last; and nobody starts until somebody has ended, or they would only be taken from again.
+        """
+        self.forced = True
+        self._first_that_can()
+        if not self.slices:
+            self.desperate = True
+            for seq in sorted(self.scheduler.running.values(), key=lambda s: s.ticket):
+                if not self.slices and seq.ticket >= 0 and self.can_go_on(seq):
+                    self.serve(seq, None)
+            self.desperate = False
+        if not self.slices and not self.scheduler.running:  # the last one starts again above what it has computed
+            self._first_that_can()
+
+    def _first_that_can(self) -> None:
         for at, seq in enumerate(self.order[: self.last], 1):
             self.at = at
             if seq.ticket >= 0:
                 if self.can_go_on(seq):
                     self.serve(seq, None)
-            elif seq.number in self.scheduler.waiting:
+            elif seq.number in self.scheduler.waiting and not (self.barred and self.scheduler.running):
                 match = self.kv.match(seq, self.index)
                 if match is not None:
                     self.serve(seq, match)
@@ -163,8 +181,11 @@ class Planning:
                 self.fail(seq)
 
     def victim(self, seq: Sequence, first: bool) -> Sequence | None:
-        """Who makes room for `seq`. The first of a step may take from anybody: that is the progress guarantee."""
-        others = [s for s in self.order[self.at : self.last] if s.ticket >= 0]
+        """Who makes room for `seq`. The first of a step may take from all that yield, whatever the policy says."""
+        if self.desperate:
+            last = max(self.scheduler.running.values(), key=lambda s: s.ticket)
+            return last if last is not seq else None
+        others = [s for s in self.order[self.at : self.last] if s.ticket >= 0 and s.yields]
         chosen = self.policy.victim(seq, others, self.view)
         if chosen is None or chosen not in others:
             return others[-1] if others and first and (seq.ticket >= 0 or self.forced) else None

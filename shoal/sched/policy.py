@@ -82,7 +82,8 @@ class Policy:
         return 0
 
     def victim(self, seq: Sequence, others: Seq[Sequence], view: View) -> Sequence | None:
-        """Who gives up its blocks so that `seq` can go on. `others` is ranked, worst last."""
+        """Who gives up its blocks so that `seq` can go on. `others` is ranked, worst last, without those that were
+        preempted before and have not repaid what that cost."""
         return others[-1] if seq.running and others else None
 
     def worth(self, node: Node) -> float:

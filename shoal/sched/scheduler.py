@@ -28,6 +28,7 @@ class Counters:
     output_computed: int = 0
     output_preempted: int = 0  # of output_computed: likewise
     preemptions: int = 0  # events
+    vain: int = 0  # of them: of rows that had not repaid the last one
     cached: int = 0  # prompt tokens found at a first start
 
 
@@ -48,6 +49,7 @@ class Scheduler:
         self._top_index = self.top_started = -1  # highest plan index seen, and started
         self._unstarted: list[int] = []  # heap of plan indices, with some that have started since
         self._waiting_indices: set[int] = set()
+        self.overfull = False  # a row lost its memory in vain, and nobody has ended since
         self._furthest: dict[int, int] = {}  # number -> positions computed before its preemption
 
     # -- requests ----------------------------------------------------------------------------------
@@ -211,6 +213,8 @@ class Scheduler:
         self.top_started = max(self.top_started, seq.request.index)
         self._tickets += 1
         seq.ticket = self._tickets
+        if seq.preemptions:  # a token for each block of what it computes again, and be it one
+            seq.keep_until = len(seq.tokens) + max(1, -(-(len(seq.tokens) - match.tokens) // self.kv.block_size))
         self.running[seq.ticket] = seq
         if seq.started is None:
             seq.started, seq.cached = now, min(match.tokens, seq.num_prompt)
@@ -231,6 +235,9 @@ class Scheduler:
 
     def preempt(self, seq: Sequence) -> None:
         """Take everything from a running sequence; it waits again with what it has produced."""
+        if not seq.yields:
+            self.overfull = True
+            self.counters.vain += 1
         self._furthest[seq.number] = max(self._furthest.get(seq.number, 0), seq.computed)
         if seq.tokens[-1] == PENDING:
             seq.tokens.pop()  # its value will come too late; it is computed again
@@ -245,6 +252,7 @@ class Scheduler:
         if seq.tokens[-1] == PENDING:
             seq.tokens.pop()
         self._stop(seq, again=False)
+        self.overfull = False
         del self._by_id[seq.request.id]
         self._furthest.pop(seq.number, None)
         self.policy.retire(seq, why, self.view(now))

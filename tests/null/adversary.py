@@ -90,9 +90,32 @@ class Chaos(Policy):
         return self.dice.random()
 
 
+class Level(Policy):
+    """Whoever has produced least goes first, so that two rows overtake each other with every token."""
+
+    def rank(self, seq, view):
+        return float(seq.produced)
+
+
+class Robber(Policy):
+    """Whoever has computed least goes first, in small pieces, and takes from who has computed most."""
+
+    def rank(self, seq, view):
+        return float(seq.computed)
+
+    def chunk(self, seq, room, view):
+        return min(5, seq.pending, room)
+
+    def victim(self, seq, others, view):
+        return max(others, key=lambda other: other.computed, default=None)
+
+
 class SmallBatch(BatchPolicy):
     def __init__(self) -> None:
         super().__init__(Budget(24, 16))
 
 
-EVERY = [Policy, BatchPolicy, SmallBatch, Shortest, SmallChunks, Speculate, Reverse, Steal, Starve, RefuseAll, Chaos]
+EVERY = [
+    Policy, BatchPolicy, SmallBatch, Shortest, SmallChunks, Speculate, Reverse, Steal, Level, Robber, Starve,
+    RefuseAll, Chaos,
+]  # fmt: skip

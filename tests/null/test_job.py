@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +14,7 @@ import pytest
 from echo_job import ROWS, Mortal, Watched, chat, completion, echo_backend, interrupt
 from faulty import FaultyFiles
 
+from shoal.client import News
 from shoal.core.errors import ShoalError, StateError, UsageError
 from shoal.jobs.options import FailureBudget, Order
 from shoal.jobs.state import open_state
@@ -268,6 +270,24 @@ def test_a_row_that_kills_its_engine_is_found_and_its_neighbours_are_fine(job, u
     fine = [line for number, line in enumerate(unbroken[0].splitlines(), 1) if number not in deadly]
     assert one.out.read_bytes().splitlines() == fine
     assert Killed.made <= 1 + 6 * len(deadly)
+
+
+def test_a_step_that_takes_very_long_is_said_and_the_engine_is_left_alone(job, unbroken, monkeypatch) -> None:
+    class Stuck(Mortal):
+        def outputs(self, timeout: float) -> News | None:
+            if self.rounds == 3 and time.monotonic() < until:
+                time.sleep(0.01)
+                return None
+            return super().outputs(timeout)
+
+    monkeypatch.setattr("shoal.jobs.patience.LEAST", 0.2)
+    monkeypatch.setattr("shoal.jobs.patience.TIMES", 0)
+    until = time.monotonic() + 2.0
+    one = job(ROWS, quiet=True)
+    assert one.run_mortal(Stuck) == 0 and one.final() == unbroken
+    assert 1 <= one.said.count("the engine's present step has run for") <= 4
+    assert f"wait, or end process {os.getpid()}" in one.said
+    assert Stuck.made == 1
 
 
 @pytest.mark.parametrize("loads", [1, 2])

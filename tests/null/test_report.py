@@ -204,6 +204,21 @@ def test_without_a_terminal_a_line_comes_every_few_seconds() -> None:
     assert "60 % shared" in out.getvalue()
 
 
+def test_a_large_input_shows_how_far_it_is_read() -> None:
+    for terminal in (False, True):
+        out, clock = io.StringIO(), SimClock()
+        display = Display(Console(file=out, width=100, force_terminal=terminal, _environ={}), clock)
+        with display:
+            for tenth in range(120):
+                clock.advance_to(tenth / 10)
+                display.reading(2048 * tenth, tenth, 200)
+                assert out.getvalue() or tenth < 10 * PLAIN_EVERY
+        assert terminal == ("\x1b[" in out.getvalue()) and "rows, 50 % of the input" in out.getvalue()
+        if not terminal:
+            assert out.getvalue().splitlines()[-1] == "reading and planning: 204,800 rows, 50 % of the input"
+            assert out.getvalue().count("\n") == 2
+
+
 def test_a_terminal_gets_a_picture_in_place() -> None:
     out = io.StringIO()
     run_display(Console(file=out, width=100, force_terminal=True, color_system="standard", _environ={}))

@@ -3,11 +3,13 @@
 // Whoever writes one of the two words reads the other afterwards, so one of them always sees what the other did.
 #include "threads.h"
 
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
 
@@ -22,6 +24,10 @@ namespace {
 // keeps its core, then it lets others have it in between.
 constexpr int SPINS = 2000, YIELDS = 200;
 
+// Calls for which a team goes on with the helpers it has when it could not get another, before it asks again: to be
+// refused takes longer than many a call.
+constexpr int REFUSED = 1000;
+
 void pause() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -31,8 +37,8 @@ void pause() {
 class Team {
  public:
   static Team &instance() {
-    static Team *team = new Team;  // never taken apart: helpers may outlive everything else
-    return *team;
+    static Team *const *team = first();
+    return **team;
   }
 
   void run(void (*work)(const void *, bool), const void *argument) {
@@ -53,8 +59,26 @@ class Team {
   std::atomic<int64_t> size{1};
 
  private:
+  // Teams are never taken apart: helpers may outlive everything else. A process that was forked has no helpers, and what
+  // they held when it was made, they hold for ever: it gets a new team.
+  static Team **first() {
+    static Team *team = new Team;
+    pthread_atfork(nullptr, nullptr, [] {
+      Team *fresh = new Team;
+      fresh->size.store(team->size.load());
+      team = fresh;
+    });
+    return &team;
+  }
+
   void hire() {
-    for (; hired + 1 < size.load(std::memory_order_relaxed); hired++) std::thread(&Team::help, this, hired).detach();
+    if (hired + 1 >= size.load(std::memory_order_relaxed)) return;
+    if (refused) return (void)refused--;
+    try {
+      for (; hired + 1 < size.load(std::memory_order_relaxed); hired++) std::thread(&Team::help, this, hired).detach();
+    } catch (const std::exception &) {  // no thread or no memory for one: those who are here do the work
+      refused = REFUSED;
+    }
   }
 
   void help(int64_t number) {
@@ -95,6 +119,7 @@ class Team {
   void (*body)(const void *, bool) = nullptr;  // these two change only while nobody is inside
   const void *context = nullptr;
   int64_t hired = 0;
+  int refused = 0;  // calls left before it asks for helpers again
   std::mutex mutex;
   std::condition_variable alarm;
 };

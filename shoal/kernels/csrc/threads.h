@@ -10,8 +10,9 @@
 namespace shoal {
 
 // Calls body(context, true) on this thread and body(context, false) on free threads of the team, and returns when all
-// who began have ended. The body takes its work from a common counter until none is left, so that one thread would do.
-// One call at a time: called while another thread's call is under way, or from within one, it runs alone.
+// who began have ended. The body takes its work from a common counter until none is left, so that one thread would do,
+// and one does where the system gives no more. It must not throw. One call at a time: called while another thread's call
+// is under way, or from within one, it runs alone.
 void run_together(void (*body)(const void *context, bool here), const void *context);
 
 // How many threads a team has, the caller included.

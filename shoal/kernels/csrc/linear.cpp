@@ -2,7 +2,8 @@
 // sums. Knows caches and threads; must not know registers (tiles.h) or how panels are laid out (pack.cpp).
 //
 // A row's bits depend on that row alone. Rows are cut into tiles and blocks by their number, but every tile does the
-// same for each of its rows, and the inputs are never divided among threads.
+// same for each of its rows, and the inputs are never divided among threads (but for FREE_ORDER, which nobody gets).
+#include "free_tiles.h"
 #include "ops.h"
 #include "threads.h"
 #include "tiles.h"
@@ -17,6 +18,7 @@ constexpr int64_t STRETCH = 32 << 10;       // bytes of a panel that stay in the
 constexpr int64_t SERIAL = 48 << 10;        // activations that one thread prepares sooner than two agree to
 constexpr int64_t SERIAL_BYTES = 16 << 10;  // the same where they are quantised
 constexpr int64_t TINY = 128 << 10;         // products with one row of each tile that are not worth a second thread
+constexpr int64_t DIVIDE = 4;               // parts of the last panels' inputs (FREE_ORDER)
 
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 int64_t aligned(int64_t bytes) { return up(bytes, 64) * 64; }
@@ -43,6 +45,13 @@ Span take(Queue &queue, int64_t threads) {
   return {begin, end};
 }
 
+// A panel (or pair) of a block of rows, or some stretches of it where the inputs are divided (FREE_ORDER).
+struct Piece {
+  int64_t item;
+  Span stretches;
+  int64_t place;  // of its sums among those of divided panels; -1: the panel is whole
+};
+
 struct Layer {
   Layer(const Weight &weight, const void *x, int64_t rows, const void *residual, float factor, void *y);
   void all();
@@ -50,11 +59,14 @@ struct Layer {
  private:
   void prepare(int64_t tile, char *spare) const;
   void run(Queue &queue, int64_t threads, char *own) const;
-  void panel(int64_t first, int64_t last, int64_t index, const char *after, int64_t ahead, float *sums) const;
+  void panel(int64_t first, int64_t last, int64_t index, Span part, const char *after, int64_t ahead,
+             float *sums) const;
+  Piece piece(int64_t number) const;
+  float *join(const Piece &done, int64_t count) const;
   template <class T>
   void finish(int64_t first, int64_t last, int64_t panel, const float *sums) const;
 
-  int64_t shared_bytes() const { return words_bytes + amounts_bytes; }
+  int64_t shared_bytes() const { return words_bytes + amounts_bytes + divided_bytes; }
   int64_t own_bytes() const { return sums_bytes + aligned(MOST * steps * WORD); }
   int64_t start(int64_t tile) const { return cut(rows, tiles, tile); }
   uint32_t *words_of(int64_t tile) const { return words + start(tile) * steps + tile * LANES; }
@@ -75,6 +87,9 @@ struct Layer {
   uint32_t *words;                  // rows in tiles: [steps][rows of the tile], and LANES words to spare after each
   float *amounts;                   // int8: scale of each row; int4 kinds: by tile [groups][2][rows]
   const TileFunction *tile;
+  int64_t divided, parts, divided_bytes;  // the last panels of the last block, each in so many parts (FREE_ORDER)
+  float *divided_sums;                    // [divided][parts] sums of a block, and after them:
+  int64_t *done_parts;                    // [divided]
 };
 
 Layer::Layer(const Weight &weight, const void *x, int64_t rows, const void *residual, float factor, void *y)
@@ -104,6 +119,25 @@ Layer::Layer(const Weight &weight, const void *x, int64_t rows, const void *resi
   amounts_bytes = aligned(rows * (grouped ? 2 * groups : 1) * 4);
   sums_bytes = aligned(up(tiles, blocks) * MOST * PANEL * 4 * sides);
   tile = TILES[(int)weight.kind];
+  parts = stretches < DIVIDE ? stretches : DIVIDE;
+  divided = !FREE_ORDER || parts < 2 ? 0 : panels < team_size() ? panels : team_size();
+  divided_bytes = divided * parts * sums_bytes + aligned(divided * 8);
+}
+
+Piece Layer::piece(int64_t number) const {
+  const int64_t whole = blocks * panels - divided, place = number - whole;
+  if (place < 0) return {number, {0, stretches}, -1};
+  const int64_t part = place % parts;
+  return {whole + place / parts, {cut(stretches, parts, part), cut(stretches, parts, part + 1)}, place};
+}
+
+// The sums of all parts of a divided panel together, for whoever comes with the last one; for others null.
+float *Layer::join(const Piece &done, int64_t count) const {
+  const int64_t panel = done.place / parts, floats = sums_bytes / 4;
+  if (__atomic_add_fetch(&done_parts[panel], 1, __ATOMIC_ACQ_REL) < parts) return nullptr;
+  float *sums = divided_sums + panel * parts * floats;
+  for (int64_t i = 1; i < parts; i++) add_sums(sums, sums + i * floats, count, weight.kind == Kind::int8);
+  return sums;
 }
 
 typedef int32_t vi_half __attribute__((vector_size(32)));
@@ -254,17 +288,17 @@ void Layer::finish(int64_t first, int64_t last, int64_t panel, const float *sums
 
 // The sums of one panel (not a pair) for the tiles first to last. Meanwhile, what comes after it is fetched: weights
 // from `after` on, and the rows `ahead` tiles further.
-void Layer::panel(int64_t first, int64_t last, int64_t index, const char *after, int64_t ahead,
+void Layer::panel(int64_t first, int64_t last, int64_t index, Span part, const char *after, int64_t ahead,
                   float *sums) const {
   const char *base = (const char *)weight.panels + index * panel_bytes;
   const int64_t begin = start(first);
-  for (int64_t s = 0; s < stretches; s++) {
+  for (int64_t s = part.begin; s < part.end; s++) {
     const int64_t from = cut(units, stretches, s), to = cut(units, stretches, s + 1);
     Stretch t;
     t.panel = base + from * unit_bytes;
     t.steps = to - from;
-    t.fresh = s == 0;
-    t.next = s + 1 < stretches ? base + to * unit_bytes : after;
+    t.fresh = s == part.begin;
+    t.next = s + 1 < part.end ? base + to * unit_bytes : after;
     t.pace = up(128, last - first);
     if (grouped) {
       t.scale = (const uint16_t *)weight.scale + (index * groups + from) * PANEL;
@@ -276,10 +310,10 @@ void Layer::panel(int64_t first, int64_t last, int64_t index, const char *after,
     for (int64_t i = first; i < last; i++) {
       const int64_t row = start(i), count = start(i + 1) - row;
       t.x = words_of(i) + from * (grouped ? weight.group * steps / (up(weight.k, 8) * 8) : 1) * count;
-      t.then = s + 1 < stretches ? t.x + t.steps * count : words_of(i + ahead);
+      t.then = s + 1 < part.end ? t.x + t.steps * count : words_of(i + ahead);
       t.sums = sums + (row - begin) * PANEL;
       if (grouped) t.amounts = amounts + row * 2 * groups + from * 2 * count;
-      tile[count - 1](t);
+      (FREE_ORDER ? free_tile(tile, count) : tile[count - 1])(t);
       t.next += t.steps * (grouped ? t.group : 1) * t.pace;
     }
   }
@@ -292,20 +326,24 @@ void Layer::run(Queue &queue, int64_t threads, char *own) const {
   Span span = take(queue, threads);
   while (span.begin < span.end) {
     Span then = span;
-    for (int64_t item = span.begin; item < span.end; item++) {
-      if (item + 1 == span.end) then = take(queue, threads);
-      const int64_t following = item + 1 < span.end ? item + 1 : then.begin < then.end ? then.begin : item;
-      const int64_t block = item / panels, at = item % panels;
+    for (int64_t number = span.begin; number < span.end; number++) {
+      if (number + 1 == span.end) then = take(queue, threads);
+      const Piece now = piece(number);
+      const Piece coming = piece(number + 1 < span.end ? number + 1 : then.begin < then.end ? then.begin : number);
+      const int64_t following = coming.item, item = now.item, block = item / panels, at = item % panels;
       const int64_t first = cut(tiles, blocks, block), last = cut(tiles, blocks, block + 1);
       const int64_t count = start(last) - start(first);
       const int64_t ahead = following / panels != block && last < tiles ? last - first : 0;
+      float *out = now.place < 0 ? sums : divided_sums + now.place * (sums_bytes / 4);
       for (int64_t side = 0; side < sides; side++) {
-        const int64_t index = at * sides + side;
+        const int64_t index = at * sides + side, start = side + 1 < sides ? now.stretches.begin : coming.stretches.begin;
         const int64_t next = side + 1 < sides ? index + 1 : following % panels * sides;
-        panel(first, last, index, base + next * panel_bytes, ahead, sums + side * count * PANEL);
+        const char *after = base + next * panel_bytes + cut(units, stretches, start) * unit_bytes;
+        panel(first, last, index, now.stretches, after, ahead, out + side * count * PANEL);
       }
-      if (weight.kind == Kind::fp32 || weight.wide) finish<float>(first, last, at, sums);
-      else finish<uint16_t>(first, last, at, sums);
+      if (now.place >= 0 && !(out = join(now, count * sides * PANEL))) continue;
+      if (weight.kind == Kind::fp32 || weight.wide) finish<float>(first, last, at, out);
+      else finish<uint16_t>(first, last, at, out);
     }
     span = then;
   }
@@ -315,11 +353,14 @@ void Layer::all() {
   char *memory = (char *)scratch(shared_bytes() + own_bytes());
   words = (uint32_t *)memory;
   amounts = (float *)(memory + words_bytes);
+  divided_sums = (float *)(memory + words_bytes + amounts_bytes);
+  done_parts = (int64_t *)(divided_sums + divided * parts * (sums_bytes / 4));
+  for (int64_t i = 0; i < divided; i++) done_parts[i] = 0;
   const bool serial = tiles == 1 || rows * weight.k <= (quantised() ? SERIAL_BYTES : SERIAL);
   const bool tiny = tiles * weight.n * weight.k <= TINY;
   if (serial)
     for (int64_t t = 0; t < tiles; t++) prepare(t, memory + shared_bytes() + sums_bytes);
-  Queue queue = {0, blocks * panels};
+  Queue queue = {0, blocks * panels - divided + divided * parts};
   // The others have a memory of their own, and this thread's has the shared part before it.
   const auto own = [&](bool here) { return here ? memory + shared_bytes() : (char *)scratch(own_bytes()); };
   if (!serial) {

@@ -64,6 +64,7 @@ class _Row:
 class Ended:
     """A row that is over: its answers, or why there are none."""
 
+    row: int  # from 0 in the plan
     line: int
     raw: bytes | None
     spec: RowSpec
@@ -127,6 +128,11 @@ class Feed:
                 self._ahead.add(unit.position)
                 self._first += self._open(replace(unit, index=-1, futures=None))
 
+    def lead(self, original: int, row: int) -> None:
+        """Run a row in place of one that asks for the same, before anything else."""
+        for unit in self.plan.units_of(original):
+            self._first += self._open(replace(unit, row=row, index=-1, futures=None))
+
     def _take(self) -> list[_Part]:
         if self._groups or self._quarantine:
             if self._parts:
@@ -155,19 +161,23 @@ class Feed:
     def _open(self, unit: Unit) -> list[_Part]:
         row = self._rows.get(unit.row)
         if row is None:
-            place = self.plan.row(unit.row)
-            raw = self.source.read(place.offset, place.length)
-            try:
-                spec = self.encoder.parse(raw)
-            except RowError as error:
-                raise StateError(
-                    f"line {place.line} of the input is not what it was when the job began ({error}): "
-                    "bring the file back as it was and run the same command again"
-                ) from error
-            row = self._rows[unit.row] = _Row(unit.row, place.line, raw, spec, place.prompts * spec.n)
+            line, raw, spec = self.read(unit.row)
+            row = self._rows[unit.row] = _Row(unit.row, line, raw, spec, self.plan.row(unit.row).prompts * spec.n)
         row.prompts[unit.prompt] = unit.tokens
         requests = self.encoder.requests(row.line, row.spec, unit.prompt, unit.tokens, unit.index, unit.futures)
         return [_Part(row, unit.prompt, request, self._detokenizer(row.spec)) for request in requests]
+
+    def read(self, number: int) -> tuple[int, bytes | None, RowSpec]:
+        """Line number, text and meaning of row `number`."""
+        place = self.plan.row(number)
+        raw = self.source.read(place.offset, place.length)
+        try:
+            return place.line, raw, self.encoder.parse(raw)
+        except RowError as error:
+            raise StateError(
+                f"line {place.line} of the input is not what it was when the job began ({error}): "
+                "bring the file back as it was and run the same command again"
+            ) from error
 
     def _detokenizer(self, spec: RowSpec) -> Detokenizer:
         body = spec.body
@@ -251,7 +261,7 @@ class Feed:
             "preemptions": row.preemptions,
             **{f"{name}_seconds": round(value, 6) for name, value in row.seconds.items()},
         }
-        return Ended(row.line, row.raw, row.spec, answers, row.error, stats)
+        return Ended(row.number, row.line, row.raw, row.spec, answers, row.error, stats)
 
     # -- a dead engine -----------------------------------------------------------------------------
 

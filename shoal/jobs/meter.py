@@ -22,7 +22,7 @@ from shoal.jobs.feed import Feed
 from shoal.jobs.files import disk_errors
 from shoal.jobs.plan import Plan
 from shoal.jobs.prepare import Prepared
-from shoal.jobs.report import Failures, Report, Rows, Seconds, Tokens
+from shoal.jobs.report import Failures, Report, Reused, Rows, Seconds, Tokens
 from shoal.jobs.results import Results
 
 SPENT = "spent"  # key in the journal
@@ -76,6 +76,8 @@ class Meter:
 
     def ended(self, stats: Mapping[str, object]) -> None:
         """A row of this run has ended."""
+        if "copy_of" in stats:
+            return
         tokens = stats.get("completion_tokens", 0)
         assert isinstance(tokens, int)
         self._ended += 1
@@ -128,9 +130,9 @@ class Meter:
         return self._dead[name] + self._counters.get(name, 0)
 
     def progress(
-        self, feed: Feed, rows: int, answered: int, failed: int, written: int, waiting_for: int | None
+        self, feed: Feed, rows: int, answered: int, failed: int, written: int, waiting_for: int | None, free: int
     ) -> Progress:
-        """The job at this moment."""
+        """The job at this moment; `free` of the rows to come cost nothing."""
         plan = feed.plan
         computed, output = self.total("prompt_computed"), self.total("output_computed")
         block = self.ready.kv_bytes // self.ready.num_blocks if self.ready else 0
@@ -138,7 +140,7 @@ class Meter:
             rows_total=rows, rows_done=answered, rows_failed=failed, rows_written=written, waiting_for=waiting_for,
             tokens_in=computed + self.total("cached"), tokens_out=output, tokens_saved=self.total("cached"),
             work_done=computed + output,
-            work_left=self._work_left(max(plan.bound - computed, 0), output, rows - answered),
+            work_left=self._work_left(max(plan.bound - computed, 0), output, rows - answered - free),
             kv_used=self._used_blocks * block, kv_total=self.ready.kv_bytes if self.ready else 0,
         )  # fmt: skip
 
@@ -155,7 +157,7 @@ class Meter:
         results.journal.set_meta(SPENT, json.dumps(spent))
         counts = results.status().counts
         computed = int(spent["prompt_computed"] - spent["prompt_last"])
-        output, errors = _rows_stats(results)
+        output, reused, errors = _rows_stats(results)
         total = results.status().total
         lost = total - counts["ok"]
         files = {str(job.options.output): total if job.errors is None else counts["ok"]} if finished else {}
@@ -171,7 +173,7 @@ class Meter:
             steps=int(spent["steps"]), peak_memory_bytes=int(spent["peak"]),
             versions={"shoal": __version__, **{name: version(name) for name in LIBRARIES}},
             model=job.name, input=str(job.options.input), output=str(job.options.output),
-            files=files, errors=errors,
+            files=files, errors=errors, reused=reused,
             runs=int(spent["runs"]), engine_restarts=int(spent["restarts"]), finished=finished, exit_code=code,
         )  # fmt: skip
 
@@ -207,11 +209,16 @@ class Meter:
         self._peak = max(self._peak, used)
 
 
-def _rows_stats(results: Results) -> tuple[int, dict[str, Failures]]:
-    """Output tokens of all rows, and the failed ones by code."""
+def _rows_stats(results: Results) -> tuple[int, Reused, dict[str, Failures]]:
+    """Output tokens of all rows, what of them was not computed, and the failed ones by code."""
     output, errors = 0, dict[str, Failures]()
+    copies = free_prompt = free_output = 0
     for line, status, stats in results.journal.stats():
         noted = json.loads(stats)
+        if "copy_of" in noted:
+            copies += status == "ok"
+            free_prompt += noted["prompt_tokens"]
+            free_output += noted["completion_tokens"]
         output += noted.get("completion_tokens", 0) if status == "ok" else 0
         if status != "ok":
             code = noted.get("code", status)
@@ -220,4 +227,4 @@ def _rows_stats(results: Results) -> tuple[int, dict[str, Failures]]:
                 known.count + 1 if known else 1, known.line if known else line,
                 known.message if known else noted.get("message", ""),
             )  # fmt: skip
-    return output, errors
+    return output, Reused(copies, free_prompt, free_output), errors

@@ -20,8 +20,9 @@ from shoal.core.errors import RowError, StateError
 from shoal.jobs import plan_store as store
 from shoal.jobs.arena import Arena
 from shoal.jobs.files import disk_errors
+from shoal.jobs.keys import SIZE as KEY
 from shoal.jobs.plan_arrange import arrange
-from shoal.jobs.plan_build import Encoder, Source, collect
+from shoal.jobs.plan_build import NO_KEY, Encoder, Source, collect
 
 Order = Literal["prefix", "input"]
 Staircase = tuple[tuple[int, int], ...]
@@ -51,6 +52,7 @@ class Unit:
     tokens: array[int]
     samples: int
     futures: tuple[Staircase, ...] | None  # Request.future of each sample; None: nobody knows
+    ask: bytes = b""  # equal ones have equal answers, sample by sample; empty: nothing has the same
 
 
 class Plan:
@@ -64,7 +66,9 @@ class Plan:
         self.num_bad: int = summary["bad"]  # rows that have an error instead of prompts
         self.num_units: int = summary["units"]
         self.num_requests: int = summary["requests"]  # samples of all units
-        self.prompt_tokens: int = summary["prompt_tokens"]  # of all requests
+        self.num_copies: int = summary["copies"]  # rows that ask for what an earlier row asks for: they have no units
+        self.copied_tokens: int = summary["copied_tokens"]  # prompt tokens of the copies' requests
+        self.prompt_tokens: int = summary["prompt_tokens"]  # of all requests, copies included
         self.bound: int = summary["bound"]  # the least number of prompt tokens that must be computed
         self.answer_tokens: int = summary["answer_tokens"]  # the most that all requests may produce
         self.last_again: int = summary["last_again"]  # fully cached prompts whose last token is computed again
@@ -72,6 +76,7 @@ class Plan:
         self._arena = Arena(folder / store.ARENA)
         arrays = {name: np.asarray(values) for name, values in store.load_arrays(folder).items()}
         self._rows, self._units, self._error_end = arrays["rows"], arrays["units"], arrays["error_end"]
+        self._asks, self._copies = arrays["asks"], arrays["copies"]
         self._unit_at, self._index = arrays["order"], arrays["index"]
         self._start, self._depth, self._next = (arrays[f"future_{name}"] for name in ("start", "depth", "index"))
 
@@ -118,6 +123,7 @@ class Plan:
         for low in range(position, self.num_units, _WINDOW):
             high = min(low + _WINDOW, self.num_units)
             units = self._units[self._unit_at[low:high]]
+            asks = self._asks[self._unit_at[low:high]].tobytes()
             facts = zip(
                 range(low, high),
                 self._index[low:high].tolist(),
@@ -128,7 +134,18 @@ class Plan:
             for place, index, row, prompt, offset, length, goal, samples, last in facts:
                 if wanted is None or wanted(row):
                     futures = _sample_futures(index, samples, goal, last)
-                    yield Unit(place, index, row, prompt, self._arena.slice(offset, length), samples, futures)
+                    prompt_tokens, ask = self._arena.slice(offset, length), asks[(place - low) * KEY :][:KEY]
+                    known = ask if ask != NO_KEY else b""
+                    yield Unit(place, index, row, prompt, prompt_tokens, samples, futures, known)
+
+    def copies_of(self, row: int) -> list[int]:
+        """The rows that are copies of this one, in file order; none of a row that is a copy itself."""
+        low, high = np.searchsorted(self._copies["original"], [row, row + 1])
+        return self._copies["row"][low:high].tolist()  # type: ignore[no-any-return]
+
+    def originals(self) -> list[int]:
+        """The rows that have copies, in file order."""
+        return np.unique(self._copies["original"]).tolist()  # type: ignore[no-any-return]
 
     def units_of(self, row: int) -> list[Unit]:
         """The units of a row, in serving order."""
@@ -190,7 +207,10 @@ def build_plan(
         arrays, totals = arrange(collected.units, Arena(folder / store.ARENA), order)
         bad = int((collected.rows["error"] >= 0).sum())
         arrays |= {"rows": collected.rows, "units": collected.units, "error_end": collected.error_end}
+        arrays |= {"asks": collected.asks, "copies": collected.copies}
         totals |= {"lines": source.num_lines, "rows": len(collected.rows), "bad": bad}
+        totals |= {"copies": len(collected.copies), "copied_tokens": collected.copied_tokens}
+        totals["prompt_tokens"] += collected.copied_tokens
         totals["answer_tokens"] = collected.answer_tokens
         store.save(folder, _key(source, key, order), arrays, totals)
         return Plan.load(folder)

@@ -49,6 +49,15 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Reused:
+    """Rows with the answer of another, and their tokens: in Tokens, and in their own usage, as if computed."""
+
+    duplicates: int = 0  # answered as an earlier row of the file
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Seconds:
     """Where the time went. A job that was resumed adds up its runs."""
 
@@ -73,6 +82,7 @@ class Report:
 
     rows: Rows
     tokens: Tokens = Tokens()
+    reused: Reused = Reused()
     seconds: Seconds = Seconds()
     steps: int = 0
     peak_memory_bytes: int = 0  # the largest sum of resident memory over parent and engine
@@ -104,6 +114,8 @@ class Report:
             found.append(f"the bound of {tokens.prompt_bound} prompt tokens is above the {tokens.prompt} there are")
         if tokens.prompt_recomputed > tokens.prompt_computed:
             found.append(f"{tokens.prompt_recomputed} prompt tokens recomputed, of only {tokens.prompt_computed}")
+        if self.reused.duplicates > rows.ok or self.reused.prompt_tokens > tokens.prompt:
+            found.append(f"{self.reused.duplicates} rows have the answer of another, of only {rows.ok}")
         return found
 
     @property
@@ -151,18 +163,29 @@ def rows_line(rows: Rows) -> str:
     return f"{words[0]}: {', '.join(words[1:])}"
 
 
-def prompt_line(tokens: Tokens, interrupted: bool = False) -> str:
-    """Prompt tokens computed, against all of them and against the bound."""
-    saved, could = tokens.prompt - tokens.prompt_computed, tokens.prompt - tokens.prompt_bound
+def prompt_line(tokens: Tokens, interrupted: bool = False, reused: int = 0) -> str:
+    """Prompt tokens computed, against all of them and against the bound; `reused` ones saved no prefix."""
+    total = tokens.prompt - reused
+    saved, could = total - tokens.prompt_computed, total - tokens.prompt_bound
     words = f"{count(tokens.prompt)} in, {count(tokens.prompt_computed)} computed"
     words += f": shared prefixes saved {count(saved)} ({percent(saved, tokens.prompt)})"
     words += f" of the {count(could)} that a memory without limit would"
+    if reused:
+        words += f"; {count(reused)} of rows with the answer of another"
     if tokens.prompt_recomputed:
         why = "after an interruption or for want of memory" if interrupted else "for want of memory"
         words += f"; {count(tokens.prompt_recomputed)} computed again {why}"
     if tokens.prompt_last:
         words += f"; {count(tokens.prompt_last)} last tokens of fully shared prompts computed again"
     return words
+
+
+def reused_line(reused: Reused) -> str:
+    """Rows with the answer of another, and what that saved."""
+    return (
+        f"{count(reused.duplicates)} rows that ask for what an earlier one asks for: "
+        f"{count(reused.prompt_tokens)} prompt and {count(reused.output_tokens)} output tokens"
+    )
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
@@ -173,7 +196,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
     interrupted = report.runs > 1 or report.engine_restarts > 0
     pairs = [
         ("rows", rows_line(report.rows)),
-        ("prompt tokens", prompt_line(tokens, interrupted)),
+        ("prompt tokens", prompt_line(tokens, interrupted, report.reused.prompt_tokens)),
         ("output tokens", count(tokens.output)),
         (
             "time",
@@ -183,6 +206,8 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("steps", count(report.steps)),
         ("peak memory", size(report.peak_memory_bytes)),
     ]
+    if report.reused.duplicates:
+        pairs.insert(1, ("not computed", reused_line(report.reused)))
     if report.model:
         pairs.insert(0, ("model", report.model))
     if interrupted:

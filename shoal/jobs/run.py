@@ -20,6 +20,7 @@ from shoal.client import Backend, Begin, EngineProcess, News, Ready
 from shoal.core.config import EngineConfig
 from shoal.core.errors import EngineDied, RowError, ShoalError, UsageError
 from shoal.jobs.answer import AnswerWriter
+from shoal.jobs.copies import Copies
 from shoal.jobs.crew import on_all_cores
 from shoal.jobs.display import Display, PlanFacts, Progress
 from shoal.jobs.feed import Ended, Feed
@@ -144,6 +145,7 @@ class _Job:
             self._refuse_bad_rows(plan, results)
             self._check_budget(results)
             feed = Feed(plan, self.job.source, self.job.encoder, self.job.tokenizer, results.done)
+            self.copies = Copies(feed, results.done)
             with self.display:
                 if results.status().answered < results.status().total and not self.budget_hit:
                     self._start(plan)
@@ -239,7 +241,8 @@ class _Job:
         self.display.plan(
             PlanFacts(
                 input=name, model=self.job.name + ("" if options.model else " (the embedded model)"),
-                rows=plan.num_rows, bad=plan.num_bad, prompt_tokens=plan.prompt_tokens, prompt_bound=plan.bound,
+                rows=plan.num_rows, bad=plan.num_bad, copies=plan.num_copies,
+                prompt_tokens=plan.prompt_tokens, prompt_bound=plan.bound,
                 kv_bytes=ready.kv_bytes if ready else 0,
                 kv_tokens=ready.num_blocks * ready.block_size if ready else 0,
                 seconds=self.meter.plan_seconds, resumed=max(done, 0), device=ready.device if ready else "a backend",
@@ -263,7 +266,7 @@ class _Job:
         self.display.warn(f"{death}; starting another, its unfinished rows run again")
         for line in results.died(feed.died()):
             error = RowError("the engine died twice while it ran this row alone", "engine_died")
-            self._put(results, feed.fail(line, error))
+            self._take_row(results, feed.fail(line, error))
         self.engine, self.backend = None, None
         self._start(plan)
 
@@ -279,11 +282,13 @@ class _Job:
                 requests, watched = feed.next()
                 if requests:
                     self.backend.submit(requests, watched)
-                if feed.over:
+                if feed.over and not self.copies.waiting:
                     break
-                news = self.backend.outputs(POLL)
+                news = self.backend.outputs(0.0 if self.copies.waiting else POLL)
                 if news is not None:
                     self._take(news, feed, results)
+                for ended in self.copies.make():
+                    self._put(results, ended)
             except EngineDied as death:
                 self._revive(plan, feed, results, death)
             now = self.clock.now()
@@ -306,11 +311,15 @@ class _Job:
             cancel += stopped
             if ended is not None:
                 self.deaths = 0
-                self._put(results, ended)
+                self._take_row(results, ended)
         if cancel:
             assert self.backend is not None
             self.backend.cancel(cancel)
         self.meter.take(news, self.job.state.path)
+
+    def _take_row(self, results: Results, ended: Ended) -> None:
+        for one in self.copies.add(ended):
+            self._put(results, one)
 
     def _put(self, results: Results, ended: Ended) -> None:
         self.meter.ended(ended.stats)
@@ -336,8 +345,9 @@ class _Job:
     def _progress(self, feed: Feed, results: Results) -> Progress:
         status = results.status()
         return self.meter.progress(
-            feed, status.total, status.answered, status.counts["failed"], status.written, status.waiting_for
-        )
+            feed, status.total, status.answered, status.counts["failed"], status.written, status.waiting_for,
+            self.copies.left,
+        )  # fmt: skip
 
     # -- the end -----------------------------------------------------------------------------------
 

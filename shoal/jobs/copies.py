@@ -82,13 +82,15 @@ class Copies:
 
     def _run_instead(self, original: int, row: int) -> None:
         self._original[row] = original
-        self._feed.lead(original, row)
+        self._feed.lead(row)
 
     def _copy(self, row: int, ended: Ended) -> Ended:
         line, raw, spec = self._feed.read(row)
-        stats: dict[str, object] = {
-            "prompt_tokens": ended.stats["prompt_tokens"],
-            "completion_tokens": ended.stats["completion_tokens"],
-            "copy_of": ended.line,
-        }
-        return Ended(row, line, raw, spec, ended.answers, ended.error, stats)
+        return Ended(row, line, raw, spec, ended.answers, ended.error, free_stats(ended) | {"copy_of": ended.line})
+
+
+def free_stats(ended: Ended) -> dict[str, object]:
+    """What is noted of a row that has the answers of `ended` without being computed: its usage, and what it saved."""
+    prompt, output = ended.stats["prompt_tokens"], ended.stats["completion_tokens"]
+    assert isinstance(prompt, int)
+    return {"prompt_tokens": prompt, "completion_tokens": output, "prompt_saved": prompt * ended.spec.n}

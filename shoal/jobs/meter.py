@@ -22,8 +22,9 @@ from shoal.jobs.feed import Feed
 from shoal.jobs.files import disk_errors
 from shoal.jobs.plan import Plan
 from shoal.jobs.prepare import Prepared
-from shoal.jobs.report import Failures, Report, Reused, Rows, Seconds, Tokens
+from shoal.jobs.report import Failures, Report, Reused, Rows, Seconds, Tokens, Verified
 from shoal.jobs.results import Results
+from shoal.jobs.verify import Check
 
 SPENT = "spent"  # key in the journal
 LOOK_EVERY = 0.5  # seconds between looks at the processes' memory
@@ -55,6 +56,7 @@ class Meter:
         self._steps: IO[str] | None = None
         self._plan: Plan | None = None
         self._ended = self._ended_tokens = 0  # rows of this run, and the output tokens they came to
+        self._answered: dict[str, int] | None = None  # counters when all rows had ended
 
     # -- what happens ------------------------------------------------------------------------------
 
@@ -75,17 +77,21 @@ class Meter:
         self._processes = [psutil.Process(), psutil.Process(pid)]
 
     def ended(self, stats: Mapping[str, object]) -> None:
-        """A row of this run has ended."""
-        if "copy_of" in stats:
-            return
+        """A row of this run has ended; what it cost says how long the others will take."""
+        if "copy_of" in stats or "cache" in stats:
+            return  # it has cost nothing
         tokens = stats.get("completion_tokens", 0)
         assert isinstance(tokens, int)
         self._ended += 1
         self._ended_tokens += tokens
 
+    def verifying(self) -> None:
+        """All rows have ended: what is computed from here on is no part of the job."""
+        self._answered = self._totals()
+
     def died(self) -> None:
         """The engine is gone, and its counters with it."""
-        self._dead = {name: self.total(name) for name in COUNTED}
+        self._dead = self._totals()
         self._counters = {}
         self.restarts += 1
 
@@ -129,6 +135,9 @@ class Meter:
         """A counter over all engines of this run."""
         return self._dead[name] + self._counters.get(name, 0)
 
+    def _totals(self) -> dict[str, int]:
+        return {name: self.total(name) for name in COUNTED}
+
     def progress(
         self, feed: Feed, rows: int, answered: int, failed: int, written: int, waiting_for: int | None, free: int
     ) -> Progress:
@@ -151,7 +160,9 @@ class Meter:
         under_way = max(output - self._ended_tokens, 0)
         return prompts + max(round(self._ended_tokens / self._ended * rows) - under_way, rows)
 
-    def report(self, job: Prepared, plan: Plan, results: Results, finished: bool, code: int) -> Report:
+    def report(
+        self, job: Prepared, plan: Plan, results: Results, finished: bool, code: int, check: Check | None
+    ) -> Report:
         """The final report: rows from the journal, costs of this run and the earlier ones."""
         spent = self._spent()
         results.journal.set_meta(SPENT, json.dumps(spent))
@@ -174,6 +185,7 @@ class Meter:
             versions={"shoal": __version__, **{name: version(name) for name in LIBRARIES}},
             model=job.name, input=str(job.options.input), output=str(job.options.output),
             files=files, errors=errors, reused=reused,
+            verified=Verified(check.rows, check.differ) if check is not None else Verified(),
             runs=int(spent["runs"]), engine_restarts=int(spent["restarts"]), finished=finished, exit_code=code,
         )  # fmt: skip
 
@@ -182,7 +194,7 @@ class Meter:
         self._look()
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = time.process_time() + children.ru_utime + children.ru_stime + self._child_seconds()
-        own = {name: float(self.total(name)) for name in COUNTED}
+        own = {name: float(count) for name, count in (self._answered or self._totals()).items()}
         own |= {
             "wall": time.monotonic() - self.began, "cpu": cpu, "load": self.load_seconds, "plan": self.plan_seconds,
             "restarts": float(self.restarts), "runs": 1.0,
@@ -212,13 +224,14 @@ class Meter:
 def _rows_stats(results: Results) -> tuple[int, Reused, dict[str, Failures]]:
     """Output tokens of all rows, what of them was not computed, and the failed ones by code."""
     output, errors = 0, dict[str, Failures]()
-    copies = free_prompt = free_output = 0
+    copies = cached = free_prompt = free_output = 0
     for line, status, stats in results.journal.stats():
         noted = json.loads(stats)
-        if "copy_of" in noted:
-            copies += status == "ok"
-            free_prompt += noted["prompt_tokens"]
-            free_output += noted["completion_tokens"]
+        if "copy_of" in noted or "cache" in noted:
+            copies += "copy_of" in noted and status == "ok"
+            cached += "cache" in noted
+            free_prompt += noted["prompt_saved"]
+            free_output += noted["completion_tokens"] if status == "ok" else 0
         output += noted.get("completion_tokens", 0) if status == "ok" else 0
         if status != "ok":
             code = noted.get("code", status)
@@ -227,4 +240,4 @@ def _rows_stats(results: Results) -> tuple[int, Reused, dict[str, Failures]]:
                 known.count + 1 if known else 1, known.line if known else line,
                 known.message if known else noted.get("message", ""),
             )  # fmt: skip
-    return output, Reused(copies, free_prompt, free_output), errors
+    return output, Reused(copies, cached, free_prompt, free_output), errors

@@ -8,8 +8,8 @@ order; an *index* counts requests in serving order, so a unit with n samples occ
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,8 +58,9 @@ class Unit:
 class Plan:
     """A finished plan, memory-mapped. Open it with `build_plan` or `Plan.load`."""
 
-    def __init__(self, folder: Path, summary: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, summary: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> None:
         self.folder = folder
+        self._summary, self._arrays = summary, arrays
         self.order: Order = summary["key"]["order"]
         self.num_lines: int = summary["lines"]  # blank ones too
         self.num_rows: int = summary["rows"]
@@ -74,7 +75,6 @@ class Plan:
         self.last_again: int = summary["last_again"]  # fully cached prompts whose last token is computed again
         self._largest: list[tuple[int, int, int]] = [(d, uses, unit) for d, uses, unit in summary["largest"]]
         self._arena = Arena(folder / store.ARENA)
-        arrays = {name: np.asarray(values) for name, values in store.load_arrays(folder).items()}
         self._rows, self._units, self._error_end = arrays["rows"], arrays["units"], arrays["error_end"]
         self._asks, self._copies = arrays["asks"], arrays["copies"]
         self._unit_at, self._index = arrays["order"], arrays["index"]
@@ -88,7 +88,14 @@ class Plan:
             raise StateError(f"there is no finished plan in {folder}. Run again: it is made from the input.")
         store.verify(folder, summary)
         Arena(folder / store.ARENA, verify=True)
-        return cls(folder, summary)
+        return cls(folder, summary, {name: np.asarray(values) for name, values in store.load_arrays(folder).items()})
+
+    def without(self, rows: npt.NDArray[np.int64]) -> Plan:
+        """The plan of the other rows: their order, bound and future. Totals of the input stay what they are."""
+        kept = ~np.isin(self._units["row"], rows)
+        arrays, totals = arrange(self._units[kept], self._arena, self.order)
+        arrays = {**self._arrays, **arrays, "units": self._units[kept], "asks": self._asks[kept]}
+        return Plan(self.folder, {**self._summary, **totals, "prompt_tokens": self.prompt_tokens}, arrays)
 
     @property
     def saved(self) -> int:
@@ -134,9 +141,33 @@ class Plan:
             for place, index, row, prompt, offset, length, goal, samples, last in facts:
                 if wanted is None or wanted(row):
                     futures = _sample_futures(index, samples, goal, last)
-                    prompt_tokens, ask = self._arena.slice(offset, length), asks[(place - low) * KEY :][:KEY]
-                    known = ask if ask != NO_KEY else b""
-                    yield Unit(place, index, row, prompt, prompt_tokens, samples, futures, known)
+                    tokens, ask = self._arena.slice(offset, length), _known(asks, place - low)
+                    yield Unit(place, index, row, prompt, tokens, samples, futures, ask)
+
+    def units_by_row(self, wanted: Callable[[int], bool]) -> Iterator[Unit]:
+        """Units in file order, those of a row together, whose row number is wanted; they have no place in the plan."""
+        for low in range(0, self.num_units, _WINDOW):
+            yield from self._placeless(low, low + _WINDOW, wanted)
+
+    def units_like(self, row: int) -> list[Unit]:
+        """The units of a row, or of the one that it is a copy of, in order of its prompts; they have no place."""
+        original = self._copies["original"][self._copies["row"] == row]
+        low, high = np.searchsorted(
+            self._units["row"], [original[0], original[0] + 1] if len(original) else [row, row + 1]
+        )
+        return [replace(unit, row=row) for unit in self._placeless(int(low), int(high), lambda row: True)]
+
+    def _placeless(self, low: int, high: int, wanted: Callable[[int], bool]) -> Iterator[Unit]:
+        """Units number low … high - 1 without their place in the plan."""
+        units, asks = self._units[low:high], self._asks[low:high].tobytes()
+        facts = zip(*(units[name].tolist() for name in ("row", "prompt", "offset", "length", "samples")), strict=True)
+        for place, (row, prompt, offset, length, samples) in enumerate(facts):
+            if wanted(row):
+                yield Unit(-1, -1, row, prompt, self._arena.slice(offset, length), samples, None, _known(asks, place))
+
+    def rows_of(self, lines: Iterable[int]) -> npt.NDArray[np.int64]:
+        """The numbers of the rows in these input lines."""
+        return np.searchsorted(self._rows["line"], np.fromiter(lines, dtype=np.int64))
 
     def copies_of(self, row: int) -> list[int]:
         """The rows that are copies of this one, in file order; none of a row that is a copy itself."""
@@ -229,6 +260,12 @@ def _kept(source: Source, folder: Path, order: Order, key: str) -> Plan | None:
 
 def _key(source: Source, key: str, order: Order) -> dict[str, str]:
     return {"source": source.fingerprint, "key": key, "order": order}
+
+
+def _known(asks: bytes, place: int) -> bytes:
+    """The key at a place of an array of keys; empty where there is none."""
+    ask = asks[place * KEY : (place + 1) * KEY]
+    return ask if ask != NO_KEY else b""
 
 
 def _sample_futures(index: int, samples: int, goal: int, last: Staircase) -> tuple[Staircase, ...]:

@@ -50,11 +50,20 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Reused:
-    """Rows with the answer of another, and their tokens: in Tokens, and in their own usage, as if computed."""
+    """Rows that were not computed, and their tokens: in Tokens, and in their own usage, as if they had been."""
 
     duplicates: int = 0  # answered as an earlier row of the file
+    cached: int = 0  # answered by the cache
     prompt_tokens: int = 0
     output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Answered rows that were computed again at the end; their tokens and steps are not among the job's."""
+
+    rows: int = 0
+    differ: list[int] = field(default_factory=list)  # lines that came to something else
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,7 @@ class Report:
     rows: Rows
     tokens: Tokens = Tokens()
     reused: Reused = Reused()
+    verified: Verified = Verified()
     seconds: Seconds = Seconds()
     steps: int = 0
     peak_memory_bytes: int = 0  # the largest sum of resident memory over parent and engine
@@ -114,14 +124,16 @@ class Report:
             found.append(f"the bound of {tokens.prompt_bound} prompt tokens is above the {tokens.prompt} there are")
         if tokens.prompt_recomputed > tokens.prompt_computed:
             found.append(f"{tokens.prompt_recomputed} prompt tokens recomputed, of only {tokens.prompt_computed}")
-        if self.reused.duplicates > rows.ok or self.reused.prompt_tokens > tokens.prompt:
-            found.append(f"{self.reused.duplicates} rows have the answer of another, of only {rows.ok}")
+        if self.reused.prompt_tokens > tokens.prompt or self.reused.output_tokens > tokens.output:
+            found.append(f"{self.reused.prompt_tokens} prompt tokens were saved, of only {tokens.prompt}")
+        if (free := self.reused.duplicates + self.reused.cached) > rows.ok:
+            found.append(f"{free} rows were answered without being computed, of only {rows.ok}")
         return found
 
     @property
     def status(self) -> int:
-        """The exit code this report stands for: 1 when it does not add up."""
-        return 1 if self.problems() else self.exit_code
+        """The exit code this report stands for: 1 when it does not add up, or a row came to something else again."""
+        return 1 if self.problems() or self.verified.differ else self.exit_code
 
 
 def write_report(report: Report, folder: Path, files: Files) -> None:
@@ -171,7 +183,7 @@ def prompt_line(tokens: Tokens, interrupted: bool = False, reused: int = 0) -> s
     words += f": shared prefixes saved {count(saved)} ({percent(saved, tokens.prompt)})"
     words += f" of the {count(could)} that a memory without limit would"
     if reused:
-        words += f"; {count(reused)} of rows with the answer of another"
+        words += f"; {count(reused)} of rows that were not computed"
     if tokens.prompt_recomputed:
         why = "after an interruption or for want of memory" if interrupted else "for want of memory"
         words += f"; {count(tokens.prompt_recomputed)} computed again {why}"
@@ -181,11 +193,10 @@ def prompt_line(tokens: Tokens, interrupted: bool = False, reused: int = 0) -> s
 
 
 def reused_line(reused: Reused) -> str:
-    """Rows with the answer of another, and what that saved."""
-    return (
-        f"{count(reused.duplicates)} rows that ask for what an earlier one asks for: "
-        f"{count(reused.prompt_tokens)} prompt and {count(reused.output_tokens)} output tokens"
-    )
+    """Rows that were not computed, and what that saved."""
+    rows = [f"{count(reused.duplicates)} rows that ask for what an earlier one asks for"] if reused.duplicates else []
+    rows += [f"{count(reused.cached)} rows of the cache"] if reused.cached else []
+    return f"{' and '.join(rows)}: {count(reused.prompt_tokens)} prompt and {count(reused.output_tokens)} output tokens"
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
@@ -206,8 +217,18 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("steps", count(report.steps)),
         ("peak memory", size(report.peak_memory_bytes)),
     ]
-    if report.reused.duplicates:
+    if report.reused != Reused():
         pairs.insert(1, ("not computed", reused_line(report.reused)))
+    if report.verified.rows:
+        pairs.append(
+            (
+                "verified",
+                f"{count(report.verified.rows)} rows computed again: "
+                + (
+                    f"{count(len(report.verified.differ))} differ" if report.verified.differ else "the same to the byte"
+                ),
+            )
+        )
     if report.model:
         pairs.insert(0, ("model", report.model))
     if interrupted:
@@ -229,6 +250,9 @@ def print_report(report: Report, console: Console) -> None:
     """Show the report to a person. What does not add up comes first and loud."""
     for problem in report.problems():
         console.print(Text(f"THESE COUNTS DO NOT ADD UP, and that is a bug in Shoal: {problem}", style="bold red"))
+    if lines := report.verified.differ:
+        shown = ", ".join(map(str, lines[:10])) + (", …" if len(lines) > 10 else "")
+        console.print(Text(f"ANSWERS ARE NOT WHAT COMPUTING THEM AGAIN GIVES: lines {shown}", style="bold red"))
     if not report.finished:
         console.print(Text("The job has not finished: run the same command again and it continues.", style="yellow"))
     table = Table.grid(padding=(0, 2))

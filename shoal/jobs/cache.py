@@ -97,7 +97,7 @@ class AnswerCache:
     def __init__(self, folder: Path, engine: str) -> None:
         """`engine` is the hash of all that turns a request into an answer. A folder that cannot be is a UsageError."""
         self.folder = folder
-        self.trouble = ""
+        self.trouble, self._said = "", False
         self.damaged = 0  # entries that were found and not served
         self._engine = bytes.fromhex(engine)[:64]
         self._today = int(time.time() // DAY)
@@ -149,6 +149,11 @@ class AnswerCache:
         if self._database is not None:
             with self._careful(), self._database:
                 self._database.execute("DELETE FROM entries WHERE address=?", (address,))
+
+    def complaint(self) -> str:
+        """Why the cache is of no use, once."""
+        said, self._said = ("" if self._said else self.trouble), self._said or bool(self.trouble)
+        return said
 
     def tick(self, now: float) -> None:
         """Flush what has waited long enough; call it a few times a second."""

@@ -35,11 +35,14 @@ class Copies:
         self._groups: deque[_Group] = deque()
         self._original: dict[int, int] = {}  # of copies that run in its place
         self.left = 0  # copies that have not ended
-        for original in self._plan.originals():
-            left = self._left(original)
-            self.left += len(left)
-            if left and done(self._plan.line(original)):
-                self._run_instead(original, left[0])
+        group = -1
+        for original, row in self._plan.copies():
+            if done(self._plan.line(row)):
+                continue
+            self.left += 1
+            if original != group and done(self._plan.line(original)):
+                self._run_instead(original, row)
+            group = original
 
     @property
     def waiting(self) -> bool:

@@ -132,4 +132,8 @@ def _plain(value: object) -> object:
             return [_plain(one) for one in value]
         case dict():
             return sorted((str(name), _plain(one)) for name, one in value.items())
+        case msgspec.Struct():
+            return _plain(msgspec.structs.asdict(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     raise TypeError(f"a request key cannot hold a {type(value).__name__}")

@@ -183,6 +183,7 @@ class Meter:
             seconds=Seconds(spent["wall"], spent["cpu"], spent["load"], spent["plan"]),
             steps=int(spent["steps"]), peak_memory_bytes=int(spent["peak"]),
             versions={"shoal": __version__, **{name: version(name) for name in LIBRARIES}},
+            manifest=job.manifest.hash, plan=plan.hash,
             model=job.name, input=str(job.options.input), output=str(job.options.output),
             files=files, errors=errors, reused=reused,
             verified=Verified(check.rows, check.differ) if check is not None else Verified(),

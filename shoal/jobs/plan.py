@@ -7,6 +7,8 @@ order; an *index* counts requests in serving order, so a unit with n samples occ
 
 from __future__ import annotations
 
+import hashlib
+import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -62,6 +64,7 @@ class Plan:
         self.folder = folder
         self._summary, self._arrays = summary, arrays
         self.order: Order = summary["key"]["order"]
+        self.hash: str = hashlib.sha256(json.dumps([summary["key"], summary["files"]]).encode()).hexdigest()
         self.num_lines: int = summary["lines"]  # blank ones too
         self.num_rows: int = summary["rows"]
         self.num_bad: int = summary["bad"]  # rows that have an error instead of prompts
@@ -174,9 +177,10 @@ class Plan:
         low, high = np.searchsorted(self._copies["original"], [row, row + 1])
         return self._copies["row"][low:high].tolist()  # type: ignore[no-any-return]
 
-    def originals(self) -> list[int]:
-        """The rows that have copies, in file order."""
-        return np.unique(self._copies["original"]).tolist()  # type: ignore[no-any-return]
+    def copies(self) -> Iterator[tuple[int, int]]:
+        """Every copy with the row that it is a copy of before it, in order of both."""
+        for low in range(0, self.num_copies, _WINDOW):
+            yield from self._copies[low : low + _WINDOW].tolist()
 
     def units_of(self, row: int) -> list[Unit]:
         """The units of a row, in serving order."""

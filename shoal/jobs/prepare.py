@@ -5,6 +5,7 @@ It must not plan, start an engine, or load a tensor.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import sys
@@ -28,6 +29,7 @@ from shoal.text.checkpoint import ModelInfo, resolve_model, weight_mode
 from shoal.text.tokenizer import Tokenizer
 
 EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "i8mm")
+ARITHMETIC = ("kernels", "nn", "runtime")  # packages that decide a token
 LIBRARIES = ("torch", "numpy", "tokenizers", "jinja2")
 
 
@@ -138,9 +140,19 @@ def _manifest(
         },
         weight_mode=weight_mode(options.weights, folder),
         instruction_set=f"{options.device} {os.environ.get('SHOAL_ISA') or instruction_set()}",
-        versions={"shoal": __version__, **{name: version(name) for name in LIBRARIES}},
+        versions={"shoal": __version__, "arithmetic": arithmetic(), **{name: version(name) for name in LIBRARIES}},
         layout={"order": options.order.value, "one_file": options.one_file},
     )
+
+
+def arithmetic() -> str:
+    """One hash over the code that computes, compiled and not: two builds of a version may differ."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(path for name in ARITHMETIC for path in (package / name).glob("*")):
+        if path.suffix in (".py", ".so"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def instruction_set() -> str:

@@ -97,6 +97,8 @@ class Report:
     steps: int = 0
     peak_memory_bytes: int = 0  # the largest sum of resident memory over parent and engine
     versions: dict[str, str] = field(default_factory=dict)
+    manifest: str = ""  # hash of manifest.json: of all that decides the answers
+    plan: str = ""  # hash of the plan of the whole input
     model: str = ""
     input: str = ""
     output: str = ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from array import array
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 
@@ -93,9 +94,8 @@ class _Job:
         self.deaths = 0  # since a row was last completed
         self.budget_hit = False
         self.strangers = False  # whether a row has named another model
-        self.cache = AnswerCache(job.options.cache, job.manifest.engine) if job.options.cache else None
+        self.cache = AnswerCache(Path(job.options.cache), job.manifest.engine) if job.options.cache else None
         self.check: Check | None = None  # when rows run again to be compared
-        self.troubled = False  # whether the cache has said why it is of no use
 
     def run(self) -> int:
         """Everything from the plan to the report."""
@@ -109,8 +109,7 @@ class _Job:
             self.meter.resume(results)
             self._refuse_bad_rows(plan, results)
             self._check_budget(results)
-            known = self.cache.get if self.cache is not None else None
-            feed = self._feed(plan, results, known)
+            feed = self._feed(plan, results, self.cache.get if self.cache is not None else None)
             self.reuse = Reuse(feed, results, self.cache)
             with self.display:
                 self._recall(feed, results)
@@ -252,11 +251,14 @@ class _Job:
         for rows in self.reuse.recall():
             for ended in rows:
                 self._take_row(results, ended)
-                while self.reuse.copies.waiting:
+                while self.reuse.copies.waiting and not self.stop.asked:
                     self._make_copies(results)
+                    self._pass_time(feed, results)
             self._pass_time(feed, results)
             if self.stop.asked or self.budget_hit:
                 return
+        if self.reuse.recalled:
+            self.display.note(f"cache   {self.reuse.recalled:,} rows were answered by earlier jobs")
 
     def _verify(self, plan: Plan, results: Results) -> bool:
         """Compute a sample of the rows again and compare. False when there was no time to."""
@@ -307,9 +309,8 @@ class _Job:
         results.tick(now)
         if self.cache is not None:
             self.cache.tick(now)
-            if self.cache.trouble and not self.troubled:
-                self.troubled = True
-                self.display.warn(self.cache.trouble)
+            if said := self.cache.complaint():
+                self.display.warn(said)
         self.meter.tick(now, results)
         self.display.show(self._progress(feed, results))
 
@@ -386,6 +387,8 @@ class _Job:
             code = BUDGET_HIT
         if self.engine is not None:
             self.engine.close()
+        if self.cache is not None and self.cache.damaged:
+            self.display.warn(f"{self.cache.damaged:,} damaged answers of the cache were removed, and not used")
         report = self.meter.report(self.job, plan, results, finished, code, self.check)
         write_report(report, self.job.state.path, self.files)
         if finished:

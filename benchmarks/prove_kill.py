@@ -49,8 +49,10 @@ TASKS = ("Is it good? Answer yes or no.", "Sort: 3 1 2", "Add 17 and 25.", "Copy
 
 
 def write_rows(path: Path, rows: int, seed: int) -> None:
-    """A file with greedy and sampled rows, several samples, stop strings, and some lines that cannot be run."""
+    """A file with greedy and sampled rows, several samples, stop strings, rows that ask for what an earlier one asks
+    for, and some lines that cannot be run."""
     random = Random(seed)
+    asked: list[dict[str, Any]] = []
     with path.open("w") as file:
         for number in range(rows):
             if number % 13 == 5:
@@ -70,6 +72,9 @@ def write_rows(path: Path, rows: int, seed: int) -> None:
                 body |= {"temperature": 0.9, "seed": number, "n": 1 + number % 2}
             if number % 7 == 0:
                 body["stop"] = ["e "]
+            if number % 3 == 1 and asked:
+                body = random.choice(asked)
+            asked.append(body)
             line = {"custom_id": f"r{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
             file.write(json.dumps(line) + "\n")
 
@@ -99,7 +104,8 @@ class Job:
             process.wait()
 
     def arguments(self) -> list[str]:
-        return ["run", "-i", str(self._source), "-o", str(self.out), "--quiet", "--threads", "1"]
+        cache = str(self.out.parent / "cache")  # of this job alone: it knows what a killed run has computed
+        return ["run", "-i", str(self._source), "-o", str(self.out), "--quiet", "--threads", "1", "--cache", cache]
 
     def files(self) -> tuple[bytes, bytes]:
         return tuple(path.read_bytes() if path.exists() else b"" for path in (self.out, self.errors))  # type: ignore[return-value]

@@ -36,21 +36,28 @@ class LeastRecentlyUsed(BatchPolicy):
 
 
 def job(
-    folder: Path, rows: Rows, order: Order, blocks: int, block: int, budget: int, lru: bool = False
-) -> dict[str, int]:
+    folder: Path, rows: Rows, order: Order, blocks: int, block: int, budget: int, lru: bool = False,
+    cache: Path | None = None,
+) -> dict[str, int]:  # fmt: skip
     """Run the rows as a job and return the report's token counts, with preemptions and steps."""
     policy = (LeastRecentlyUsed if lru else BatchPolicy)(Budget(budget, 256))
     scheduler = Scheduler(policy, blocks, block)
     engine = Engine(scheduler, EchoExecutor(blocks, block), SimClock(), ahead=1)
     options = JobOptions(
         input=workloads.write_rows(folder / "in.jsonl", rows), output=folder / "out.jsonl",
-        model=str(folder / "model"), order=order, restart=True, quiet=True,
+        model=str(folder / "model"), order=order, restart=True, quiet=True, cache=cache,
     )  # fmt: skip
     code = run_job(options, InProcess(engine))
     report = json.loads((folder / "out.jsonl.shoal" / "report.json").read_text())
     assert code == 0, report["errors"]
     assert report["rows"]["ok"] == len(rows)
-    return {**report["tokens"], "preemptions": scheduler.counters.preemptions, "steps": scheduler.counters.steps}
+    free = {"duplicates": report["reused"]["duplicates"], "cached": report["reused"]["cached"]}
+    return {
+        **report["tokens"],
+        **free,
+        "preemptions": scheduler.counters.preemptions,
+        "steps": scheduler.counters.steps,
+    }
 
 
 def cases(small: bool) -> dict[str, Rows]:

@@ -19,7 +19,7 @@ from typer.core import TyperGroup, TyperOption
 from shoal import __version__
 from shoal.core.config import parse_bytes
 from shoal.core.errors import ShoalError
-from shoal.jobs.options import FailureBudget, JobOptions, Order, parse_adapters, parse_body
+from shoal.jobs.options import FailureBudget, JobOptions, Order, parse_adapters, parse_body, parse_share
 
 INTERRUPTED = 5
 PREFIX = "SHOAL_"
@@ -81,6 +81,8 @@ Strict = Annotated[
 Restart = Annotated[bool, typer.Option("--restart", help="Forget what an earlier run has answered.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that no job of ours has written.")]
 OpenAI = Annotated[bool, typer.Option("--openai", help="Write plain rows in the OpenAI batch shape too.")]
+Cache = Annotated[Path | None, typer.Option(help="Folder of answers, kept for every later job that asks the same.")]
+Verify = Annotated[str, typer.Option(help="Share of the answers to compute again and compare at the end: 1%.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
 Config = Annotated[
     Path | None, typer.Option(is_eager=True, callback=read_config, help="YAML file with flag_name: value.")
@@ -128,6 +130,8 @@ def run(
     restart: Restart = False,
     overwrite: Overwrite = False,
     openai: OpenAI = False,
+    cache: Cache = None,
+    verify: Verify = "0%",
     quiet: Quiet = False,
     config: Config = None,
 ) -> None:
@@ -153,6 +157,8 @@ def run(
             restart=restart,
             overwrite=overwrite,
             openai=openai,
+            cache=cache,
+            verify=parse_share(verify),
             quiet=quiet,
         )
         raise typer.Exit(answer(options))
@@ -184,7 +190,24 @@ def report(
             typer.echo(to_json(found))
         else:
             print_report(found, Console())
-        raise typer.Exit(1 if found.problems() else 0)
+        raise typer.Exit(1 if found.problems() or found.verified.differ else 0)
+
+
+@app.command()
+def cache(
+    folder: Annotated[Path, typer.Argument(help="The folder that was given to --cache.")],
+    keep: Annotated[str | None, typer.Option(help="Remove what was not used for longest, down to 5GB, 200MiB.")] = None,
+) -> None:
+    """Say what a cache of answers holds, and make it smaller."""
+    from shoal.jobs.cache import look, prune  # here, so that --help stays quick
+    from shoal.jobs.units import count, size
+
+    with exit_codes():
+        found = look(folder) if keep is None else prune(folder, parse_bytes(keep))
+        typer.echo(
+            f"{count(found.entries)} answers, {size(found.size)}; "
+            f"the one not used for longest was {count(found.oldest)} days ago"
+        )
 
 
 @app.command()

@@ -30,7 +30,9 @@ class Costs:
     """What a model's parts cost. Weights are counted in numbers, the rest in bytes."""
 
     linear: int  # weights of all layers
-    last: int  # of these, weights that only positions need whose hidden state is wanted: the last layer's, after q, k, v
+    last: (
+        int  # of these, weights that only positions need whose hidden state is wanted: the last layer's, after q, k, v
+    )
     head: int  # weights of the head
     weight_bytes: float  # of all layers and the head: what a step must read
     position_bytes: int  # keys and values of one position in one layer

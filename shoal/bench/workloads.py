@@ -147,6 +147,7 @@ class _Encoded:
     root: str = ""
     score_from: int = -1
     key: int = 0
+    asks: tuple[bytes, ...] = ()
 
     @property
     def custom_id(self) -> str | None:

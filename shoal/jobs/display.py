@@ -39,6 +39,7 @@ class PlanFacts:
     seconds: float  # spent reading, checking, tokenizing and ordering
     resumed: int = 0  # rows answered by an earlier run
     device: str = "cpu"
+    copies: int = 0  # rows that ask for what an earlier row asks for
 
     def lines(self) -> list[str]:
         """The plan in words, one fact a line."""
@@ -50,6 +51,8 @@ class PlanFacts:
             f"{percent(saved, self.prompt_tokens)} shared ({duration(self.seconds)})",
             f"memory  {size(self.kv_bytes)} for {count(self.kv_tokens)} tokens of keys and values",
         ]
+        if self.copies:
+            words.append(f"equal   {count(self.copies)} rows ask for what an earlier one asks for: they get its answer")
         if self.resumed:
             words.append(f"resume  {count(self.resumed)} rows were answered by an earlier run")
         return words

@@ -18,6 +18,7 @@ import numpy as np
 from shoal.core.errors import RowError
 from shoal.core.types import TOKEN, Request, Sampling, Tokens, root_of
 from shoal.jobs.body import ChatBody, Message
+from shoal.jobs.keys import RequestKeys
 from shoal.jobs.schema import RowSpec, parse_line
 from shoal.jobs.settings import JobSettings
 from shoal.text.checkpoint import ModelInfo
@@ -64,6 +65,7 @@ class Encoded(msgspec.Struct, frozen=True, gc=False):
     root: str  # rows with different roots share nothing
     score_from: int  # as in Request
     key: int  # hash of its custom_id within this process; 0 for a plain row
+    asks: list[bytes]  # a key for each prompt: equal keys have equal answers; empty where its place decides them
 
 
 class RowEncoder:
@@ -76,6 +78,7 @@ class RowEncoder:
         self.template = template
         self.model = model
         self.settings = settings
+        self._keys = RequestKeys()
 
     @property
     def fingerprint(self) -> str:
@@ -217,6 +220,7 @@ class RowEncoder:
             root=root_of(self.settings.adapter(body), body.cache_salt or ""),
             score_from=1 if row.score_top >= 0 else -1,
             key=0 if row.custom_id is None else hash(row.custom_id) or 1,
+            asks=self._keys.of(self, row, prompts, self.model.context),
         )
 
     def _given_tokens(self, ids: list[int]) -> Tokens:
@@ -277,12 +281,14 @@ class RowEncoder:
             logit_bias=tuple(sorted((body.logit_bias or {}).items())),
             allowed=tuple(sorted(set(body.allowed_token_ids or ()))),
             banned=self._banned(body.bad_words or ()),
-            seed=self._seed(line, row, number) if body.seed is None else body.seed,
+            seed=self.seed(line, row, number),
             logprobs=row.logprobs,
         )
 
-    def _seed(self, line: int, row: RowSpec, number: int) -> int:
-        """The seed of a row that gives none: its place in a file does not change it when it has a custom_id."""
+    def seed(self, line: int, row: RowSpec, number: int) -> int:
+        """The seed of a row's prompt. Where the row gives none, its custom_id decides, and its line if it has none."""
+        if row.body.seed is not None:
+            return row.body.seed
         name = row.line or line if row.custom_id is None else row.custom_id
         text = f"{self.settings.seed}\0{number}\0{name}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -14,6 +14,7 @@ from typing import Literal
 from shoal.core.errors import RowError, StateError
 from shoal.core.types import TOKEN, Finish, Output, Request, Tokens, TokenScore
 from shoal.jobs.answer import PromptAnswers, Sample
+from shoal.jobs.cache import Kept
 from shoal.jobs.encode import RowEncoder
 from shoal.jobs.plan import Plan, Unit
 from shoal.jobs.read import Source
@@ -25,6 +26,8 @@ WINDOW = 1024  # requests that wait in the engine: enough to choose from, few en
 QUARANTINE = 8  # after a death, the rows that were in the engine come back in about so many groups
 
 EXHAUSTED = "kv_exhausted: "
+
+Known = Callable[[bytes, int], Kept | None]  # the sample of this number of requests with this key
 
 
 @dataclass(slots=True)
@@ -53,10 +56,12 @@ class _Row:
     left: int  # requests that have not ended
     samples: dict[tuple[int, int], Sample] = field(default_factory=dict)  # by prompt number and sample index
     prompts: dict[int, Tokens] = field(default_factory=dict)
+    asks: dict[int, bytes] = field(default_factory=dict)  # by prompt number: its request's key
     scores: dict[int, list[TokenScore]] = field(default_factory=dict)
     error: RowError | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    cached: int = 0
+    cached: int = 0  # prompt tokens
+    kept: int = 0  # samples that were not computed
     preemptions: int = 0
 
 
@@ -64,24 +69,33 @@ class _Row:
 class Ended:
     """A row that is over: its answers, or why there are none."""
 
+    row: int  # from 0 in the plan
     line: int
     raw: bytes | None
     spec: RowSpec
     answers: tuple[PromptAnswers, ...]
     error: RowError | None
     stats: dict[str, object]
+    asks: tuple[bytes, ...] = ()  # keys of the prompts' requests; empty where nothing has the same answer
 
 
 class Feed:
     """Hands out requests in plan order and gathers their outputs into rows. Changed by the job's loop alone."""
 
     def __init__(
-        self, plan: Plan, source: Source, encoder: RowEncoder, tokenizer: Tokenizer, done: Callable[[int], bool]
+        self,
+        plan: Plan,
+        source: Source,
+        encoder: RowEncoder,
+        tokenizer: Tokenizer,
+        done: Callable[[int], bool],
+        known: Known | None = None,
     ) -> None:
-        """`done` says of an input line whether it has ended in an earlier run."""
-        self.plan, self.source, self.encoder, self.tokenizer = plan, source, encoder, tokenizer
-        self._done = done
-        self._units: Iterator[Unit] = plan.units_from(wanted=lambda number: not done(plan.line(number)))
+        """`done` says of an input line whether it has ended in an earlier run; `known` has the samples of requests
+        that need not be computed, by the request's key and the sample's number."""
+        self.source, self.encoder, self.tokenizer = source, encoder, tokenizer
+        self._done, self._known = done, known
+        self.replan(plan)
         self._position = -1  # in the plan, of the unit taken last
         self._ahead: set[int] = set()  # positions of units that were taken before their turn
         self._gap = 0  # row: those from the one that holds back the output up to here have ended
@@ -94,6 +108,7 @@ class Feed:
         self._quarantine = False
         self._exhausted = False
         self.prompt_tokens = 0  # of requests handed out
+        self.ready: list[Ended] = []  # rows that were over as soon as they were opened; taken by the caller
 
     @property
     def over(self) -> bool:
@@ -101,6 +116,11 @@ class Feed:
         return self._exhausted and not self._parts and not self._first and not self._groups
 
     # -- out ---------------------------------------------------------------------------------------
+
+    def replan(self, plan: Plan) -> None:
+        """Follow another plan of the same rows; nothing of the one before has been handed out yet."""
+        self.plan = plan
+        self._units: Iterator[Unit] = plan.units_from(wanted=lambda number: not self._done(plan.line(number)))
 
     def next(self) -> tuple[list[Request], frozenset[str]]:
         """Requests to hand in now, and which of them to watch because a stop string may end them."""
@@ -127,6 +147,15 @@ class Feed:
                 self._ahead.add(unit.position)
                 self._first += self._open(replace(unit, index=-1, futures=None))
 
+    def lead(self, row: int) -> None:
+        """Run a row in place of one that asks for the same, before anything else."""
+        for unit in self.plan.units_like(row):
+            self._first += self._open(unit)
+
+    def follow(self, units: Iterator[Unit]) -> None:
+        """Hand out these instead of what the plan has left."""
+        self._units = units
+
     def _take(self) -> list[_Part]:
         if self._groups or self._quarantine:
             if self._parts:
@@ -137,7 +166,7 @@ class Feed:
         parts: list[_Part] = []
         if len(self._unstarted) > WINDOW // 2:
             return parts
-        while len(self._unstarted) + len(parts) < WINDOW and (self._first or not self._exhausted):
+        while len(self._unstarted) + len(parts) + len(self.ready) < WINDOW and (self._first or not self._exhausted):
             if self._first:
                 parts.append(self._first.popleft())
                 continue
@@ -155,19 +184,43 @@ class Feed:
     def _open(self, unit: Unit) -> list[_Part]:
         row = self._rows.get(unit.row)
         if row is None:
-            place = self.plan.row(unit.row)
-            raw = self.source.read(place.offset, place.length)
-            try:
-                spec = self.encoder.parse(raw)
-            except RowError as error:
-                raise StateError(
-                    f"line {place.line} of the input is not what it was when the job began ({error}): "
-                    "bring the file back as it was and run the same command again"
-                ) from error
-            row = self._rows[unit.row] = _Row(unit.row, place.line, raw, spec, place.prompts * spec.n)
+            line, raw, spec = self.read(unit.row)
+            row = self._rows[unit.row] = _Row(unit.row, line, raw, spec, self.plan.row(unit.row).prompts * spec.n)
         row.prompts[unit.prompt] = unit.tokens
+        if unit.ask:
+            row.asks[unit.prompt] = unit.ask
         requests = self.encoder.requests(row.line, row.spec, unit.prompt, unit.tokens, unit.index, unit.futures)
-        return [_Part(row, unit.prompt, request, self._detokenizer(row.spec)) for request in requests]
+        return [
+            _Part(row, unit.prompt, request, self._detokenizer(row.spec))
+            for sample, request in enumerate(requests)
+            if not self._recalled(row, unit, sample)
+        ]
+
+    def _recalled(self, row: _Row, unit: Unit, sample: int) -> bool:
+        """Whether a sample need not be computed; it is then among those of its row."""
+        kept = self._known(unit.ask, sample) if self._known is not None and unit.ask else None
+        if kept is None:
+            return False
+        row.samples[unit.prompt, sample] = kept.sample
+        if kept.scores:
+            row.scores[unit.prompt] = list(kept.scores)
+        row.left -= 1
+        row.kept += 1
+        if row.left == 0:
+            self.ready.append(self._close(row))
+        return True
+
+    def read(self, number: int) -> tuple[int, bytes | None, RowSpec]:
+        """Line number, text and meaning of row `number`."""
+        place = self.plan.row(number)
+        raw = self.source.read(place.offset, place.length)
+        try:
+            return place.line, raw, self.encoder.parse(raw)
+        except RowError as error:
+            raise StateError(
+                f"line {place.line} of the input is not what it was when the job began ({error}): "
+                "bring the file back as it was and run the same command again"
+            ) from error
 
     def _detokenizer(self, spec: RowSpec) -> Detokenizer:
         body = spec.body
@@ -251,7 +304,10 @@ class Feed:
             "preemptions": row.preemptions,
             **{f"{name}_seconds": round(value, 6) for name, value in row.seconds.items()},
         }
-        return Ended(row.line, row.raw, row.spec, answers, row.error, stats)
+        if row.kept:
+            stats["kept_samples"] = row.kept
+        asks = tuple(row.asks[number] for number in sorted(row.asks))
+        return Ended(row.number, row.line, row.raw, row.spec, answers, row.error, stats, asks)
 
     # -- a dead engine -----------------------------------------------------------------------------
 

@@ -220,6 +220,18 @@ class Journal:
             query = "SELECT total(json_extract(stats, ?)) FROM results"
             return float(self._database.execute(query, (f'$."{name}"',)).fetchone()[0])
 
+    def noted(self, name: str) -> list[int]:
+        """Return the committed lines whose statistics have this name, ascending."""
+        query = "SELECT line FROM results WHERE json_type(stats, ?) IS NOT NULL ORDER BY line"
+        with self._errors():
+            return [line for (line,) in self._database.execute(query, (f'$."{name}"',))]
+
+    def payload(self, line: int) -> bytes | None:
+        """Return the committed result of a line; None when it has none."""
+        with self._errors():
+            found = self._database.execute("SELECT payload FROM results WHERE line=?", (line,)).fetchone()
+        return None if found is None else bytes(found[0])
+
     def meta(self, name: str) -> str | None:
         """Return what `set_meta` kept under this name."""
         with self._errors():

@@ -22,8 +22,9 @@ from shoal.jobs.feed import Feed
 from shoal.jobs.files import disk_errors
 from shoal.jobs.plan import Plan
 from shoal.jobs.prepare import Prepared
-from shoal.jobs.report import Failures, Report, Rows, Seconds, Tokens
+from shoal.jobs.report import Failures, Report, Reused, Rows, Seconds, Tokens, Verified
 from shoal.jobs.results import Results
+from shoal.jobs.verify import Check
 
 SPENT = "spent"  # key in the journal
 LOOK_EVERY = 0.5  # seconds between looks at the processes' memory
@@ -55,6 +56,7 @@ class Meter:
         self._steps: IO[str] | None = None
         self._plan: Plan | None = None
         self._ended = self._ended_tokens = 0  # rows of this run, and the output tokens they came to
+        self._answered: dict[str, int] | None = None  # counters when all rows had ended
 
     # -- what happens ------------------------------------------------------------------------------
 
@@ -75,15 +77,21 @@ class Meter:
         self._processes = [psutil.Process(), psutil.Process(pid)]
 
     def ended(self, stats: Mapping[str, object]) -> None:
-        """A row of this run has ended."""
+        """A row of this run has ended; what it cost says how long the others will take."""
+        if "copy_of" in stats or "cache" in stats:
+            return  # it has cost nothing
         tokens = stats.get("completion_tokens", 0)
         assert isinstance(tokens, int)
         self._ended += 1
         self._ended_tokens += tokens
 
+    def verifying(self) -> None:
+        """All rows have ended: what is computed from here on is no part of the job."""
+        self._answered = self._totals()
+
     def died(self) -> None:
         """The engine is gone, and its counters with it."""
-        self._dead = {name: self.total(name) for name in COUNTED}
+        self._dead = self._totals()
         self._counters = {}
         self.restarts += 1
 
@@ -127,10 +135,13 @@ class Meter:
         """A counter over all engines of this run."""
         return self._dead[name] + self._counters.get(name, 0)
 
+    def _totals(self) -> dict[str, int]:
+        return {name: self.total(name) for name in COUNTED}
+
     def progress(
-        self, feed: Feed, rows: int, answered: int, failed: int, written: int, waiting_for: int | None
+        self, feed: Feed, rows: int, answered: int, failed: int, written: int, waiting_for: int | None, free: int
     ) -> Progress:
-        """The job at this moment."""
+        """The job at this moment; `free` of the rows to come cost nothing."""
         plan = feed.plan
         computed, output = self.total("prompt_computed"), self.total("output_computed")
         block = self.ready.kv_bytes // self.ready.num_blocks if self.ready else 0
@@ -138,7 +149,7 @@ class Meter:
             rows_total=rows, rows_done=answered, rows_failed=failed, rows_written=written, waiting_for=waiting_for,
             tokens_in=computed + self.total("cached"), tokens_out=output, tokens_saved=self.total("cached"),
             work_done=computed + output,
-            work_left=self._work_left(max(plan.bound - computed, 0), output, rows - answered),
+            work_left=self._work_left(max(plan.bound - computed, 0), output, rows - answered - free),
             kv_used=self._used_blocks * block, kv_total=self.ready.kv_bytes if self.ready else 0,
         )  # fmt: skip
 
@@ -149,13 +160,15 @@ class Meter:
         under_way = max(output - self._ended_tokens, 0)
         return prompts + max(round(self._ended_tokens / self._ended * rows) - under_way, rows)
 
-    def report(self, job: Prepared, plan: Plan, results: Results, finished: bool, code: int) -> Report:
+    def report(
+        self, job: Prepared, plan: Plan, results: Results, finished: bool, code: int, check: Check | None
+    ) -> Report:
         """The final report: rows from the journal, costs of this run and the earlier ones."""
         spent = self._spent()
         results.journal.set_meta(SPENT, json.dumps(spent))
         counts = results.status().counts
         computed = int(spent["prompt_computed"] - spent["prompt_last"])
-        output, errors = _rows_stats(results)
+        output, reused, errors = _rows_stats(results)
         total = results.status().total
         lost = total - counts["ok"]
         files = {str(job.options.output): total if job.errors is None else counts["ok"]} if finished else {}
@@ -170,8 +183,10 @@ class Meter:
             seconds=Seconds(spent["wall"], spent["cpu"], spent["load"], spent["plan"]),
             steps=int(spent["steps"]), peak_memory_bytes=int(spent["peak"]),
             versions={"shoal": __version__, **{name: version(name) for name in LIBRARIES}},
+            manifest=job.manifest.hash, plan=plan.hash,
             model=job.name, input=str(job.options.input), output=str(job.options.output),
-            files=files, errors=errors,
+            files=files, errors=errors, reused=reused,
+            verified=Verified(check.rows, check.differ) if check is not None else Verified(),
             runs=int(spent["runs"]), engine_restarts=int(spent["restarts"]), finished=finished, exit_code=code,
         )  # fmt: skip
 
@@ -180,7 +195,7 @@ class Meter:
         self._look()
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = time.process_time() + children.ru_utime + children.ru_stime + self.engine_seconds()
-        own = {name: float(self.total(name)) for name in COUNTED}
+        own = {name: float(count) for name, count in (self._answered or self._totals()).items()}
         own |= {
             "wall": time.monotonic() - self.began, "cpu": cpu, "load": self.load_seconds, "plan": self.plan_seconds,
             "restarts": float(self.restarts), "runs": 1.0,
@@ -207,11 +222,17 @@ class Meter:
         self._peak = max(self._peak, used)
 
 
-def _rows_stats(results: Results) -> tuple[int, dict[str, Failures]]:
-    """Output tokens of all rows, and the failed ones by code."""
+def _rows_stats(results: Results) -> tuple[int, Reused, dict[str, Failures]]:
+    """Output tokens of all rows, what of them was not computed, and the failed ones by code."""
     output, errors = 0, dict[str, Failures]()
+    copies = cached = free_prompt = free_output = 0
     for line, status, stats in results.journal.stats():
         noted = json.loads(stats)
+        if "copy_of" in noted or "cache" in noted:
+            copies += "copy_of" in noted and status == "ok"
+            cached += "cache" in noted
+            free_prompt += noted["prompt_saved"]
+            free_output += noted["completion_tokens"] if status == "ok" else 0
         output += noted.get("completion_tokens", 0) if status == "ok" else 0
         if status != "ok":
             code = noted.get("code", status)
@@ -220,4 +241,4 @@ def _rows_stats(results: Results) -> tuple[int, dict[str, Failures]]:
                 known.count + 1 if known else 1, known.line if known else line,
                 known.message if known else noted.get("message", ""),
             )  # fmt: skip
-    return output, errors
+    return output, Reused(copies, cached, free_prompt, free_output), errors

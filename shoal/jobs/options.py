@@ -72,6 +72,14 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def parse_share(text: str) -> float:
+    """A share of all rows from "1%" or "0.5%"; a UsageError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
+    if match is None or float(match[1]) > 100:
+        raise UsageError(f"--verify {text!r} is not a share: write 1% or 0.1%")
+    return float(match[1]) / 100
+
+
 @dataclass(frozen=True, slots=True)
 class JobOptions:
     """One job, as asked for on the command line or in Python."""
@@ -96,12 +104,16 @@ class JobOptions:
     overwrite: bool = False  # an output file without a state folder may be replaced
     openai: bool = False  # plain rows come back in the OpenAI shape too
     one_file: bool = False  # failed lines go into the output file, not into one of their own
+    cache: Path | None = None  # a folder of answers that other jobs may use too
+    verify: float = 0.0  # share of the answered rows that are computed again and compared at the end
     quiet: bool = False  # nothing on the terminal but errors
 
     def __post_init__(self) -> None:
         for name, kind in (("input", Path), ("output", Path), ("order", Order), ("max_failures", FailureBudget)):
             if not isinstance(getattr(self, name), kind):
                 raise UsageError(f"{name} is {getattr(self, name)!r}; it must be a {kind.__module__}.{kind.__name__}")
+        if not 0 <= self.verify <= 1:
+            raise UsageError(f"verify is {self.verify!r}; it is a share of all rows, from 0 to 1")
         self.engine()  # so that a wrong value is refused before anything is read
 
     def engine(self) -> EngineConfig:

@@ -35,8 +35,11 @@ class Patience:
         self._longest = max(self._longest, now - self._since)
         self.begin(now)
 
-    def words(self, now: float) -> str:
-        """What to say of the silence; "" nearly always. Said again when it has lasted twice as long."""
+    def words(self, now: float, process: int) -> str:
+        """What to say of the silence of `process`; "" nearly always. Said again when it has lasted twice as long.
+
+        To end it is left to those who know more.
+        """
         silent = now - self._since
         if self._looked is None and silent > self._limit / 2:
             self._looked = now, self._spent()
@@ -52,4 +55,7 @@ class Patience:
             if share > IDLE
             else "it uses no processor time: it is stopped, stuck, or waits for memory from disk"
         )
-        return f"the engine's present step has run for {duration(silent)}, and {known}; {how}"
+        return (
+            f"the engine's present step has run for {duration(silent)}, and {known}; {how}; wait, or end process "
+            f"{process}: its unfinished rows then run again in another engine"
+        )

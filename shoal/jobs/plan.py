@@ -7,9 +7,11 @@ order; an *index* counts requests in serving order, so a unit with n samples occ
 
 from __future__ import annotations
 
+import hashlib
+import json
 from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +22,9 @@ from shoal.core.errors import RowError, StateError
 from shoal.jobs import plan_store as store
 from shoal.jobs.arena import Arena
 from shoal.jobs.files import disk_errors
+from shoal.jobs.keys import SIZE as KEY
 from shoal.jobs.plan_arrange import arrange
-from shoal.jobs.plan_build import Encoder, Source, collect
+from shoal.jobs.plan_build import NO_KEY, Encoder, Source, collect
 
 Order = Literal["prefix", "input"]
 Staircase = tuple[tuple[int, int], ...]
@@ -51,27 +54,32 @@ class Unit:
     tokens: array[int]
     samples: int
     futures: tuple[Staircase, ...] | None  # Request.future of each sample; None: nobody knows
+    ask: bytes = b""  # equal ones have equal answers, sample by sample; empty: nothing has the same
 
 
 class Plan:
     """A finished plan, memory-mapped. Open it with `build_plan` or `Plan.load`."""
 
-    def __init__(self, folder: Path, summary: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, summary: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> None:
         self.folder = folder
+        self._summary, self._arrays = summary, arrays
         self.order: Order = summary["key"]["order"]
+        self.hash: str = hashlib.sha256(json.dumps([summary["key"], summary["files"]]).encode()).hexdigest()
         self.num_lines: int = summary["lines"]  # blank ones too
         self.num_rows: int = summary["rows"]
         self.num_bad: int = summary["bad"]  # rows that have an error instead of prompts
         self.num_units: int = summary["units"]
         self.num_requests: int = summary["requests"]  # samples of all units
-        self.prompt_tokens: int = summary["prompt_tokens"]  # of all requests
+        self.num_copies: int = summary["copies"]  # rows that ask for what an earlier row asks for: they have no units
+        self.copied_tokens: int = summary["copied_tokens"]  # prompt tokens of the copies' requests
+        self.prompt_tokens: int = summary["prompt_tokens"]  # of all requests, copies included
         self.bound: int = summary["bound"]  # the least number of prompt tokens that must be computed
         self.answer_tokens: int = summary["answer_tokens"]  # the most that all requests may produce
         self.last_again: int = summary["last_again"]  # fully cached prompts whose last token is computed again
         self._largest: list[tuple[int, int, int]] = [(d, uses, unit) for d, uses, unit in summary["largest"]]
         self._arena = Arena(folder / store.ARENA)
-        arrays = {name: np.asarray(values) for name, values in store.load_arrays(folder).items()}
         self._rows, self._units, self._error_end = arrays["rows"], arrays["units"], arrays["error_end"]
+        self._asks, self._copies = arrays["asks"], arrays["copies"]
         self._unit_at, self._index = arrays["order"], arrays["index"]
         self._start, self._depth, self._next = (arrays[f"future_{name}"] for name in ("start", "depth", "index"))
 
@@ -83,7 +91,14 @@ class Plan:
             raise StateError(f"there is no finished plan in {folder}. Run again: it is made from the input.")
         store.verify(folder, summary)
         Arena(folder / store.ARENA, verify=True)
-        return cls(folder, summary)
+        return cls(folder, summary, {name: np.asarray(values) for name, values in store.load_arrays(folder).items()})
+
+    def without(self, rows: npt.NDArray[np.int64]) -> Plan:
+        """The plan of the other rows: their order, bound and future. Totals of the input stay what they are."""
+        kept = ~np.isin(self._units["row"], rows)
+        arrays, totals = arrange(self._units[kept], self._arena, self.order)
+        arrays = {**self._arrays, **arrays, "units": self._units[kept], "asks": self._asks[kept]}
+        return Plan(self.folder, {**self._summary, **totals, "prompt_tokens": self.prompt_tokens}, arrays)
 
     @property
     def saved(self) -> int:
@@ -118,6 +133,7 @@ class Plan:
         for low in range(position, self.num_units, _WINDOW):
             high = min(low + _WINDOW, self.num_units)
             units = self._units[self._unit_at[low:high]]
+            asks = self._asks[self._unit_at[low:high]].tobytes()
             facts = zip(
                 range(low, high),
                 self._index[low:high].tolist(),
@@ -128,7 +144,43 @@ class Plan:
             for place, index, row, prompt, offset, length, goal, samples, last in facts:
                 if wanted is None or wanted(row):
                     futures = _sample_futures(index, samples, goal, last)
-                    yield Unit(place, index, row, prompt, self._arena.slice(offset, length), samples, futures)
+                    tokens, ask = self._arena.slice(offset, length), _known(asks, place - low)
+                    yield Unit(place, index, row, prompt, tokens, samples, futures, ask)
+
+    def units_by_row(self, wanted: Callable[[int], bool]) -> Iterator[Unit]:
+        """Units in file order, those of a row together, whose row number is wanted; they have no place in the plan."""
+        for low in range(0, self.num_units, _WINDOW):
+            yield from self._placeless(low, low + _WINDOW, wanted)
+
+    def units_like(self, row: int) -> list[Unit]:
+        """The units of a row, or of the one that it is a copy of, in order of its prompts; they have no place."""
+        original = self._copies["original"][self._copies["row"] == row]
+        low, high = np.searchsorted(
+            self._units["row"], [original[0], original[0] + 1] if len(original) else [row, row + 1]
+        )
+        return [replace(unit, row=row) for unit in self._placeless(int(low), int(high), lambda row: True)]
+
+    def _placeless(self, low: int, high: int, wanted: Callable[[int], bool]) -> Iterator[Unit]:
+        """Units number low … high - 1 without their place in the plan."""
+        units, asks = self._units[low:high], self._asks[low:high].tobytes()
+        facts = zip(*(units[name].tolist() for name in ("row", "prompt", "offset", "length", "samples")), strict=True)
+        for place, (row, prompt, offset, length, samples) in enumerate(facts):
+            if wanted(row):
+                yield Unit(-1, -1, row, prompt, self._arena.slice(offset, length), samples, None, _known(asks, place))
+
+    def rows_of(self, lines: Iterable[int]) -> npt.NDArray[np.int64]:
+        """The numbers of the rows in these input lines."""
+        return np.searchsorted(self._rows["line"], np.fromiter(lines, dtype=np.int64))
+
+    def copies_of(self, row: int) -> list[int]:
+        """The rows that are copies of this one, in file order; none of a row that is a copy itself."""
+        low, high = np.searchsorted(self._copies["original"], [row, row + 1])
+        return self._copies["row"][low:high].tolist()  # type: ignore[no-any-return]
+
+    def copies(self) -> Iterator[tuple[int, int]]:
+        """Every copy with the row that it is a copy of before it, in order of both."""
+        for low in range(0, self.num_copies, _WINDOW):
+            yield from self._copies[low : low + _WINDOW].tolist()
 
     def units_of(self, row: int) -> list[Unit]:
         """The units of a row, in serving order."""
@@ -190,7 +242,10 @@ def build_plan(
         arrays, totals = arrange(collected.units, Arena(folder / store.ARENA), order)
         bad = int((collected.rows["error"] >= 0).sum())
         arrays |= {"rows": collected.rows, "units": collected.units, "error_end": collected.error_end}
+        arrays |= {"asks": collected.asks, "copies": collected.copies}
         totals |= {"lines": source.num_lines, "rows": len(collected.rows), "bad": bad}
+        totals |= {"copies": len(collected.copies), "copied_tokens": collected.copied_tokens}
+        totals["prompt_tokens"] += collected.copied_tokens
         totals["answer_tokens"] = collected.answer_tokens
         store.save(folder, _key(source, key, order), arrays, totals)
         return Plan.load(folder)
@@ -209,6 +264,12 @@ def _kept(source: Source, folder: Path, order: Order, key: str) -> Plan | None:
 
 def _key(source: Source, key: str, order: Order) -> dict[str, str]:
     return {"source": source.fingerprint, "key": key, "order": order}
+
+
+def _known(asks: bytes, place: int) -> bytes:
+    """The key at a place of an array of keys; empty where there is none."""
+    ask = asks[place * KEY : (place + 1) * KEY]
+    return ask if ask != NO_KEY else b""
 
 
 def _sample_futures(index: int, samples: int, goal: int, last: Staircase) -> tuple[Staircase, ...]:

@@ -18,10 +18,13 @@ import numpy.typing as npt
 
 from shoal.core.errors import RowError
 from shoal.jobs.arena import ArenaWriter
-from shoal.jobs.plan_store import ARENA, ERRORS, ROW, UNIT, ErrorFile
+from shoal.jobs.keys import SIZE as KEY
+from shoal.jobs.keys import twin_key
+from shoal.jobs.plan_store import ARENA, COPY, ERRORS, ROW, UNIT, ErrorFile
 
 CHUNK_ROWS = 2048
 CHUNK_BYTES = 8 << 20
+NO_KEY = bytes(KEY)
 
 Place = tuple[int, int, int]  # line number, byte offset, byte length
 
@@ -56,6 +59,8 @@ class Encoded(Protocol):
     def score_from(self) -> int: ...  # the first sample wants log-probabilities of its prompt from here on; -1: none
     @property
     def key(self) -> int: ...  # hash of the row's custom_id; 0: it has none
+    @property
+    def asks(self) -> Sequence[bytes]: ...  # a key for each prompt, of KEY bytes; empty: nothing has the same answer
 
 
 class Named(Protocol):
@@ -78,7 +83,10 @@ class Collected:
     """A job's rows and units, and where the errors of bad rows end in the error file."""
 
     rows: npt.NDArray[Any]  # ROW
-    units: npt.NDArray[Any]  # UNIT
+    units: npt.NDArray[Any]  # UNIT, of rows that are run
+    asks: npt.NDArray[np.uint8]  # by unit: its key, zeros where it has none
+    copies: npt.NDArray[Any]  # COPY
+    copied_tokens: int  # prompt tokens of the copies' requests
     error_end: npt.NDArray[np.int64]
     answer_tokens: int  # sum of all limits
 
@@ -115,6 +123,8 @@ class _Tables:
         self._errors = errors
         self._roots: dict[str, int] = {}
         self._keys = array("q")  # of rows' custom_ids; 0: none
+        self._asks = bytearray()  # a key for each unit
+        self._twins = bytearray()  # a key for each row: equal ones have equal answers
         self._answer_tokens = 0
 
     def add(self, place: Place, result: Encoded | RowError, arena: ArenaWriter) -> None:
@@ -123,9 +133,12 @@ class _Tables:
         if isinstance(result, RowError):
             _append(self.rows, (*place, 0, self._errors.append(result)))
             self._keys.append(0)
+            self._twins += NO_KEY
             return
         _append(self.rows, (*place, len(result.prompts), -1))
         self._keys.append(result.key)
+        self._twins += twin_key(result.asks, result.samples) or NO_KEY
+        self._asks += b"".join(result.asks) or NO_KEY * len(result.prompts)
         root = self._roots.setdefault(result.root, len(self._roots))
         expect = -1.0 if result.expect is None else result.expect
         self._answer_tokens += len(result.prompts) * result.samples * result.max_tokens
@@ -148,11 +161,17 @@ class _Tables:
                 prompts[row], error[row] = 0, self._errors.append(RowError(message, "duplicate_custom_id", "custom_id"))
 
     def finish(self) -> Collected:
-        """The columns as tables, without the units of refused rows."""
+        """The columns as tables, without the units of rows that are not run: refused ones, and copies."""
         self._errors.close()
         rows, units = _table(ROW, self.rows), _table(UNIT, self.units)
-        good = units[rows["error"][units["row"]] < 0]
-        return Collected(rows, good, np.array(self._errors.ends, dtype=np.int64), self._answer_tokens)
+        asks = np.frombuffer(self._asks, dtype=np.uint8).reshape(-1, KEY)
+        copies = _copies(self._twins, rows["error"] < 0)
+        run = rows["error"] < 0
+        run[copies["row"]] = False
+        copied = units[np.isin(units["row"], copies["row"])] if len(copies) else units[:0]
+        tokens = int((copied["length"].astype(np.int64) * copied["samples"]).sum())
+        ends, chosen = np.array(self._errors.ends, dtype=np.int64), run[units["row"]]
+        return Collected(rows, units[chosen], asks[chosen], copies, tokens, ends, self._answer_tokens)
 
 
 def _chunks(places: Iterator[Place]) -> Iterator[list[Place]]:
@@ -179,6 +198,24 @@ def _suspects(keys: array[int]) -> list[int]:
     shared[rank[:-1][same]] = True
     found: list[int] = np.flatnonzero(shared).tolist()
     return found
+
+
+def _copies(twins: bytearray, good: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+    """Every good row that has the key of an earlier one, beside the first that has it; in order of both."""
+    key = np.frombuffer(twins, dtype=np.uint64).reshape(-1, 2)
+    rank = np.argsort(key[:, 0], kind="stable")
+    same = key[rank[1:], 0] == key[rank[:-1], 0]
+    suspect = np.zeros(len(key), dtype=bool)
+    suspect[rank[1:][same]] = True
+    suspect[rank[:-1][same]] = True
+    rows = np.flatnonzero(suspect & good & key.any(axis=1))
+    rows = rows[np.lexsort((rows, key[rows, 1], key[rows, 0]))]
+    first = np.ones(len(rows), dtype=bool)
+    first[1:] = (key[rows[1:]] != key[rows[:-1]]).any(axis=1)
+    original = rows[first][np.cumsum(first) - 1]
+    copies = np.empty(int((~first).sum()), dtype=COPY)
+    copies["original"], copies["row"] = original[~first], rows[~first]
+    return copies[np.lexsort((copies["row"], copies["original"]))]
 
 
 def _append(columns: Sequence[array[Any]], values: Sequence[Any]) -> None:

@@ -16,11 +16,13 @@ import numpy.typing as npt
 
 from shoal.core.errors import RowError, StateError
 
-FORMAT = 1  # of the folder; another number means: make the plan again
+FORMAT = 2  # of the folder; another number means: make the plan again
 SUMMARY = "plan.json"
 ARENA = "prompts.i32"
 ERRORS = "bad_rows.jsonl"
-ARRAYS = ("rows", "units", "order", "index", "future_start", "future_depth", "future_index", "error_end")
+ARRAYS = (
+    "rows", "units", "asks", "copies", "order", "index", "future_start", "future_depth", "future_index", "error_end",
+)  # fmt: skip
 
 ROW = np.dtype([("line", "<i8"), ("offset", "<i8"), ("length", "<i8"), ("prompts", "<i4"), ("error", "<i4")])
 """One input row: line number from 1, place in the source [bytes], number of prompts, number of its error or -1."""
@@ -39,6 +41,9 @@ UNIT = np.dtype(
     ]
 )
 """One prompt to compute. Units are in file order; those of a row follow each other."""
+
+COPY = np.dtype([("original", "<i4"), ("row", "<i4")])
+"""A row that asks for what an earlier one asks for: both numbers. It has no units."""
 
 _CHUNK = 1 << 22
 

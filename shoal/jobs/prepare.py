@@ -30,6 +30,7 @@ from shoal.text.tokenizer import Tokenizer
 
 EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "i8mm")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+ARITHMETIC = ("kernels", "nn", "runtime")  # packages that decide a token
 LIBRARIES = ("torch", "numpy", "tokenizers", "jinja2")
 
 
@@ -155,7 +156,7 @@ def _manifest(
         weight_mode=weight_mode(options.weights, folder),
         adapters={name: _adapter_hash(Path(each), state, files) for name, each in options.adapter.items()},
         instruction_set=f"{options.device} {os.environ.get('SHOAL_ISA') or instruction_set()}",
-        versions={"shoal": __version__, **{name: version(name) for name in LIBRARIES}},
+        versions={"shoal": __version__, "arithmetic": arithmetic(), **{name: version(name) for name in LIBRARIES}},
         layout={"order": options.order.value, "one_file": options.one_file},
     )
 
@@ -164,6 +165,16 @@ def _adapter_hash(folder: Path, state: Path, files: Files) -> str:
     """One hash over the files of an adapter."""
     hashes = hash_files([folder.expanduser() / name for name in ADAPTER], state / HASHES, files)
     return hashlib.sha256("".join(hashes[name] for name in ADAPTER).encode()).hexdigest()
+
+
+def arithmetic() -> str:
+    """One hash over the code that computes, compiled and not: two builds of a version may differ."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(path for name in ARITHMETIC for path in (package / name).glob("*")):
+        if path.suffix in (".py", ".so"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def instruction_set() -> str:

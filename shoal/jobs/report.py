@@ -49,6 +49,24 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Reused:
+    """Rows that were not computed, and their tokens: in Tokens, and in their own usage, as if they had been."""
+
+    duplicates: int = 0  # answered as an earlier row of the file
+    cached: int = 0  # answered by the cache
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Answered rows that were computed again at the end; their tokens and steps are not among the job's."""
+
+    rows: int = 0
+    differ: list[int] = field(default_factory=list)  # lines that came to something else
+
+
+@dataclass(frozen=True, slots=True)
 class Seconds:
     """Where the time went. A job that was resumed adds up its runs."""
 
@@ -73,10 +91,14 @@ class Report:
 
     rows: Rows
     tokens: Tokens = Tokens()
+    reused: Reused = Reused()
+    verified: Verified = Verified()
     seconds: Seconds = Seconds()
     steps: int = 0
     peak_memory_bytes: int = 0  # the largest sum of resident memory over parent and engine
     versions: dict[str, str] = field(default_factory=dict)
+    manifest: str = ""  # hash of manifest.json: of all that decides the answers
+    plan: str = ""  # hash of the plan of the whole input
     model: str = ""
     input: str = ""
     output: str = ""
@@ -104,12 +126,16 @@ class Report:
             found.append(f"the bound of {tokens.prompt_bound} prompt tokens is above the {tokens.prompt} there are")
         if tokens.prompt_recomputed > tokens.prompt_computed:
             found.append(f"{tokens.prompt_recomputed} prompt tokens recomputed, of only {tokens.prompt_computed}")
+        if self.reused.prompt_tokens > tokens.prompt or self.reused.output_tokens > tokens.output:
+            found.append(f"{self.reused.prompt_tokens} prompt tokens were saved, of only {tokens.prompt}")
+        if (free := self.reused.duplicates + self.reused.cached) > rows.ok:
+            found.append(f"{free} rows were answered without being computed, of only {rows.ok}")
         return found
 
     @property
     def status(self) -> int:
-        """The exit code this report stands for: 1 when it does not add up."""
-        return 1 if self.problems() else self.exit_code
+        """The exit code this report stands for: 1 when it does not add up, or a row came to something else again."""
+        return 1 if self.problems() or self.verified.differ else self.exit_code
 
 
 def write_report(report: Report, folder: Path, files: Files) -> None:
@@ -151,18 +177,28 @@ def rows_line(rows: Rows) -> str:
     return f"{words[0]}: {', '.join(words[1:])}"
 
 
-def prompt_line(tokens: Tokens, interrupted: bool = False) -> str:
-    """Prompt tokens computed, against all of them and against the bound."""
-    saved, could = tokens.prompt - tokens.prompt_computed, tokens.prompt - tokens.prompt_bound
+def prompt_line(tokens: Tokens, interrupted: bool = False, reused: int = 0) -> str:
+    """Prompt tokens computed, against all of them and against the bound; `reused` ones saved no prefix."""
+    total = tokens.prompt - reused
+    saved, could = total - tokens.prompt_computed, total - tokens.prompt_bound
     words = f"{count(tokens.prompt)} in, {count(tokens.prompt_computed)} computed"
     words += f": shared prefixes saved {count(saved)} ({percent(saved, tokens.prompt)})"
     words += f" of the {count(could)} that a memory without limit would"
+    if reused:
+        words += f"; {count(reused)} of rows that were not computed"
     if tokens.prompt_recomputed:
         why = "after an interruption or for want of memory" if interrupted else "for want of memory"
         words += f"; {count(tokens.prompt_recomputed)} computed again {why}"
     if tokens.prompt_last:
         words += f"; {count(tokens.prompt_last)} last tokens of fully shared prompts computed again"
     return words
+
+
+def reused_line(reused: Reused) -> str:
+    """Rows that were not computed, and what that saved."""
+    rows = [f"{count(reused.duplicates)} rows that ask for what an earlier one asks for"] if reused.duplicates else []
+    rows += [f"{count(reused.cached)} rows of the cache"] if reused.cached else []
+    return f"{' and '.join(rows)}: {count(reused.prompt_tokens)} prompt and {count(reused.output_tokens)} output tokens"
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
@@ -173,7 +209,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
     interrupted = report.runs > 1 or report.engine_restarts > 0
     pairs = [
         ("rows", rows_line(report.rows)),
-        ("prompt tokens", prompt_line(tokens, interrupted)),
+        ("prompt tokens", prompt_line(tokens, interrupted, report.reused.prompt_tokens)),
         ("output tokens", count(tokens.output)),
         (
             "time",
@@ -183,6 +219,18 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("steps", count(report.steps)),
         ("peak memory", size(report.peak_memory_bytes)),
     ]
+    if report.reused != Reused():
+        pairs.insert(1, ("not computed", reused_line(report.reused)))
+    if report.verified.rows:
+        pairs.append(
+            (
+                "verified",
+                f"{count(report.verified.rows)} rows computed again: "
+                + (
+                    f"{count(len(report.verified.differ))} differ" if report.verified.differ else "the same to the byte"
+                ),
+            )
+        )
     if report.model:
         pairs.insert(0, ("model", report.model))
     if interrupted:
@@ -204,6 +252,9 @@ def print_report(report: Report, console: Console) -> None:
     """Show the report to a person. What does not add up comes first and loud."""
     for problem in report.problems():
         console.print(Text(f"THESE COUNTS DO NOT ADD UP, and that is a bug in Shoal: {problem}", style="bold red"))
+    if lines := report.verified.differ:
+        shown = ", ".join(map(str, lines[:10])) + (", …" if len(lines) > 10 else "")
+        console.print(Text(f"ANSWERS ARE NOT WHAT COMPUTING THEM AGAIN GIVES: lines {shown}", style="bold red"))
     if not report.finished:
         console.print(Text("The job has not finished: run the same command again and it continues.", style="yellow"))
     table = Table.grid(padding=(0, 2))

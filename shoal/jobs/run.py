@@ -5,14 +5,10 @@ It must not know tensors: the engine is a process of its own, or whatever backen
 
 from __future__ import annotations
 
-import signal
 import time
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from types import FrameType
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 
@@ -20,9 +16,10 @@ from shoal.client import Backend, Begin, EngineProcess, News, Ready
 from shoal.core.config import EngineConfig
 from shoal.core.errors import EngineDied, RowError, ShoalError, UsageError
 from shoal.jobs.answer import AnswerWriter
+from shoal.jobs.cache import AnswerCache
 from shoal.jobs.crew import on_all_cores
 from shoal.jobs.display import Display, PlanFacts, Progress
-from shoal.jobs.feed import Ended, Feed
+from shoal.jobs.feed import Ended, Feed, Known
 from shoal.jobs.files import DiskFiles, Files
 from shoal.jobs.meter import Meter
 from shoal.jobs.options import JobOptions, Order
@@ -33,8 +30,11 @@ from shoal.jobs.prepare import Prepared, prepare
 from shoal.jobs.report import NAME as REPORT
 from shoal.jobs.report import print_report, read_report, write_report
 from shoal.jobs.results import Results, open_results
+from shoal.jobs.reuse import Reuse, forget
 from shoal.jobs.state import Begin as JobBegin
 from shoal.jobs.state import row_key
+from shoal.jobs.stop import Stop, WallClock, stopping
+from shoal.jobs.verify import Check, choose
 from shoal.jobs.write import Order as WriteOrder
 
 # codes of lines that are no requests at all
@@ -44,42 +44,6 @@ POLL = 0.1  # seconds to wait for news before looking after the files and the di
 LAST_STEP = 2.0  # seconds that an interrupted job waits for what the step under way brings
 LOADS = 3  # engines that may die while they load the model, one after the other
 DEATHS = 8  # engine deaths in a row without any row completed, after which the job gives up
-
-
-class WallClock:
-    """Seconds since the computer started; never goes back."""
-
-    def now(self) -> float:
-        return time.monotonic()
-
-
-@dataclass(slots=True)
-class Stop:
-    """Set by a signal: end after what is under way."""
-
-    asked: bool = False
-
-
-@contextmanager
-def stopping() -> Iterator[Stop]:
-    """The first SIGINT or SIGTERM asks the job to stop; the second acts as it always does."""
-    stop = Stop()
-    before: dict[int, Any] = {}  # whatever stood there: a function, a number, None
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.asked = True
-        signal.signal(number, before[number])
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, handle)
-    except ValueError:
-        pass  # not the main thread: signals are somebody else's
-    try:
-        yield stop
-    finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)
 
 
 def run_job(options: JobOptions, backend: Backend | None = None, console: Console | None = None) -> int:
@@ -95,7 +59,7 @@ def run_job(options: JobOptions, backend: Backend | None = None, console: Consol
         try:
             job = prepare(options, files)
             try:
-                if job.begin is JobBegin.FINISHED and (job.state.path / REPORT).is_file():
+                if job.begin is JobBegin.FINISHED and (job.state.path / REPORT).is_file() and not options.verify:
                     return _again(job, console)
                 return _Job(job, files, console, stop, began, engine, backend).run()
             finally:
@@ -132,6 +96,8 @@ class _Job:
         self.deaths = 0  # since a row was last completed
         self.budget_hit = False
         self.strangers = False  # whether a row has named another model
+        self.cache = AnswerCache(Path(job.options.cache), job.manifest.engine) if job.options.cache else None
+        self.check: Check | None = None  # when rows run again to be compared
 
     def run(self) -> int:
         """Everything from the plan to the report."""
@@ -145,20 +111,30 @@ class _Job:
             self.meter.resume(results)
             self._refuse_bad_rows(plan, results)
             self._check_budget(results)
-            feed = Feed(plan, self.job.source, self.job.encoder, self.job.tokenizer, results.done)
+            feed = self._feed(plan, results, self.cache.get if self.cache is not None else None)
+            self.reuse = Reuse(feed, results, self.cache)
             with self.display:
-                if results.status().answered < results.status().total and not self.budget_hit:
-                    self._start(plan)
-                    self._say_plan(plan, results)
+                self._recall(feed, results)
+                if results.status().answered < results.status().total and not (self.budget_hit or self.stop.asked):
+                    self._start(plan if options.verify else feed.plan)
+                    self._say_plan(feed.plan, results)
                     self._loop(feed, results)
                 finished = results.status().answered == results.status().total
                 if finished:
                     results.finish()
+                if finished and options.verify and not self.budget_hit:
+                    finished = self._verify(plan, results)
                 self.display.show(self._progress(feed, results), last=True)
-            return self._end(plan, results, finished)
+            return self._end(feed.plan, results, finished)
         finally:
             results.close()
             self.meter.close()
+            if self.cache is not None:
+                self.cache.close()
+
+    def _feed(self, plan: Plan, results: Results, known: Known | None = None) -> Feed:
+        job = self.job
+        return Feed(plan, job.source, job.encoder, job.tokenizer, results.done, known)
 
     def _plan(self) -> Plan:
         job = self.job
@@ -239,12 +215,13 @@ class _Job:
 
     def _say_plan(self, plan: Plan, results: Results) -> None:
         ready: Ready | None = self.meter.ready
-        options, done = self.job.options, results.status().answered - plan.num_bad
+        options, done = self.job.options, results.status().answered - plan.num_bad - self.reuse.recalled
         name = "standard input" if str(options.input) == "-" else str(options.input)
         self.display.plan(
             PlanFacts(
                 input=name, model=self.job.name + ("" if options.model else " (the embedded model)"),
-                rows=plan.num_rows, bad=plan.num_bad, prompt_tokens=plan.prompt_tokens, prompt_bound=plan.bound,
+                rows=plan.num_rows, bad=plan.num_bad, copies=plan.num_copies,
+                prompt_tokens=plan.prompt_tokens, prompt_bound=plan.bound,
                 kv_bytes=ready.kv_bytes if ready else 0,
                 kv_tokens=ready.num_blocks * ready.block_size if ready else 0,
                 seconds=self.meter.plan_seconds, resumed=max(done, 0), device=ready.device if ready else "a backend",
@@ -268,11 +245,37 @@ class _Job:
         self.display.warn(f"{death}; starting another, its unfinished rows run again")
         for line in results.died(feed.died()):
             error = RowError("the engine died twice while it ran this row alone", "engine_died")
-            self._put(results, feed.fail(line, error))
+            self._take_row(results, feed.fail(line, error))
         self.engine, self.backend = None, None
         self._start(plan)
 
     # -- the loop ----------------------------------------------------------------------------------
+
+    def _recall(self, feed: Feed, results: Results) -> None:
+        """End what need not be computed."""
+        for rows in self.reuse.recall():
+            for ended in rows:
+                self._take_row(results, ended)
+                while self.reuse.copies.waiting and not self.stop.asked:
+                    self._pass_time(feed, results)
+            self._pass_time(feed, results)
+            if self.stop.asked or self.budget_hit:
+                return
+        if self.reuse.recalled:
+            self.display.note(f"cache   {self.reuse.recalled:,} rows were answered by earlier jobs")
+
+    def _verify(self, plan: Plan, results: Results) -> bool:
+        """Compute a sample of the rows again and compare. False when there was no time to."""
+        lines = choose(results.journal, self.job.options.verify)
+        self.check = Check(results.journal, lines)
+        self.meter.verifying()
+        feed = self._feed(plan, results)
+        feed.follow(self.check.units(plan))
+        if lines and self.backend is None:
+            self._start(plan)
+        if lines:
+            self._loop(feed, results)
+        return self.check.rows == len(lines)
 
     def _loop(self, feed: Feed, results: Results) -> None:
         plan = feed.plan
@@ -284,18 +287,20 @@ class _Job:
                 requests, watched = feed.next()
                 if requests:
                     self.backend.submit(requests, watched)
-                if feed.over:
+                while feed.ready:
+                    self._take_row(results, feed.ready.pop())
+                waiting = self.reuse.copies.waiting
+                if feed.over and not waiting:
                     break
-                news = self.backend.outputs(POLL)
-                self._listen(news is not None)
+                news = self.backend.outputs(0.0 if waiting else POLL)
                 if news is not None:
+                    self.patience.heard(self.clock.now())
                     self._take(news, feed, results)
+                elif self.engine is not None and (said := self.patience.words(self.clock.now(), self.engine.pid)):
+                    self.display.warn(said)
             except EngineDied as death:
                 self._revive(plan, feed, results, death)
-            now = self.clock.now()
-            results.tick(now)
-            self.meter.tick(now, results)
-            self.display.show(self._progress(feed, results))
+            self._pass_time(feed, results)
         if self.stop.asked and self.backend is not None:
             try:
                 news = self.backend.outputs(LAST_STEP)
@@ -304,14 +309,18 @@ class _Job:
             except EngineDied:
                 return  # its unfinished rows would have run again anyway
 
-    def _listen(self, heard: bool) -> None:
-        """Say so when the engine's step takes longer than its steps do. To end it is left to those who know more."""
+    def _pass_time(self, feed: Feed, results: Results) -> None:
+        """End some of the rows that are like another, and whatever is done by the clock."""
+        for ended in self.reuse.copies.make():
+            self._put(results, ended)
         now = self.clock.now()
-        if heard:
-            self.patience.heard(now)
-        elif self.engine is not None and (words := self.patience.words(now)):
-            advice = f"wait, or end process {self.engine.pid}: its unfinished rows then run again in another engine"
-            self.display.warn(f"{words}; {advice}")
+        results.tick(now)
+        if self.cache is not None:
+            self.cache.tick(now)
+            if said := self.cache.complaint():
+                self.display.warn(said)
+        self.meter.tick(now, results)
+        self.display.show(self._progress(feed, results))
 
     def _take(self, news: News, feed: Feed, results: Results) -> None:
         feed.started(news.started)
@@ -321,11 +330,25 @@ class _Job:
             cancel += stopped
             if ended is not None:
                 self.deaths = 0
-                self._put(results, ended)
+                self._take_row(results, ended)
         if cancel:
             assert self.backend is not None
             self.backend.cancel(cancel)
         self.meter.take(news, self.job.state.path)
+
+    def _take_row(self, results: Results, ended: Ended) -> None:
+        if self.check is not None:
+            return self._compare(self.check, ended)
+        for one in self.reuse.add(ended, self.clock.now()):
+            self._put(results, one)
+
+    def _compare(self, check: Check, ended: Ended) -> None:
+        """A row has run again: is it what was answered?"""
+        again = self.writer.answer(ended.spec, ended.answers) if ended.error is None else str(ended.error).encode()
+        if not check.compare(ended.line, again):
+            self.display.warn(f"line {ended.line} was computed again and is NOT what was answered")
+            if self.cache is not None:
+                forget(ended, self.cache)
 
     def _put(self, results: Results, ended: Ended) -> None:
         self.meter.ended(ended.stats)
@@ -351,23 +374,22 @@ class _Job:
     def _progress(self, feed: Feed, results: Results) -> Progress:
         status = results.status()
         return self.meter.progress(
-            feed, status.total, status.answered, status.counts["failed"], status.written, status.waiting_for
-        )
+            feed, status.total, status.answered, status.counts["failed"], status.written, status.waiting_for,
+            self.reuse.copies.left,
+        )  # fmt: skip
 
     # -- the end -----------------------------------------------------------------------------------
 
     def _end(self, plan: Plan, results: Results, finished: bool) -> int:
-        status = results.status()
-        failed = status.counts["failed"]
-        if finished:
-            code = SOME_FAILED if failed else 0
-        else:
-            code = INTERRUPTED if self.stop.asked else BUDGET_HIT
-        if self.job.options.max_failures.exceeded(failed, status.total):
+        failed = results.status().counts["failed"]
+        code = (SOME_FAILED if failed else 0) if finished else INTERRUPTED if self.stop.asked else BUDGET_HIT
+        if self.job.options.max_failures.exceeded(failed, results.status().total):
             code = BUDGET_HIT
         if self.engine is not None:
             self.engine.close()
-        report = self.meter.report(self.job, plan, results, finished, code)
+        if self.cache is not None and self.cache.damaged:
+            self.display.warn(f"{self.cache.damaged:,} damaged answers of the cache were removed, and not used")
+        report = self.meter.report(self.job, plan, results, finished, code, self.check)
         write_report(report, self.job.state.path, self.files)
         if finished:
             self.job.state.finish(report.status)

@@ -29,6 +29,9 @@ FINISHED = "finished.json"
 LOCK = "lock"
 HASHES = "hashes.json"
 
+# Parameters that make requests of lines, and lines of answers: a request's key has what they come to.
+_OF_LINES = frozenset(("model", "strict", "seed", "prompt", "chat", "body", "openai", "created"))
+
 _T = TypeVar("_T")
 _BLOCK = 1 << 20
 _LARGEST = 1 << 26  # bytes of a state file that is read whole
@@ -58,6 +61,12 @@ class Manifest:
     def answers(self) -> str:
         """Return one hash over all but input file and layout: with a line's body it decides the line's answer."""
         return _hash_of(asdict(self) | {"input": "", "layout": {}})
+
+    @property
+    def engine(self) -> str:
+        """Return one hash over what turns requests into answers: with a request's key it decides the answer."""
+        parameters = {name: value for name, value in self.parameters.items() if name not in _OF_LINES}
+        return _hash_of(asdict(self) | {"input": "", "layout": {}, "parameters": parameters})
 
 
 def _hash_of(values: Mapping[str, object]) -> str:

@@ -24,7 +24,8 @@ def digest(context: Iterable[int], produced: Iterable[int], request: Request) ->
     state = hashlib.blake2b(array(TOKEN, context).tobytes(), digest_size=8)
     state.update(b"|" + array(TOKEN, produced).tobytes())
     sampling = request.sampling
-    state.update(f"|{request.root}|{sampling.seed}|{sampling.sample}|{sampling.temperature}".encode())
+    seed = 0 if sampling.greedy else sampling.seed
+    state.update(f"|{request.root}|{seed}|{sampling.sample}|{sampling.temperature}".encode())
     return int.from_bytes(state.digest(), "little")
 
 

@@ -24,6 +24,7 @@ class Line:
     max_tokens: int = 8
     name: str | None = None
     error: str = ""
+    asks: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Encoded:
     score_from: int
     max_tokens: int
     key: int
+    asks: Sequence[bytes]
 
 
 @dataclass
@@ -78,7 +80,8 @@ class FakeEncoder:
             return RowError(line.error, "bad", "messages")
         prompts = [array("i", prompt) for prompt in line.prompts]
         key = 0 if line.name is None else len(line.name)
-        return Encoded(prompts, line.samples, line.expect, line.root, line.score_from, line.max_tokens, key)
+        facts = line.samples, line.expect, line.root, line.score_from, line.max_tokens, key
+        return Encoded(prompts, *facts, line.asks)
 
 
 @dataclass

@@ -99,7 +99,10 @@ def test_the_window_is_bounded_whatever_a_row_asks_for(job) -> None:
 
 def test_a_line_that_alone_holds_back_half_the_file_is_moved_up(job) -> None:
     sure = {"ignore_eos": True, "max_tokens": 4}  # lengths that the plan knows go first
-    rows = [chat(0, "zzz the only one of its kind"), *(chat(i, "again and again", **sure) for i in range(1, 400))]
+    rows = [
+        chat(0, "zzz the only one of its kind"),
+        *(chat(i, "again and again", seed=i, temperature=1, **sure) for i in range(1, 400)),
+    ]
     mixed = [chat(i, f"{'odd' if i % 2 else 'even'} {i}", **(sure if i % 2 else {})) for i in range(400)]
     submitted = []
     with mock.patch("shoal.jobs.feed.WINDOW", 32):

@@ -25,7 +25,7 @@ def test_steps_within_the_bound_of_those_before_are_never_spoken_of(seed: int) -
     for _ in range(30):
         step = luck.random() * max(LEAST, TIMES * longest)
         for part in range(20):
-            assert not patience.words(now + part / 20 * step)
+            assert not patience.words(now + part / 20 * step, 7)
         now, longest = now + step, max(longest, step)
         patience.heard(now)
 
@@ -35,7 +35,7 @@ def silence(patience: Patience, engine: Engine, begin: float, seconds: int, busy
     said = []
     for second in range(seconds):
         engine.spent += busy
-        said.append(patience.words(begin + second))
+        said.append(patience.words(begin + second, 7))
     return [words for words in said if words]
 
 

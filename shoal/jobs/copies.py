@@ -1,0 +1,99 @@
+"""Rows that ask for what an earlier row asks for: they get its answer, each as a line of its own.
+
+It knows which rows are copies of which; it must not know where results are kept, nor the engine.
+
+Of the rows of a group, the first in the file that has not ended is run, and ends last: whatever moment a job is
+stopped at, what has ended needs no other row, and what has not can be made again. So no answer is kept for later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from shoal.jobs.feed import Ended, Feed
+
+SOME = 256  # copies made in one round, as many as are committed at once: the engine waits for nobody
+OURS = frozenset(("internal", "engine_died"))  # failures that a row may have had by bad luck
+TRIES = 3  # rows of a group that may fail by bad luck before the others are not tried: each may cost two engines
+
+
+@dataclass(slots=True)
+class _Group:
+    ended: Ended
+    rows: Iterator[int]  # still without an answer
+
+
+class Copies:
+    """Makes the rows that end with another. Changed by the job's loop alone."""
+
+    def __init__(self, feed: Feed, done: Callable[[int], bool]) -> None:
+        """`done` says of an input line whether it has ended. Groups that an earlier run left half way go on."""
+        self._feed, self._plan, self._done = feed, feed.plan, done
+        self._groups: deque[_Group] = deque()
+        self._original: dict[int, int] = {}  # of copies that run in its place
+        self.left = 0  # copies that have not ended
+        group = -1
+        for original, row in self._plan.copies():
+            if done(self._plan.line(row)):
+                continue
+            self.left += 1
+            if original != group and done(self._plan.line(original)):
+                self._run_instead(original, row)
+            group = original
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to make now."""
+        return bool(self._groups)
+
+    def add(self, ended: Ended) -> list[Ended]:
+        """A row that was run is over: what can be noted of it now. With copies it is noted after them."""
+        original = self._original.pop(ended.row, ended.row)
+        if original != ended.row:
+            self.left -= 1
+        left = [row for row in self._left(original) if row != ended.row]
+        if not left:
+            return [ended]
+        if ended.error is not None and ended.error.code in OURS and self._tried(original, ended.row) < TRIES:
+            self._run_instead(original, left[0])
+            return [ended]
+        self._groups.append(_Group(ended, iter(left)))
+        return []
+
+    def make(self) -> Iterator[Ended]:
+        """Some rows that have ended, those that were run after their copies."""
+        room = SOME
+        while room > 0 and self._groups:
+            group = self._groups[0]
+            for row in islice(group.rows, room):
+                room -= 1
+                self.left -= 1
+                yield self._copy(row, group.ended)
+            if room > 0:
+                self._groups.popleft()
+                yield group.ended
+
+    def _left(self, original: int) -> list[int]:
+        return [row for row in self._plan.copies_of(original) if not self._done(self._plan.line(row))]
+
+    def _tried(self, original: int, row: int) -> int:
+        """Rows of a group that have failed, up to this one."""
+        return 1 if row == original else 2 + self._plan.copies_of(original).index(row)
+
+    def _run_instead(self, original: int, row: int) -> None:
+        self._original[row] = original
+        self._feed.lead(row)
+
+    def _copy(self, row: int, ended: Ended) -> Ended:
+        line, raw, spec = self._feed.read(row)
+        return Ended(row, line, raw, spec, ended.answers, ended.error, free_stats(ended) | {"copy_of": ended.line})
+
+
+def free_stats(ended: Ended) -> dict[str, object]:
+    """What is noted of a row that has the answers of `ended` without being computed: its usage, and what it saved."""
+    prompt, output = ended.stats["prompt_tokens"], ended.stats["completion_tokens"]
+    assert isinstance(prompt, int)
+    return {"prompt_tokens": prompt, "completion_tokens": output, "prompt_saved": prompt * ended.spec.n}

@@ -25,6 +25,7 @@ WINDOW = 1024  # requests that wait in the engine: enough to choose from, few en
 QUARANTINE = 8  # after a death, the rows that were in the engine come back in about so many groups
 
 EXHAUSTED = "kv_exhausted: "
+CONSTRAINT = "constraint: "
 
 
 @dataclass(slots=True)
@@ -285,6 +286,8 @@ class Feed:
 def _row_error(text: str) -> RowError:
     if text.startswith(EXHAUSTED):
         return RowError(text.removeprefix(EXHAUSTED), "kv_exhausted", "max_tokens")
+    if text.startswith(CONSTRAINT):
+        return RowError(text.removeprefix(CONSTRAINT), "invalid_constraint")
     return RowError(text, "internal")
 
 

@@ -58,7 +58,7 @@ class LLM:
         self._tokenizer = Tokenizer.load(words)
         self._template = self._with_source(ChatTemplate.load(words), chat_template)
         self._info = ModelInfo.load(folder, self._tokenizer, self.config.context)
-        self._built = build_engine(self.config)
+        self._built = build_engine(self.config, tokenizer=self._tokenizer)
         self.facts = self._built.facts
         self._loop = Loop(self._built.engine, self._tokenizer, self._info)
         self._count = 0  # prompts taken so far

@@ -152,11 +152,12 @@ class Sampler:
                 rows[i].problem = CONSTRAINT + followed.problem
             elif followed.bits is not None:
                 masked.append(i)
-                bits.append(_not_yet(followed.bits, rows[i]))
+                early = len(rows[i].outputs) < rows[i].sampling.min_tokens
+                bits.append(_not_yet(followed.bits, rows[i].sampling.stop) if early else followed.bits)
         if not masked:
             return []
         unmasked = [(logits_RV[i], logits_RV[i].clone()) for i in masked if rows[i].sampling.logprobs >= 0]
-        bits_KW = torch.from_numpy(np.stack(bits)).to(logits_RV.device)
+        bits_KW = torch.from_numpy(np.concatenate(bits).reshape(len(bits), -1)).to(logits_RV.device)
         self._kernels.forbid(logits_RV, torch.tensor(masked, device=logits_RV.device), bits_KW)
         return unmasked
 
@@ -211,12 +212,10 @@ def _nothing_left(best: float) -> str:
     return "the model's logits are not finite numbers at this position: check the checkpoint and its weight mode"
 
 
-def _not_yet(bits_W: Bits, row: _Row) -> Bits:
+def _not_yet(bits_W: Bits, stop: frozenset[int]) -> Bits:
     """The mask without the stop tokens that min_tokens forbids; a text that is over ends all the same."""
-    if len(row.outputs) >= row.sampling.min_tokens:
-        return bits_W
     words = bits_W.view(np.uint32).copy()
-    for token in row.sampling.stop:
+    for token in stop:
         if 0 <= token < 32 * len(words):
             words[token >> 5] &= ~np.uint32(1 << (token & 31))
     return words.view(np.int32) if words.any() else bits_W

@@ -41,6 +41,7 @@ class Matching:
     limit: int  # tokens it may produce
     stop: frozenset[int]  # tokens that end it
     json: bool
+    endless: bool  # it ignores the end
     matcher: LLMatcher | None = None
     problem: str = ""  # why it cannot go on
     bits: Bits | None = None  # int32 [W], tokens that may come next by bit; None when nothing will
@@ -65,7 +66,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """Takes a moment for large vocabularies. ModelError when masks cannot be made for this tokenizer."""
-        from llguidance import LLExecutor, LLTokenizer, TokenizerWrapper
+        from llguidance import LLTokenizer, TokenizerWrapper
 
         if tokenizer.decoding.kind is Kind.LIBRARY:
             raise ModelError("this model's tokenizer does not say which bytes its tokens stand for")
@@ -73,7 +74,6 @@ class Grammars:
         if not vocabulary.ends:
             raise ModelError("this model names no token that ends an answer")
         self._words = LLTokenizer(TokenizerWrapper(_Words(tokenizer, vocabulary)), eos_token=list(vocabulary.ends))
-        self._executor = LLExecutor(1)  # masks of a batch take a millisecond; the cores belong to the kernels
         self._limits = limits()
         self._compiled: OrderedDict[Constraint, _Compiled] = OrderedDict()
         self._of_begin, self._of_advance = Closer(vocabulary), Closer(vocabulary)
@@ -81,7 +81,7 @@ class Grammars:
 
     def begin(self, constraint: Constraint, stop: frozenset[int], limit: int, produced: Sequence[int]) -> Matching:
         """A row that has produced those tokens. One that cannot be followed has a problem, and never a mask."""
-        row = Matching(limit, stop, constraint.kind == "json")
+        row = Matching(limit, stop, constraint.kind == "json", endless=stop.isdisjoint(self.vocabulary.ends))
         try:
             compiled = self._compile(constraint)
         except RowError as error:
@@ -93,18 +93,22 @@ class Grammars:
             if row.ending is None and token not in stop:
                 row.matcher.consume_token(token)
             self._take(row, token, self._of_begin)
-        self._fill([row])
+        self._fill(row, np.empty_like(self._end))
         return row
 
     def advance(self, rows: Sequence[tuple[Matching, int]]) -> None:
-        """Each row has produced that token: its bits become those of the next."""
-        going = [(row, token) for row, token in rows if not row.problem and row.bits is not None]
-        followed = [(row.matcher, token) for row, token in going if row.ending is None and token not in row.stop]
-        if followed:
-            self._executor.consume_token_par(followed)
-        for row, token in going:
+        """Each row has produced that token: its bits become those of the next.
+
+        Row by row, so that a parser is in the cache when it is asked: the library's own threads take twice as long.
+        """
+        room_KW = np.empty((len(rows), len(self._end)), dtype=np.int32)
+        for (row, token), room_W in zip(rows, room_KW, strict=True):
+            if row.bits is None or row.problem:
+                continue
+            if row.ending is None and token not in row.stop:
+                row.matcher.consume_token(token)  # type: ignore[union-attr]  # a row without one has a problem
             self._take(row, token, self._of_advance)
-        self._fill([row for row, _ in going])
+            self._fill(row, room_W)
 
     def _compile(self, constraint: Constraint) -> _Compiled:
         from llguidance import LLMatcher
@@ -146,26 +150,18 @@ class Grammars:
             row.ending = way[::-1]
         row.look_at = len(row.tokens) + spare // 3
 
-    def _fill(self, rows: Sequence[Matching]) -> None:
-        """The bits of each row's next token."""
-        asked: list[Matching] = []
-        for row in rows:
-            if len(row.tokens) >= row.limit or (row.tokens and row.tokens[-1] in row.stop):
-                row.bits = None
-            elif row.ending is not None:
-                row.bits = self.vocabulary.bits(row.ending[-1:]) if row.ending else self._end
-            else:
-                asked.append(row)
-        if not asked:
-            return
-        bits_KW = np.empty((len(asked), len(self._end)), dtype=np.int32)
-        pairs = [(row.matcher, k) for k, row in enumerate(asked)]
-        self._executor.unsafe_compute_mask_ptr(pairs, bits_KW.ctypes.data, bits_KW.shape[1] * 4, len(asked))
-        for row, bits_W in zip(asked, bits_KW, strict=True):
+    def _fill(self, row: Matching, room_W: Bits) -> None:
+        """The bits of the row's next token, in that memory where they are its own."""
+        if len(row.tokens) >= row.limit or (row.tokens and row.tokens[-1] in row.stop):
+            row.bits = None
+        elif row.ending is not None:
+            row.bits = self.vocabulary.bits(row.ending[-1:]) if row.ending else self._end
+        else:
             assert row.matcher is not None
+            row.matcher.unsafe_compute_mask_ptr(room_W.ctypes.data, room_W.nbytes)
             if row.matcher.is_error():
                 row.problem = f"the answer cannot be kept to its constraint: {_first_line(row.matcher.get_error())}"
-            row.bits = bits_W if row.stop.intersection(self.vocabulary.ends) else self._without_end(bits_W)
+            row.bits = self._without_end(room_W) if row.endless else room_W
 
     def _without_end(self, bits_W: Bits) -> Bits:
         """For a row that ignores the end: it comes only where nothing else can, and then again and again."""

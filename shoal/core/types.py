@@ -41,8 +41,8 @@ class Answer(Enum):
 class Sampling:
     """How the next token is chosen. The defaults are greedy and change nothing.
 
-    Order of application: logit bias, the constraint, allowed/banned/min_tokens masks, repetition, presence and frequency
-    penalties, temperature, top-k, top-p, min-p, then the draw.
+    Order of application: logit bias, the request's constraint, allowed/banned/min_tokens masks, repetition, presence
+    and frequency penalties, temperature, top-k, top-p, min-p, then the draw.
     """
 
     max_tokens: int = 128  # may be 0 when only scores or a vector are wanted

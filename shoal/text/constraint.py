@@ -159,10 +159,11 @@ class Checker:
 
 
 def limits() -> Any:
-    """What a grammar may cost: the library's own limits, and errors without the state it was in."""
+    """What a grammar may cost: the library's own limits but one, which deep JSON without a schema meets, and errors
+    without the state it was in."""
     from llguidance import LLParserLimits
 
-    return LLParserLimits(verbose_errors=False)
+    return LLParserLimits(max_items_in_row=20_000, verbose_errors=False)
 
 
 class _Bytes:

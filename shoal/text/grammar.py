@@ -30,7 +30,7 @@ KEPT_TEXT = 1 << 20  # characters of those together: what is compiled grows with
 Bits = npt.NDArray[np.int32]
 
 
-MARGIN = 12  # tokens kept for what may still be opened between two looks at how far the end is
+MARGIN = 16  # tokens kept for what may still be opened between two looks at how far the end is
 WAY = 4096  # tokens to an end that is looked for: further ones are not found
 
 
@@ -148,7 +148,7 @@ class Grammars:
         spare = left - 1 - len(way) - MARGIN
         if spare < 4:
             row.ending = way[::-1]
-        row.look_at = len(row.tokens) + spare // 3
+        row.look_at = len(row.tokens) + spare // 5
 
     def _fill(self, row: Matching, room_W: Bits) -> None:
         """The bits of the row's next token, in that memory where they are its own."""
@@ -161,7 +161,9 @@ class Grammars:
             row.matcher.unsafe_compute_mask_ptr(room_W.ctypes.data, room_W.nbytes)
             if row.matcher.is_error():
                 row.problem = f"the answer cannot be kept to its constraint: {_first_line(row.matcher.get_error())}"
-            row.bits = self._without_end(room_W) if row.endless else room_W
+                row.bits = None
+            else:
+                row.bits = self._without_end(room_W) if row.endless else room_W
 
     def _without_end(self, bits_W: Bits) -> Bits:
         """For a row that ignores the end: it comes only where nothing else can, and then again and again."""

@@ -198,7 +198,7 @@ class CompletionBody(Body, frozen=True, forbid_unknown_fields=True, kw_only=True
 UNSUPPORTED = frozenset(
     "stream use_beam_search logits_processors logprob_token_ids prompt_embeds thinking_token_budget vllm_xargs"
     " kv_transfer_params repetition_detection echo tools tool_choice functions function_call modalities audio documents"
-    " chat_template structural_tag disable_additional_properties"
+    " chat_template"
     " web_search_options verbosity mm_processor_kwargs media_io_kwargs suffix tool_calls tool_call_id refusal".split()
 )
 """Fields that are known, and refused with any value that asks for something."""

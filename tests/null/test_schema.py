@@ -67,9 +67,9 @@ def test_what_changes_nothing_is_accepted(body: dict[str, Any]) -> None:
         ({"response_format": {"type": "xml"}}, "invalid_request", "response_format.type", "xml"),
         (
             {"structured_outputs": {"structural_tag": "{}"}},
-            "not_supported",
+            "invalid_request",
             "structured_outputs.structural_tag",
-            "remove",
+            "null",
         ),
         ({"structured_outputs": {"jsn": {}}}, "unknown_field", "jsn", "remove"),
         ({"guided_choice": []}, "invalid_constraint", "guided_choice", "at least one"),

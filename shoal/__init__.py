@@ -13,14 +13,27 @@ from shoal.core.errors import ShoalError
 
 if TYPE_CHECKING:
     from shoal.jobs.call import run
-    from shoal.llm import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams
+    from shoal.llm import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams, StructuredOutputsParams
 
 __version__ = "0.2.0"
 
-__all__ = ["LLM", "CompletionOutput", "EngineConfig", "Logprob", "RequestOutput", "SamplingParams", "ShoalError", "run"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "ShoalError",
+    "StructuredOutputsParams",
+    "run",
+]
 
 _LATE = {
-    **dict.fromkeys(("LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"), "shoal.llm"),
+    **dict.fromkeys(
+        ("LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "StructuredOutputsParams"),
+        "shoal.llm",
+    ),
     "run": "shoal.jobs.call",
 }
 

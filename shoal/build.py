@@ -20,6 +20,7 @@ from shoal.kernels import Kernels
 from shoal.nn.adapter import Adapter, load_adapter
 from shoal.nn.arch import ModelConfig, read_config
 from shoal.nn.decoder import Decoder
+from shoal.nn.masks import Masks
 from shoal.nn.weights import MODES, load_weights, model_bytes
 from shoal.runtime.memory import MemoryPlan, available_bytes, plan_memory
 from shoal.runtime.runner import ModelRunner
@@ -27,6 +28,8 @@ from shoal.sched.policies.batch import BatchPolicy
 from shoal.sched.policy import Budget, Policy
 from shoal.sched.scheduler import Scheduler
 from shoal.text.checkpoint import resolve_model, weight_mode
+from shoal.text.grammar import Grammars
+from shoal.text.tokenizer import Tokenizer
 
 _LEAST_TOKENS = 2048  # without --memory, the KV memory must hold a row of this length (or of the whole context)
 
@@ -69,11 +72,14 @@ class BuiltEngine:
         self.runner.close()
 
 
-def build_engine(config: EngineConfig, useful_tokens: int | None = None) -> BuiltEngine:
+def build_engine(
+    config: EngineConfig, useful_tokens: int | None = None, tokenizer: Tokenizer | None = None
+) -> BuiltEngine:
     """Load the model and put an engine around it.
 
-    `useful_tokens` bounds the KV memory: what the work at hand can fill at most, if known. ModelError or UsageError
-    says what is wrong with the checkpoint, the device or the memory.
+    `useful_tokens` bounds the KV memory: what the work at hand can fill at most, if known. Constraints speak of the
+    texts of `tokenizer`, by default the model's own. ModelError or UsageError says what is wrong with the checkpoint,
+    the device or the memory.
     """
     began = time.monotonic()
     folder = resolve_model(config.model)
@@ -84,7 +90,11 @@ def build_engine(config: EngineConfig, useful_tokens: int | None = None) -> Buil
     memory = _memory(config, model, mode, kernels, useful_tokens, sum(each.num_bytes for each in adapters))
     decoder = Decoder(model, load_weights(folder, model, *MODES[mode]), kernels, adapters)
     kv = decoder.new_kv(memory.num_blocks, config.block_size)
-    runner = ModelRunner(decoder, kernels, kv, model.vocab_size, tuple(config.adapters))
+
+    def grammars() -> Grammars:
+        return Grammars(tokenizer or Tokenizer.load(folder), model.vocab_size)
+
+    runner = ModelRunner(decoder, kernels, kv, model.vocab_size, tuple(config.adapters), Masks(grammars))
     scheduler = Scheduler(make_policy(config), memory.num_blocks, config.block_size, config.reuse)
     facts = EngineFacts(
         folder=folder, architecture=model.architecture, context=model.context, vocab_size=model.vocab_size,

@@ -41,8 +41,8 @@ class Answer(Enum):
 class Sampling:
     """How the next token is chosen. The defaults are greedy and change nothing.
 
-    Order of application: logit bias, allowed/banned/min_tokens masks, repetition, presence and frequency
-    penalties, temperature, top-k, top-p, min-p, then the draw.
+    Order of application: logit bias, the request's constraint, allowed/banned/min_tokens masks, repetition, presence
+    and frequency penalties, temperature, top-k, top-p, min-p, then the draw.
     """
 
     max_tokens: int = 128  # may be 0 when only scores or a vector are wanted
@@ -73,6 +73,14 @@ def root_of(adapter: str, salt: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the text of an answer must be. Equal constraints have equal texts; only who makes masks reads them."""
+
+    kind: str  # "json": a schema; "regex"; "choice": a JSON list of texts; "grammar"
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What a client asked for. Never changes after it is made."""
 
@@ -80,6 +88,7 @@ class Request:
     prompt: Tokens  # array("i"), at least one token
     sampling: Sampling = Sampling()
     answer: Answer = Answer.TOKENS
+    constraint: Constraint | None = None  # on the sampled tokens' text
     score_from: int = -1  # >= 1: log-probabilities of prompt tokens from this position on; -1: none
     score_top: int = 0  # with score_from: how many best tokens to report at each position
     arrival: float = 0.0  # seconds

@@ -24,10 +24,48 @@ Empty = Annotated[list[Any], Meta(max_length=0)]
 NoObject = Annotated[dict[str, Any], Meta(max_length=0)]
 
 
-class TextFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The only answer format of this version."""
+Schema = dict[str, Any] | bool | str  # a JSON schema, or its text
 
-    type: Literal["text"]
+
+class TextFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """A free answer."""
+
+
+class ObjectFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="json_object"):
+    """Any JSON object."""
+
+
+class NamedSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """OpenAI's wrapping of a schema."""
+
+    schema: Schema
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
+    """JSON that a schema describes."""
+
+    json_schema: NamedSchema
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """vLLM's field for constraints: one of the first five."""
+
+    json: Schema | None = None
+    json_object: bool | None = None
+    regex: Word | None = None
+    choice: list[str] | None = None
+    grammar: Word | None = None
+    disable_any_whitespace: bool | None = None
+    whitespace_pattern: str | None = None
+    # Refused unless they ask for nothing.
+    disable_additional_properties: Literal[False] | None = None
+    structural_tag: None = None
+    # Ignored: there is one way to keep a constraint here.
+    disable_fallback: Raw = Raw()
+    backend: Raw = Raw()
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -82,15 +120,16 @@ class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     cache_salt: Word | None = None
+    response_format: TextFormat | ObjectFormat | JsonFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Word | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: Word | None = None
+    guided_whitespace_pattern: str | None = None
     # Refused unless they ask for nothing: honouring them in part would change what an answer means.
     stream: bool | None = None
     use_beam_search: bool | None = None
-    structured_outputs: NoObject | None = None
-    guided_json: None = None
-    guided_regex: None = None
-    guided_choice: None = None
-    guided_grammar: None = None
-    response_format: TextFormat | None = None
     logits_processors: Empty | None = None
     logprob_token_ids: Empty | None = None
     prompt_embeds: None = None
@@ -115,7 +154,6 @@ class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     early_stopping: Raw = Raw()
     spaces_between_special_tokens: Raw = Raw()
     guided_decoding_backend: Raw = Raw()
-    guided_whitespace_pattern: Raw = Raw()
 
 
 class ChatBody(Body, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -158,9 +196,9 @@ class CompletionBody(Body, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 UNSUPPORTED = frozenset(
-    "stream use_beam_search structured_outputs guided_json guided_regex guided_choice guided_grammar response_format"
-    " logits_processors logprob_token_ids prompt_embeds thinking_token_budget vllm_xargs kv_transfer_params"
-    " repetition_detection echo tools tool_choice functions function_call modalities audio documents chat_template"
+    "stream use_beam_search logits_processors logprob_token_ids prompt_embeds thinking_token_budget vllm_xargs"
+    " kv_transfer_params repetition_detection echo tools tool_choice functions function_call modalities audio documents"
+    " chat_template"
     " web_search_options verbosity mm_processor_kwargs media_io_kwargs suffix tool_calls tool_call_id refusal".split()
 )
 """Fields that are known, and refused with any value that asks for something."""

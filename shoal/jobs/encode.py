@@ -16,12 +16,13 @@ import msgspec
 import numpy as np
 
 from shoal.core.errors import RowError
-from shoal.core.types import TOKEN, Request, Sampling, Tokens, root_of
+from shoal.core.types import TOKEN, Constraint, Request, Sampling, Tokens, root_of
 from shoal.jobs.body import ChatBody, Message
 from shoal.jobs.keys import RequestKeys
 from shoal.jobs.schema import RowSpec, parse_line
 from shoal.jobs.settings import JobSettings
 from shoal.text.checkpoint import ModelInfo
+from shoal.text.constraint import Checker
 
 GREEDY_BELOW = 1e-5  # a temperature below this is greedy, as in vLLM
 
@@ -79,6 +80,7 @@ class RowEncoder:
         self.model = model
         self.settings = settings
         self._keys = RequestKeys()
+        self._checker = Checker()
 
     @property
     def fingerprint(self) -> str:
@@ -122,12 +124,14 @@ class RowEncoder:
         the first. Raises RowError only for a row that `encode` refuses too.
         """
         sampling = self._sampling(line, row, number, len(prompt))
+        constraint = self._constraint(row)
         top = row.score_top
         return [
             Request(
                 id=f"{line}.{number}.{sample}",
                 prompt=prompt,
                 sampling=dataclasses.replace(sampling, sample=sample) if sample else sampling,
+                constraint=constraint,
                 score_from=1 if top >= 0 and sample == 0 else -1,
                 score_top=max(top, 0),
                 adapter=self.settings.adapter(row.body),
@@ -211,6 +215,7 @@ class RowEncoder:
             self._check_length(len(prompt), limit, "messages" if isinstance(body, ChatBody) else "prompt")
             self._check_words(prompt, "messages" if isinstance(body, ChatBody) else "prompt")
         self._check_ids(row)
+        self._constraint(row)
         answer = room if limit is None else limit
         return Encoded(
             prompts=prompts,
@@ -222,6 +227,17 @@ class RowEncoder:
             key=0 if row.custom_id is None else hash(row.custom_id) or 1,
             asks=self._keys.of(self, row, prompts, self.model.context),
         )
+
+    def _constraint(self, row: RowSpec) -> Constraint | None:
+        """The row's constraint, the same object for rows that have the same; RowError if it cannot be kept."""
+        asked = row.constraint
+        if asked is None:
+            return None
+        constraint, field = asked
+        try:
+            return self._checker.check(constraint)
+        except RowError as error:
+            raise RowError(f"{field}: {error}", error.code, field) from None
 
     def _given_tokens(self, ids: list[int]) -> Tokens:
         if ids and not (0 <= min(ids) and max(ids) < self.model.vocab_size):

@@ -26,6 +26,7 @@ WINDOW = 1024  # requests that wait in the engine: enough to choose from, few en
 QUARANTINE = 8  # after a death, the rows that were in the engine come back in about so many groups
 
 EXHAUSTED = "kv_exhausted: "
+CONSTRAINT = "constraint: "
 
 Known = Callable[[bytes, int], Kept | None]  # the sample of this number of requests with this key
 
@@ -341,6 +342,8 @@ class Feed:
 def _row_error(text: str) -> RowError:
     if text.startswith(EXHAUSTED):
         return RowError(text.removeprefix(EXHAUSTED), "kv_exhausted", "max_tokens")
+    if text.startswith(CONSTRAINT):
+        return RowError(text.removeprefix(CONSTRAINT), "invalid_constraint")
     return RowError(text, "internal")
 
 

@@ -13,7 +13,9 @@ import msgspec
 import numpy as np
 
 from shoal.core.errors import RowError
+from shoal.core.types import Constraint
 from shoal.jobs.body import FIELDS, UNSUPPORTED, ChatBody, CompletionBody, Message
+from shoal.jobs.constrain import wanted
 from shoal.jobs.prompt import DEFAULT_PROMPT
 from shoal.jobs.settings import JobSettings
 
@@ -61,6 +63,11 @@ class RowSpec(msgspec.Struct, frozen=True):
         """Stop strings."""
         stop = self.body.stop
         return () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+
+    @property
+    def constraint(self) -> tuple[Constraint, str] | None:
+        """What the text of each answer must be, and the field that asks for it. RowError where two do."""
+        return wanted(self.body)
 
     @property
     def logprobs(self) -> int:

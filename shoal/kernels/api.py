@@ -229,6 +229,13 @@ class Kernels(Protocol):
         """
         ...
 
+    def forbid(self, x_RV: Tensor, row_K: Tensor, bits_KW: Tensor) -> None:
+        """Set number v of row row_K[k] to -infinity, in place, where bit v % 32 of bits_KW[k, v // 32] is 0.
+
+        x is float32 and contiguous, the rows are distinct int64, W is V / 32 rounded up, the bits are int32.
+        """
+        ...
+
     def draw(self, x_RV: Tensor, draws: Draws) -> Tensor:
         """Draw a token for each, int64 [S], from the row's distribution under heat, top-k, top-p and min-p.
 

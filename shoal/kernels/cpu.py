@@ -285,6 +285,14 @@ class CpuKernels:
         self._table.largest(x_RV.data_ptr(), index_R.data_ptr(), value_R.data_ptr(), rows, columns)
         return index_R, value_R
 
+    def forbid(self, x_RV: Tensor, row_K: Tensor, bits_KW: Tensor) -> None:
+        columns, count = x_RV.shape[1], len(row_K)
+        assert x_RV.dtype == torch.float32 and x_RV.is_contiguous(), x_RV.dtype
+        assert row_K.dtype == torch.int64 and row_K.is_contiguous(), row_K.dtype
+        assert bits_KW.dtype == torch.int32 and bits_KW.is_contiguous(), bits_KW.dtype
+        assert bits_KW.shape == (count, (columns + 31) // 32), (bits_KW.shape, count, columns)
+        self._table.forbid(x_RV.data_ptr(), columns, row_K.data_ptr(), bits_KW.data_ptr(), count)
+
     def draw(self, x_RV: Tensor, draws: Draws) -> Tensor:
         assert x_RV.dtype == torch.float32 and x_RV.is_contiguous(), x_RV.dtype
         token_S = torch.empty_like(draws.row_S)

@@ -213,6 +213,11 @@ class RefKernels:
         index_R = x_RV.argmax(dim=1)
         return index_R, x_RV.gather(1, index_R[:, None])[:, 0]
 
+    def forbid(self, x_RV: Tensor, row_K: Tensor, bits_KW: Tensor) -> None:
+        place_32 = torch.arange(32, dtype=torch.int32, device=x_RV.device)
+        allowed_KV = ((bits_KW[:, :, None] >> place_32) & 1).flatten(1)[:, : x_RV.shape[1]].bool()
+        x_RV[row_K] = torch.where(allowed_KV, x_RV[row_K], -math.inf)
+
     def draw(self, x_RV: Tensor, draws: Draws) -> Tensor:
         return ref_sampling.draw(x_RV, draws)
 

@@ -20,11 +20,12 @@ from shoal.llm.arguments import make_config
 from shoal.llm.loop import Loop, Task
 from shoal.llm.outputs import CompletionOutput, Logprob, RequestOutput
 from shoal.llm.params import SamplingParams, default_params, make_sampling, row_seed
+from shoal.llm.structured import StructuredOutputsParams
 from shoal.text.chat import ChatTemplate
 from shoal.text.checkpoint import ModelInfo, resolve_model
 from shoal.text.tokenizer import Tokenizer
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "StructuredOutputsParams"]
 
 Prompt = str | Sequence[int] | Mapping[str, Any]  # a text, token ids, {"prompt": …} or {"prompt_token_ids": […]}
 Message = Mapping[str, Any]
@@ -60,7 +61,7 @@ class LLM:
         self._tokenizer = Tokenizer.load(words)
         self._template = self._with_source(ChatTemplate.load(words), chat_template)
         self._info = ModelInfo.load(folder, self._tokenizer, self.config.context)
-        self._built = build_engine(self.config)
+        self._built = build_engine(self.config, tokenizer=self._tokenizer)
         self.facts = self._built.facts
         self._loop = Loop(self._built.engine, self._tokenizer, self._info)
         self._count = 0  # prompts taken so far

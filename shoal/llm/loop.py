@@ -95,12 +95,14 @@ class Loop:
             return
         params, info = task.params, self._info
         sampling = make_sampling(params, info, self._tokenizer, len(task.tokens), task.seed)
+        constraint = params.constraint()
         top, now = count_best(params.prompt_logprobs, info), self._engine.clock.now()
         requests = [
             Request(
                 id=f"{task.request_id}.{sample}",
                 prompt=task.tokens,
                 sampling=replace(sampling, sample=sample),
+                constraint=constraint,
                 score_from=1 if top >= 0 and sample == 0 else -1,
                 score_top=max(top, 0),
                 arrival=now,

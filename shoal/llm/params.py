@@ -11,14 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from shoal.core.errors import UsageError
-from shoal.core.types import Sampling
+from shoal.core.types import Constraint, Sampling
+from shoal.llm.structured import constraint_of
 from shoal.text.checkpoint import ModelInfo
 from shoal.text.tokenizer import Tokenizer
 
 GREEDY_BELOW = 1e-5  # a temperature below this is greedy, as in vLLM
 _BIAS_LIMIT = 100.0  # biases are cut to this, as in vLLM
 _UNAVAILABLE = (
-    "structured_outputs", "guided_decoding", "logprob_token_ids", "flat_logprobs", "truncate_prompt_tokens",
+    "logprob_token_ids", "flat_logprobs", "truncate_prompt_tokens",
     "skip_reading_prefix_cache", "thinking_token_budget", "repetition_detection", "extra_args", "logits_processors",
     "best_of",
 )  # fmt: skip
@@ -55,9 +56,9 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None  # keys may be strings of digits, as in JSON
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
+    structured_outputs: object = None  # StructuredOutputsParams, or a mapping of its fields
+    guided_decoding: object = None  # the same under its older name
     # Known to vLLM and not available here: anything but None is refused, so that nothing is silently left out.
-    structured_outputs: object = field(default=None, repr=False)
-    guided_decoding: object = field(default=None, repr=False)
     logprob_token_ids: object = field(default=None, repr=False)
     flat_logprobs: object = field(default=None, repr=False)
     truncate_prompt_tokens: object = field(default=None, repr=False)
@@ -76,6 +77,9 @@ class SamplingParams:
         for name in _UNAVAILABLE:
             if getattr(self, name) not in (None, False):
                 raise UsageError(f"SamplingParams: {name} is not available in this engine; leave it out")
+        if self.structured_outputs is not None and self.guided_decoding is not None:
+            raise UsageError("SamplingParams: structured_outputs and guided_decoding are one thing: keep one")
+        self.constraint()
         for name, ok, must in self._checks():
             if not ok:
                 raise UsageError(f"SamplingParams: {name} is {getattr(self, name)!r}; it must be {must}")
@@ -98,6 +102,10 @@ class SamplingParams:
             ("stop", all(self.stops), "without empty strings"),
             ("detokenize", self.detokenize or not self.stops, "true with stop strings"),
         ]
+
+    def constraint(self) -> Constraint | None:
+        """What the text of an answer must be."""
+        return constraint_of(self.structured_outputs if self.structured_outputs is not None else self.guided_decoding)
 
     @property
     def stops(self) -> tuple[str, ...]:

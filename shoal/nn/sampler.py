@@ -15,12 +15,16 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import TypeAlias
 
+import numpy as np
 import torch
 
 from shoal.core.types import TOKEN, Sampling, Start, TokenScore
 from shoal.kernels import Draws, Kernels
+from shoal.nn.masks import Bits, Masks
 from shoal.nn.random import draw
 from shoal.nn.scores import score
+
+CONSTRAINT = "constraint: "  # begins the error of a row whose constraint cannot be kept
 
 _MINUS_INFINITY = float("-inf")
 
@@ -37,7 +41,9 @@ class Samples:
 class _Row:
     """One ticket: its request's wishes and what it has produced. Changed by the Sampler alone."""
 
-    __slots__ = ("sampling", "num_prompt", "outputs", "counts", "edits", "remembers", "draws", "plain", "problem")
+    __slots__ = (
+        "sampling", "num_prompt", "outputs", "counts", "edits", "remembers", "draws", "plain", "problem", "constrained"
+    )  # fmt: skip
 
     def __init__(self, start: Start, vocab_size: int) -> None:
         s = start.request.sampling
@@ -49,6 +55,7 @@ class _Row:
         # how often each token was produced; tokens of the prompt stand with 0 where the repetition penalty needs them
         self.counts: dict[int, int] = dict.fromkeys(start.request.prompt if s.repetition_penalty != 1 else (), 0)
         self.problem = _problem(s, vocab_size)
+        self.constrained = start.request.constraint is not None and not self.problem
         self.draws = not s.greedy and not self.problem
         self.edits = self.edits and not self.problem
         self.plain = s.greedy and not self.edits and s.logprobs < 0  # its token is the best, and that is all
@@ -70,10 +77,17 @@ class _Row:
 class Sampler:
     """Chooses the next token of every ticket it was told to start. One thread."""
 
-    def __init__(self, vocab_size: int, kernels: Kernels) -> None:
+    def __init__(self, vocab_size: int, kernels: Kernels, masks: Masks | None = None) -> None:
+        """Without masks a request with a constraint is an error: it is never answered freely."""
         self._vocab_size = vocab_size
         self._kernels = kernels
+        self._masks = masks
         self._rows: dict[int, _Row] = {}
+
+    def prepare(self, start: Start) -> None:
+        """Begin what a ticket needs by its first sample. May be called by another thread, before `start`."""
+        if self._masks is not None:
+            self._masks.start(start)
 
     def start(self, start: Start) -> None:
         """Begin a ticket. A wish that the vocabulary cannot grant becomes the ticket's error at its first sample."""
@@ -82,21 +96,33 @@ class Sampler:
     def drop(self, ticket: int) -> None:
         """Forget a ticket; one that never started is no error."""
         self._rows.pop(ticket, None)
+        if self._masks is not None:
+            self._masks.drop(ticket)
+
+    def close(self) -> None:
+        """Wait for what was begun. Nothing may be sampled after."""
+        if self._masks is not None:
+            self._masks.close()
 
     def sample(self, logits_RV: torch.Tensor, tickets: Sequence[int]) -> Samples:
         """Choose a token for each ticket from its row of float32 logits, and remember it.
 
         A row without a finite logit left is its ticket's error. The logits are contiguous, and are as before at the
-        end: rows are edited in place, as most wishes change few tokens of many.
+        end: rows are edited in place, as most wishes change few tokens of many. What a constraint forbids stays
+        forbidden, where no log-probabilities are asked for.
         """
         rows = [self._rows[ticket] for ticket in tickets]
         special = [i for i, row in enumerate(rows) if not row.plain]
+        constrained = [i for i, row in enumerate(rows) if row.constrained]
+        unmasked = self._forbid(logits_RV, tickets, rows, constrained) if constrained else []
         changes = [(logits_RV[i], *_edit(logits_RV[i], rows[i])) for i in special if rows[i].edits]
         try:
             tokens, values = self._choose(logits_RV, rows, special)
         finally:
             for row_V, where, before in changes:
                 row_V[where] = before
+            for row_V, before in unmasked:
+                row_V[:] = before
         result = Samples()
         for ticket, row, token, value in zip(tickets, rows, tokens, values, strict=True):
             if row.problem or not isfinite(value):
@@ -104,9 +130,36 @@ class Sampler:
                 continue
             result.tokens[ticket] = token
             row.append(token)
+        if constrained and self._masks is not None:
+            named = [tickets[i] for i in constrained]
+            self._masks.give({ticket: result.tokens[ticket] for ticket in named if ticket in result.tokens})
         if special:
             self._score(logits_RV, tickets, rows, result)
         return result
+
+    def _forbid(
+        self, logits_RV: torch.Tensor, tickets: Sequence[int], rows: list[_Row], constrained: list[int]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Forbid in place what the rows' constraints do. Gives rows that are to be as before, and how they were."""
+        if self._masks is None:
+            for i in constrained:
+                rows[i].problem = "this engine keeps no constraints"
+            return []
+        masked: list[int] = []
+        bits: list[Bits] = []
+        for i, followed in zip(constrained, self._masks.take([tickets[i] for i in constrained]), strict=True):
+            if followed.problem:
+                rows[i].problem = CONSTRAINT + followed.problem
+            elif followed.bits is not None:
+                masked.append(i)
+                early = len(rows[i].outputs) < rows[i].sampling.min_tokens
+                bits.append(_not_yet(followed.bits, rows[i].sampling.stop) if early else followed.bits)
+        if not masked:
+            return []
+        unmasked = [(logits_RV[i], logits_RV[i].clone()) for i in masked if rows[i].sampling.logprobs >= 0]
+        bits_KW = torch.from_numpy(np.concatenate(bits).reshape(len(bits), -1)).to(logits_RV.device)
+        self._kernels.forbid(logits_RV, torch.tensor(masked, device=logits_RV.device), bits_KW)
+        return unmasked
 
     def _choose(self, logits_RV: torch.Tensor, rows: list[_Row], special: list[int]) -> tuple[list[int], list[float]]:
         """A token for each row, drawn where it asks for that and else the best; and the largest logit of each."""
@@ -152,8 +205,20 @@ def _draws(value_R: torch.Tensor, drawing: list[int], rows: list[_Row]) -> Draws
 
 def _nothing_left(best: float) -> str:
     if best == _MINUS_INFINITY:
-        return "no token may be sampled: allowed, banned and stop tokens with min_tokens leave none; relax one of them"
+        return (
+            "no token may be sampled: allowed, banned and stop tokens with min_tokens, or the constraint, leave none;"
+            " relax one of them"
+        )
     return "the model's logits are not finite numbers at this position: check the checkpoint and its weight mode"
+
+
+def _not_yet(bits_W: Bits, stop: frozenset[int]) -> Bits:
+    """The mask without the stop tokens that min_tokens forbids; a text that is over ends all the same."""
+    words = bits_W.view(np.uint32).copy()
+    for token in stop:
+        if 0 <= token < 32 * len(words):
+            words[token >> 5] &= ~np.uint32(1 << (token & 31))
+    return words.view(np.int32) if words.any() else bits_W
 
 
 def _problem(s: Sampling, vocab_size: int) -> str:
@@ -180,7 +245,7 @@ def _edit(row_V: torch.Tensor, row: _Row) -> tuple[_Where, torch.Tensor]:
     s, device = row.sampling, row_V.device
     bias = dict(s.logit_bias)  # of a token named twice the last counts
     masked = [sequence[-1] for sequence in s.banned if _completes(row.outputs, sequence)]
-    if len(row.outputs) < s.min_tokens:
+    if len(row.outputs) < s.min_tokens and not row.constrained:
         masked += [token for token in s.stop if 0 <= token < row_V.shape[0]]
     where = slice(None) if s.allowed else _ids([*bias, *masked, *row.counts], device)
     before = row_V[where].clone()

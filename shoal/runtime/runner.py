@@ -17,6 +17,7 @@ import torch
 
 from shoal.core.types import Answer, Request, Slice, Start, Step, StepResult, TokenScore
 from shoal.kernels.api import KV, Batch, Kernels
+from shoal.nn.masks import Masks
 from shoal.nn.sampler import Sampler
 from shoal.nn.scores import score
 from shoal.runtime.batch import Layout, lay_out, moves_tensor
@@ -72,29 +73,35 @@ class _Wishes:
 class ModelRunner:
     """Runs steps of one model. `submit` may be called from any one thread; all tensors are touched by the worker."""
 
-    def __init__(self, model: Model, kernels: Kernels, kv: KV, vocab_size: int, adapters: Sequence[str] = ()) -> None:
-        """`adapters` are the names of the model's, by number."""
+    def __init__(
+        self, model: Model, kernels: Kernels, kv: KV, vocab_size: int, adapters: Sequence[str] = (),
+        masks: Masks | None = None,
+    ) -> None:  # fmt: skip
+        """`adapters` are the names of the model's, by number; `masks` keep the constraints of requests: without them a
+        request that has one is refused."""
         self._adapters = {name: number for number, name in enumerate(adapters)}
         self._adapted: dict[int, int] = {}  # ticket -> number of its adapter; changed by `submit` alone
         self._model, self._kernels, self._kv, self._vocab_size = model, kernels, kv, vocab_size
-        self._sampler = Sampler(vocab_size, kernels)
+        self._sampler = Sampler(vocab_size, kernels, masks)
         self._tickets: dict[int, _Ticket] = {}
         self._last: dict[int, int] = {}  # ticket -> the token it sampled last
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shoal-kernels")
 
     def submit(self, step: Step) -> StepInFlight:
-        """Run the step after all earlier ones. It is laid out at once, while those run."""
+        """Run the step after all earlier ones. It is laid out at once, while those run; so are constraints compiled."""
         for ticket in step.drops:
             self._adapted.pop(ticket, None)
         for start in step.starts:
             if start.request.adapter in self._adapters:
                 self._adapted[start.ticket] = self._adapters[start.request.adapter]
+            self._sampler.prepare(start)
         layout = lay_out(step, self._kv.page_size, self._vocab_size, self._adapted) if step.slices else None
         return StepInFlight(self._worker.submit(self._run, step, layout))
 
     def close(self) -> None:
         """Wait for the steps in flight and end the worker. No step may follow."""
         self._worker.shutdown()
+        self._sampler.close()
 
     # -- all below runs in the worker ------------------------------------------------------------------
 

@@ -37,8 +37,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "bench"
 LIMITS = Limits(2, "some", {"fp32": 478e9, "bf16": 956e9, "int8": 1912e9}, 45e9)
 QWEN = Costs(
-    linear=357_826_560, last=13_877_248, head=28_672_000, weight_bytes=773e6, position_bytes=512, query_key=3584, windows=(0,) * 24,
-    linear_arithmetic="bf16", other_arithmetic="bf16",
+    linear=357_826_560, last=13_877_248, head=28_672_000, weight_bytes=773e6, position_bytes=512, query_key=3584,
+    windows=(0,) * 24, linear_arithmetic="bf16", other_arithmetic="bf16",
 )  # fmt: skip
 
 

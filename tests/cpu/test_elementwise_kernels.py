@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoal.kernels import _cpu, set_threads
+from shoal.kernels.cpu import CpuKernels
+from shoal.kernels.ref import RefKernels
 
 DTYPES = [torch.float32, torch.bfloat16]
 COLUMNS = st.one_of(st.integers(1, 200), st.sampled_from([255, 256, 257, 896, 1000, 2048, 2049, 4097]))
@@ -166,3 +168,26 @@ def test_the_largest_of_many_rows_is_that_of_torch_with_any_number_of_threads(ta
         assert index == x.argmax(1).tolist()
         assert torch.equal(value, x.max(1).values)
     assert largest(table, x[:0])[0] == []
+
+
+# -- forbid -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 1000, 4096, 151_936])
+def test_what_is_forbidden_is_minus_infinity_and_nothing_else_changes(columns: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    before = noise(5, columns, seed=columns)
+    rows = torch.tensor([3, 0, 4])
+    bits = torch.randint(-(2**31), 2**31, (3, (columns + 31) // 32), generator=generator).to(torch.int32)
+    bits[0, -1], bits[1, 0] = -1, 0
+    expected = before.clone()
+    for row, mask in zip(rows.tolist(), bits.tolist(), strict=True):
+        for token in range(columns):
+            if not mask[token // 32] >> token % 32 & 1:
+                expected[row, token] = -math.inf
+    for kernels in (RefKernels(torch.device("cpu")), *map(CpuKernels, _cpu.names())):
+        x = fenced(before)
+        kernels.forbid(x, rows, bits)
+        assert same_bits(x.clone(), expected), kernels.name
+        fence = x._base
+        assert fence is not None and fence[:7].isnan().all() and fence[7 + x.numel() :].isnan().all()

@@ -333,7 +333,7 @@ def test_arguments_about_other_machines_are_ignored_aloud(folder: Path) -> None:
     [
         {"temperature": -1}, {"top_p": 0}, {"top_k": -2}, {"min_p": 2}, {"n": 0}, {"max_tokens": 0}, {"min_tokens": 20},
         {"repetition_penalty": 0}, {"presence_penalty": 3}, {"logprobs": -2}, {"stop": [""]},
-        {"stop": "a", "detokenize": False}, {"structured_outputs": {"json": {}}}, {"best_of": 2},
+        {"stop": "a", "detokenize": False}, {"best_of": 2},
     ],
 )  # fmt: skip
 def test_parameters_out_of_range_are_refused(values: dict[str, Any]) -> None:

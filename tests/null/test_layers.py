@@ -49,7 +49,7 @@ OUTSIDE: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},
     "nn": {"torch", "numpy", "safetensors"},
     "runtime": {"torch", "numpy", "psutil"},
-    "text": {"tokenizers", "jinja2", "markupsafe", "msgspec", "numpy", "huggingface_hub"},
+    "text": {"tokenizers", "llguidance", "jinja2", "markupsafe", "msgspec", "numpy", "huggingface_hub"},
     "models": set(),
     "build": {"torch", "psutil", "numpy"},
     "host": {"torch", "msgspec", "psutil"},

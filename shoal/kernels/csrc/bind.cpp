@@ -228,6 +228,12 @@ NB_MODULE(_cpu, m) {
           },
           release())
       .def(
+          "forbid",
+          [](const Table &t, uintptr_t x, int64_t columns, uintptr_t row, uintptr_t bits, int64_t count) {
+            t.kernels->forbid(at<float>(x), columns, at<const int64_t>(row), at<const uint32_t>(bits), count);
+          },
+          release())
+      .def(
           "draw",
           [](const Table &t, uintptr_t x, int64_t columns, int64_t count, uintptr_t row, uintptr_t number, uintptr_t best,
              uintptr_t heat, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p, uintptr_t token) {

@@ -1,4 +1,4 @@
-// What is computed number by number or row by row: norms, residual sums and each row's largest number.
+// What is computed number by number or row by row: norms, residual sums, masks and each row's largest number.
 // Knows rows of float or bf16; must not know what they mean. Every sum over a row is folded in an order that depends on
 // the number of columns alone, and the last numbers of a row go through the same instructions as the others, padded.
 #include "ops.h"
@@ -133,6 +133,22 @@ void add(const void *x, const void *branch, float factor, void *y, int64_t count
     add_all((const float *)x, (const float *)branch, factor, (float *)y, count);
   else
     add_all((const bf16 *)x, (const bf16 *)branch, factor, (bf16 *)y, count);
+}
+
+void forbid(float *x, int64_t columns, const int64_t *row, const uint32_t *bits, int64_t count) {
+  const int64_t words = (columns + 31) / 32;
+  for_each(count, count * columns > 1 << 16, [&](int64_t k) {
+    for (int64_t w = 0; w < words; w++) {
+      const uint32_t allowed = bits[k * words + w];
+      float *const y = x + row[k] * columns + w * 32;
+      const int64_t here = columns - w * 32 < 32 ? columns - w * 32 : 32;
+      if (allowed == ~0u) continue;
+      if (here == 32)
+        for (int i = 0; i < 32; i++) y[i] = allowed >> i & 1 ? y[i] : -__builtin_inff();
+      else
+        for (int i = 0; i < here; i++) y[i] = allowed >> i & 1 ? y[i] : -__builtin_inff();
+    }
+  });
 }
 
 void largest(const float *x, int64_t *index, float *value, int64_t rows, int64_t columns) {

@@ -145,6 +145,8 @@ struct Kernels {
 
   // Index and value of each row's largest number; of equals the first, and a NaN is larger than any number.
   void (*largest)(const float *x, int64_t *index, float *value, int64_t rows, int64_t columns);
+  // Sets number v of row[k] to -infinity where bit v of bits[k][columns / 32, rounded up] is 0. Rows are distinct.
+  void (*forbid)(float *x, int64_t columns, const int64_t *row, const uint32_t *bits, int64_t count);
   // Rows of finite float32 logits (sampling.cpp says what a weight is). The same bits in every table.
   void (*draw)(const float *x, int64_t columns, const Draws &draws, int64_t *token);
   void (*score)(const float *x, int64_t columns, const Scores &scores);

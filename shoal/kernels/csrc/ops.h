@@ -23,6 +23,7 @@ void attention(const Work &, const Pages &, const void *q, int64_t stride, int64
                int64_t window, float softcap, float *states, void *out);
 void move(const Pages &, const int64_t *moves, int64_t count);
 void largest(const float *x, int64_t *index, float *value, int64_t rows, int64_t columns);
+void forbid(float *x, int64_t columns, const int64_t *row, const uint32_t *bits, int64_t count);
 void draw(const float *x, int64_t columns, const Draws &, int64_t *token);
 void score(const float *x, int64_t columns, const Scores &);
 double peak(Kind, int64_t iterations);

@@ -1,0 +1,107 @@
+"""Masks for rows under a constraint, made while the model computes: asked for early, waited for as late as can be.
+
+It knows tickets and two threads of its own; it must not know logits, nor how a constraint becomes a mask.
+A row's mask for its next token needs its last one, so the work begins when a token is sampled and has the next step's
+whole forward to end in. Compiling takes longer, and has a thread to itself: it keeps no other row waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from shoal.core.errors import ModelError
+from shoal.core.types import Constraint, Start
+
+Bits = npt.NDArray[np.int32]
+
+
+class Followed(Protocol):
+    """A row under its constraint, as far as it has come."""
+
+    problem: str  # why it cannot go on, or ''
+    bits: Bits | None  # int32 [W]: the tokens that may come next; None when none is expected
+
+
+class Follower(Protocol):
+    """Whoever makes masks of constraints."""
+
+    def begin(self, constraint: Constraint, stop: frozenset[int], limit: int, produced: Sequence[int]) -> Followed:
+        """A row that has produced those tokens."""
+        ...
+
+    def advance(self, rows: Sequence[tuple[Any, int]]) -> None:
+        """Each row has produced that token."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Unfollowed:
+    """A row that nobody can follow."""
+
+    problem: str
+    bits: Bits | None = None
+
+
+class Masks:
+    """The masks of every constrained ticket. `start` may be called by any thread, the rest by the sampler's."""
+
+    def __init__(self, make: Callable[[], Follower]) -> None:
+        """`make` is called when the first constraint comes, in a thread of this object."""
+        self._make = make
+        self._follower: Follower | None = None
+        self._compiling = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shoal-compile")
+        self._following = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shoal-masks")
+        self._rows: dict[int, Future[Followed]] = {}  # by ticket
+        self._advance: Future[None] | None = None  # the work on tokens given last
+
+    def start(self, start: Start) -> None:
+        """Begin to follow a ticket whose request has a constraint; nothing for others."""
+        if start.request.constraint is not None:
+            self._rows[start.ticket] = self._compiling.submit(self._begin, start, start.request.constraint)
+
+    def drop(self, ticket: int) -> None:
+        """Forget a ticket; one that was never followed is no error."""
+        self._rows.pop(ticket, None)
+
+    def __contains__(self, ticket: int) -> bool:
+        return ticket in self._rows
+
+    def take(self, tickets: Sequence[int]) -> list[Followed]:
+        """The rows of these tickets as they stand after all their tokens. Waits for what is not there yet."""
+        if self._advance is not None:
+            self._advance.result()
+        return [self._rows[ticket].result() for ticket in tickets]
+
+    def give(self, tokens: dict[int, int]) -> None:
+        """These tickets, whose rows have been taken, have produced a token each."""
+        rows = [(self._rows[ticket].result(), token) for ticket, token in tokens.items()]
+        before = self._advance
+        self._advance = self._following.submit(self._go_on, rows, before)
+
+    def close(self) -> None:
+        """End the threads. No ticket may follow."""
+        self._compiling.shutdown()
+        self._following.shutdown()
+
+    # -- in threads of this object -------------------------------------------------------------------
+
+    def _begin(self, start: Start, constraint: Constraint) -> Followed:
+        if self._follower is None:
+            try:
+                self._follower = self._make()
+            except ModelError as error:
+                return _Unfollowed(f"constraints cannot be kept: {error}")
+        sampling = start.request.sampling
+        return self._follower.begin(constraint, sampling.stop, sampling.max_tokens, start.produced)
+
+    def _go_on(self, rows: Sequence[tuple[Followed, int]], before: Future[None] | None) -> None:
+        if before is not None:
+            before.result()  # what went wrong there is raised where masks are taken
+        assert self._follower is not None
+        self._follower.advance(rows)

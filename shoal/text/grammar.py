@@ -1,0 +1,213 @@
+"""Masks over a vocabulary: which tokens may come next, so that an answer's text is what its constraint asks.
+
+Knows the grammar library, the bytes of tokens and what a row has produced; it must not know logits, steps or requests'
+other wishes. A row's masks are a function of its constraint, its limit and its own tokens.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from shoal.core.errors import ModelError, RowError
+from shoal.core.types import Constraint
+from shoal.text.closing import Closer, Vocabulary
+from shoal.text.constraint import library_grammar, limits, refusal
+from shoal.text.decoding import Kind
+from shoal.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+KEPT = 128  # compiled constraints kept for rows to come; 140 kB each for a schema of 500 bytes
+KEPT_TEXT = 1 << 20  # characters of those together: what is compiled grows with what was written
+
+Bits = npt.NDArray[np.int32]
+
+
+MARGIN = 16  # tokens kept for what may still be opened between two looks at how far the end is
+WAY = 4096  # tokens to an end that is looked for: further ones are not found
+
+
+@dataclass(slots=True)
+class Matching:
+    """One row under its constraint. Changed by `Grammars` alone."""
+
+    limit: int  # tokens it may produce
+    stop: frozenset[int]  # tokens that end it
+    json: bool
+    endless: bool  # it ignores the end
+    matcher: LLMatcher | None = None
+    problem: str = ""  # why it cannot go on
+    bits: Bits | None = None  # int32 [W], tokens that may come next by bit; None when nothing will
+    tokens: list[int] = field(default_factory=list)
+    look_at: int = 0  # when it has so many tokens, see how far the end is
+    ending: list[int] | None = None  # the tokens it has to take to its end, the next one last
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A constraint's matcher before the first token, and a way to the end from there."""
+
+    matcher: LLMatcher
+    way: list[int] | None
+
+
+class Grammars:
+    """Compiles constraints for one vocabulary and follows rows through them. Rows share what is compiled.
+
+    Rows may begin in one thread while others go on in another.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        """Takes a moment for large vocabularies. ModelError when masks cannot be made for this tokenizer."""
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        if tokenizer.decoding.kind is Kind.LIBRARY:
+            raise ModelError("this model's tokenizer does not say which bytes its tokens stand for")
+        self.vocabulary = vocabulary = Vocabulary.of(tokenizer, vocab_size)
+        if not vocabulary.ends:
+            raise ModelError("this model names no token that ends an answer")
+        self._words = LLTokenizer(TokenizerWrapper(_Words(tokenizer, vocabulary)), eos_token=list(vocabulary.ends))
+        self._limits = limits()
+        self._compiled: OrderedDict[Constraint, _Compiled] = OrderedDict()
+        self._of_begin, self._of_advance = Closer(vocabulary), Closer(vocabulary)
+        self._end = vocabulary.bits(vocabulary.ends)
+
+    def begin(self, constraint: Constraint, stop: frozenset[int], limit: int, produced: Sequence[int]) -> Matching:
+        """A row that has produced those tokens. One that cannot be followed has a problem, and never a mask."""
+        row = Matching(limit, stop, constraint.kind == "json", endless=stop.isdisjoint(self.vocabulary.ends))
+        try:
+            compiled = self._compile(constraint)
+        except RowError as error:
+            row.problem = str(error)
+            return row
+        row.matcher = compiled.matcher.deep_copy()
+        self._look(row, compiled.way)
+        for token in produced:
+            if row.ending is None and token not in stop:
+                row.matcher.consume_token(token)
+            self._take(row, token, self._of_begin)
+        self._fill(row, np.empty_like(self._end))
+        return row
+
+    def advance(self, rows: Sequence[tuple[Matching, int]]) -> None:
+        """Each row has produced that token: its bits become those of the next.
+
+        Row by row, so that a parser is in the cache when it is asked: the library's own threads take twice as long.
+        """
+        room_KW = np.empty((len(rows), len(self._end)), dtype=np.int32)
+        for (row, token), room_W in zip(rows, room_KW, strict=True):
+            if row.bits is None or row.problem:
+                continue
+            if row.ending is None and token not in row.stop:
+                row.matcher.consume_token(token)  # type: ignore[union-attr]  # a row without one has a problem
+            self._take(row, token, self._of_advance)
+            self._fill(row, room_W)
+
+    def _compile(self, constraint: Constraint) -> _Compiled:
+        from llguidance import LLMatcher
+
+        found = self._compiled.get(constraint)
+        if found is None:
+            matcher = LLMatcher(self._words, library_grammar(constraint), log_level=0, limits=self._limits)
+            way = self._of_begin.way(matcher, constraint.kind == "json", (), WAY)  # looks at the first mask too
+            if matcher.is_error():
+                raise refusal(constraint.kind, matcher.get_error())
+            found = self._compiled[constraint] = _Compiled(matcher, way)
+            size = sum(len(each.text) for each in self._compiled)
+            while len(self._compiled) > 1 and (len(self._compiled) > KEPT or size > KEPT_TEXT):
+                size -= len(self._compiled.popitem(last=False)[0].text)
+        self._compiled.move_to_end(constraint)
+        return found
+
+    def _take(self, row: Matching, token: int, closer: Closer) -> None:
+        """Remember a token that the matcher has been shown."""
+        row.tokens.append(token)
+        if row.ending is not None:
+            row.ending = row.ending[:-1]
+        elif token not in row.stop and len(row.tokens) >= row.look_at:
+            assert row.matcher is not None
+            most = min(WAY, row.limit - len(row.tokens))
+            self._look(row, closer.way(row.matcher, row.json, row.tokens, most))
+
+    def _look(self, row: Matching, way: list[int] | None) -> None:
+        """Lead the row to its end when there is just room for it; else say when to look again.
+
+        What is done depends on the row alone: one that begins again behind some tokens looks at the same places.
+        """
+        left = row.limit - len(row.tokens)
+        if way is None or len(way) >= left:
+            row.look_at = len(row.tokens) + max(16, left // 4)
+            return
+        spare = left - 1 - len(way) - MARGIN
+        if spare < 4:
+            row.ending = way[::-1]
+        row.look_at = len(row.tokens) + spare // 5
+
+    def _fill(self, row: Matching, room_W: Bits) -> None:
+        """The bits of the row's next token, in that memory where they are its own."""
+        if len(row.tokens) >= row.limit or (row.tokens and row.tokens[-1] in row.stop):
+            row.bits = None
+        elif row.ending is not None:
+            row.bits = self.vocabulary.bits(row.ending[-1:]) if row.ending else self._end
+        else:
+            assert row.matcher is not None
+            row.matcher.unsafe_compute_mask_ptr(room_W.ctypes.data, room_W.nbytes)
+            if row.matcher.is_error():
+                row.problem = f"the answer cannot be kept to its constraint: {_first_line(row.matcher.get_error())}"
+                row.bits = None
+            else:
+                row.bits = self._without_end(room_W) if row.endless else room_W
+
+    def _without_end(self, bits_W: Bits) -> Bits:
+        """For a row that ignores the end: it comes only where nothing else can, and then again and again."""
+        other = bits_W & ~self._end
+        return other if other.any() else bits_W
+
+
+def _first_line(reason: str) -> str:
+    return reason.strip().split("\n")[0][:200]
+
+
+class _Words:
+    """A tokenizer in the library's form. It asks how a text that has to come is written, to have it written so."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+        self.tokens = vocabulary.tokens
+        self.special_token_ids = sorted(vocabulary.special)
+        self.eos_token_id = vocabulary.ends[0]
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._ids: dict[bytes, int] = {}
+        self._longest = 0
+
+    def __call__(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text, False).tolist()
+        if max(ids, default=0) < len(self.tokens) and self._vocabulary.text(ids) == text.encode():
+            return list(ids)
+        return self._longest_first(text.encode())
+
+    def _longest_first(self, text: bytes) -> list[int]:
+        """For texts with a special token's name in them, and for tokenizers that add a space."""
+        if not self._ids:
+            self._ids = {word: i for i, word in enumerate(self.tokens) if word and i not in self._vocabulary.special}
+            self._longest = max(map(len, self._ids))
+        ids: list[int] = []
+        while text:
+            for length in range(min(self._longest, len(text)), 0, -1):
+                found = self._ids.get(text[:length])
+                if found is not None:
+                    ids.append(found)
+                    text = text[length:]
+                    break
+            else:
+                break
+        return ids

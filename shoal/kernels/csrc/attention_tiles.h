@@ -95,9 +95,15 @@ struct Operand {
 template <Kind KIND>
 INLINE reg_bits words_at(const char *p) {
   if constexpr (KIND == Kind::int8) {
+#if defined(__AVX512BW__)  // the compiler would widen the halves apart
+    return (reg_bits)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__AVX2__)
+    return (reg_bits)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+#else
     typedef int8_t narrow __attribute__((vector_size(32 / SPLIT), aligned(1), may_alias));
     typedef int16_t wide __attribute__((vector_size(64 / SPLIT)));
     return (reg_bits)__builtin_convertvector(*(const narrow *)p, wide);
+#endif
   }
   return *(const reg_bits_any *)p;
 }
@@ -126,8 +132,14 @@ INLINE reg step(reg total, const Operand<KIND> &b, const Operand<KIND> &a) {
   return KIND == Kind::fp32 ? total : fma_of((reg)b.second, (reg)a.second, total);
 }
 
-// A sum of products of whole numbers, which is exact until here, as what it stands for.
-INLINE reg scaled(reg total, reg scale) { return __builtin_convertvector((reg_whole)total, reg) * scale; }
+// A sum of products of whole numbers, which is exact until here, as what it stands for. Without the first line the
+// compiler would keep sums in memory throughout the loop before.
+INLINE reg scaled(reg total, reg scale) {
+#if defined(__x86_64__)
+  asm volatile("" : "+v"(total));
+#endif
+  return __builtin_convertvector((reg_whole)total, reg) * scale;
+}
 
 // 2 to the power of x, for x <= 0 and little more. The polynomials are least relative errors of 2**f on [0, 1) (3e-6
 // where weights are rounded to 16 bits, else 2e-9 before rounding) among those that are exactly 1 at 0.

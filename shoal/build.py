@@ -19,13 +19,13 @@ from shoal.engine import Engine
 from shoal.kernels import Kernels
 from shoal.nn.arch import ModelConfig, read_config
 from shoal.nn.decoder import Decoder
-from shoal.nn.weights import MODES, load_weights, model_bytes
+from shoal.nn.weights import KV_DTYPES, MODES, load_weights, model_bytes
 from shoal.runtime.memory import MemoryPlan, available_bytes, plan_memory
 from shoal.runtime.runner import ModelRunner
 from shoal.sched.policies.batch import BatchPolicy
 from shoal.sched.policy import Budget, Policy
 from shoal.sched.scheduler import Scheduler
-from shoal.text.checkpoint import resolve_model, weight_mode
+from shoal.text.checkpoint import kv_mode, resolve_model, weight_mode
 
 _LEAST_TOKENS = 2048  # without --memory, the KV memory must hold a row of this length (or of the whole context)
 
@@ -46,6 +46,7 @@ class EngineFacts:
     context: int  # tokens
     vocab_size: int  # rows of the embedding
     weights: str
+    kv: str
     kernels: str
     device: str
     threads: int
@@ -78,15 +79,17 @@ def build_engine(config: EngineConfig, useful_tokens: int | None = None) -> Buil
     folder = resolve_model(config.model)
     model = read_config(folder, config.context)
     mode = weight_mode(config.weights, folder)
+    kv_name = kv_mode(config.kv, mode)
+    kv_dtype = KV_DTYPES[kv_name]
     kernels = _load_kernels(config)
-    memory = _memory(config, model, mode, kernels, useful_tokens)
-    decoder = Decoder(model, load_weights(folder, model, *MODES[mode]), kernels)
+    memory = _memory(config, model, mode, kv_dtype, kernels, useful_tokens)
+    decoder = Decoder(model, load_weights(folder, model, *MODES[mode]), kernels, kv_dtype)
     kv = decoder.new_kv(memory.num_blocks, config.block_size)
     runner = ModelRunner(decoder, kernels, kv, model.vocab_size)
     scheduler = Scheduler(make_policy(config), memory.num_blocks, config.block_size, config.reuse)
     facts = EngineFacts(
         folder=folder, architecture=model.architecture, context=model.context, vocab_size=model.vocab_size,
-        weights=mode, kernels=kernels.name, device=config.device, threads=torch.get_num_threads(),
+        weights=mode, kv=kv_name, kernels=kernels.name, device=config.device, threads=torch.get_num_threads(),
         block_size=config.block_size, memory=memory, load_seconds=time.monotonic() - began,
     )  # fmt: skip
     return BuiltEngine(Engine(scheduler, runner, WallClock(), int(config.overlap)), facts, runner, kernels)
@@ -124,10 +127,14 @@ def _check_device(name: str) -> None:
 
 
 def _memory(
-    config: EngineConfig, model: ModelConfig, mode: str, kernels: Kernels, useful_tokens: int | None
+    config: EngineConfig,
+    model: ModelConfig,
+    mode: str,
+    kv_dtype: torch.dtype,
+    kernels: Kernels,
+    useful_tokens: int | None,
 ) -> MemoryPlan:
-    dtype, _ = MODES[mode]
-    block = model.num_layers * kernels.kv_bytes(config.block_size, model.num_kv_heads, model.head_dim, dtype)
+    block = model.num_layers * kernels.kv_bytes(config.block_size, model.num_kv_heads, model.head_dim, kv_dtype)
     useful = useful_tokens if useful_tokens is not None else config.max_sequences * model.context
     return plan_memory(
         available=available_bytes(kernels.device),

@@ -39,6 +39,7 @@ class PlanFacts:
     seconds: float  # spent reading, checking, tokenizing and ordering
     resumed: int = 0  # rows answered by an earlier run
     device: str = "cpu"
+    kv: str = ""  # how keys and values are kept
 
     def lines(self) -> list[str]:
         """The plan in words, one fact a line."""
@@ -48,7 +49,8 @@ class PlanFacts:
             f"input   {self.input}: {count(self.rows)} rows" + (f", {count(self.bad)} bad lines" if self.bad else ""),
             f"plan    {count(self.prompt_tokens)} prompt tokens, {count(self.prompt_bound)} to compute: "
             f"{percent(saved, self.prompt_tokens)} shared ({duration(self.seconds)})",
-            f"memory  {size(self.kv_bytes)} for {count(self.kv_tokens)} tokens of keys and values",
+            f"memory  {size(self.kv_bytes)} for {count(self.kv_tokens)} tokens of keys and values"
+            + (f" in {self.kv}" if self.kv else ""),
         ]
         if self.resumed:
             words.append(f"resume  {count(self.resumed)} rows were answered by an earlier run")

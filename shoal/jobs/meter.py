@@ -170,7 +170,8 @@ class Meter:
             seconds=Seconds(spent["wall"], spent["cpu"], spent["load"], spent["plan"]),
             steps=int(spent["steps"]), peak_memory_bytes=int(spent["peak"]),
             versions={"shoal": __version__, **{name: version(name) for name in LIBRARIES}},
-            model=job.name, input=str(job.options.input), output=str(job.options.output),
+            model=job.name, weights=job.manifest.weight_mode, kv=job.manifest.kv_mode,
+            input=str(job.options.input), output=str(job.options.output),
             files=files, errors=errors,
             runs=int(spent["runs"]), engine_restarts=int(spent["restarts"]), finished=finished, exit_code=code,
         )  # fmt: skip

@@ -78,6 +78,8 @@ class Report:
     peak_memory_bytes: int = 0  # the largest sum of resident memory over parent and engine
     versions: dict[str, str] = field(default_factory=dict)
     model: str = ""
+    weights: str = ""  # the arithmetic of linear layers
+    kv: str = ""  # how keys and values were kept
     input: str = ""
     output: str = ""
     files: dict[str, int] = field(default_factory=dict)  # written files and their lines
@@ -184,7 +186,8 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("peak memory", size(report.peak_memory_bytes)),
     ]
     if report.model:
-        pairs.insert(0, ("model", report.model))
+        arithmetic = f", {report.weights} weights, {report.kv} keys and values" if report.weights else ""
+        pairs.insert(0, ("model", report.model + arithmetic))
     if interrupted:
         pairs.append(("runs", f"{report.runs}, with {report.engine_restarts} restarts of the engine"))
     pairs += [(f"error {code}", f"{count(g.count)}, as line {g.line}: {g.message}") for code, g in errors(report)]

@@ -20,7 +20,7 @@ from shoal.core.errors import ModelError
 from shoal.kernels import load, set_threads
 from shoal.kernels.api import Kernels, Mode
 from shoal.kernels.cpu import CpuKernels, instruction_sets
-from shoal.kernels.quantize import group_size, product, quantize, quantize_rows, weight_bytes
+from shoal.kernels.quantize import group_size, product, quantize, quantize_heads, quantize_rows, weight_bytes
 from shoal.kernels.ref import RefKernels
 from shoal.nn.arch import read_config
 from shoal.nn.calibrate import calibrate
@@ -98,6 +98,18 @@ def test_rounded_activations_are_within_half_a_step(size: tuple[int, int, int], 
     meant = (numbers * scale[..., None]).flatten(1)[:, : x.shape[1]]
     step = scale.repeat_interleave(group, dim=1)[:, : x.shape[1]]
     assert bool(((meant - x.float()).abs() <= 0.5001 * step).all())
+
+
+@settings(deadline=None)
+@given(st.integers(1, 300), st.floats(1e-6, 1e6), st.integers(0, 1000))
+def test_rounded_heads_are_within_half_a_step_and_depend_on_their_token_alone(width: int, by: float, seed: int) -> None:
+    heads = [(noise(9, 2, width, seed=seed + half) * by).bfloat16() for half in range(2)]
+    stored = quantize_heads(*heads)
+    for x, numbers, scale in zip(heads, stored[::2], stored[1::2], strict=True):
+        assert numbers.dtype == torch.int8 and int(numbers.min()) >= -127
+        assert bool(((numbers * scale[..., None] - x.float()).abs() <= 0.5001 * scale[..., None]).all())
+    alone = quantize_heads(*(x[4:5] for x in heads))
+    assert all(torch.equal(one[0], all_of_them[4]) for one, all_of_them in zip(alone, stored, strict=True))
 
 
 @settings(deadline=None, max_examples=50)
@@ -210,6 +222,34 @@ def test_a_quantised_model_answers_nearly_as_before_and_alike_in_any_company(
         expected = generate(plain, [prompt], 1)[0][1]
         error = (logits[0] - expected[0]).norm() / expected[0].norm()
         assert error < (0.1 if mode == "int8" else 0.4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_model_with_rounded_keys_and_values_answers_nearly_as_before(
+    kernels: Kernels, name: str, tmp_path: Path
+) -> None:
+    save_model(name, tmp_path)
+    config = read_config(tmp_path)
+    prompts = [[(7 * i * n) % 199 for i in range(n)] for n in (3, 40, 270)]
+    plain, rounded = (
+        generate(Decoder(config, load_weights(tmp_path, config, torch.bfloat16), kernels, dtype), prompts, 2)
+        for dtype in (torch.bfloat16, torch.int8)
+    )
+    for (_, expected), (_, found) in zip(plain, rounded, strict=True):
+        assert 0 < (found[0] - expected[0]).norm() / expected[0].norm() < 0.05
+
+
+def test_keys_and_values_of_8_bits_leave_room_for_more_blocks(tmp_path: Path) -> None:
+    """A block of llama's narrow heads, which are filled up to 32 numbers: two bytes of each become one and a scale."""
+    save_model("llama", tmp_path)
+    blocks = {}
+    for kv, size in (("auto", 2 * 32), ("int8", 32 + 4)):
+        built = build_engine(EngineConfig(model=str(tmp_path), weights="bf16", kv=kv, memory_bytes=10**6, block_size=16))
+        assert built.facts.memory.block == 2 * 3 * 16 * 2 * size
+        assert built.facts.kv == ("bf16" if kv == "auto" else "int8")
+        blocks[kv] = built.facts.memory.num_blocks
+        built.close()
+    assert blocks["int8"] > 1.7 * blocks["auto"]
 
 
 @pytest.mark.parametrize("mode", QUANTIZED)

@@ -131,14 +131,34 @@ def quantize_rows(x_TK: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return numbers, scale_TC1[..., 0]
 
 
+def mixed(x: Tensor) -> Tensor:
+    """Sums and differences of neighbours, then of those in the same way, over runs of the width's largest power of two.
+
+    This Walsh-Hadamard transform multiplies products of two heads by `run_of` of their width and leaves them as they
+    are otherwise. Keys of some models have a few numbers that are far larger than the others; mixed, they are many of
+    moderate size, and rounding to a share of the largest costs less. The result is float32.
+    """
+    x, half = x.float(), 1
+    while half < run_of(x.shape[-1]):
+        first, second = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+        x = torch.stack((first + second, first - second), dim=-2).flatten(-3)
+        half *= 2
+    return x
+
+
+def run_of(width: int) -> int:
+    """How many neighbours are mixed together."""
+    return width & -width
+
+
 def quantize_heads(key_TGE: Tensor, value_TGE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keys and values as int8 [T, G, E], each with its scales [T, G]: keys, their scales, values, theirs.
 
-    Rounded as activations are, each head of a token with a scale of its own, so that what is stored depends on nothing
-    but the token. Where a key or a value is not finite the key's scale is none, so that whoever sees the position gets
+    Rounded as activations are, keys after they are `mixed`, each head of a token with a scale of its own, so that what
+    is stored depends on nothing but the token. Queries must be mixed too. Where a key or a value is not finite the key's scale is none, so that whoever sees the position gets
     what is none; such a value counts as zeros, so that nobody else does.
     """
-    rounded = [quantize_rows(x.flatten(0, 1), x.shape[2]) for x in (key_TGE, value_TGE)]
+    rounded = [quantize_rows(x.flatten(0, 1), x.shape[2]) for x in (mixed(key_TGE), value_TGE)]
     (key, value), scales = ([numbers.view_as(key_TGE).to(torch.int8) for numbers, _ in rounded], [s for _, s in rounded])
     key_scale, value_scale = (scale.view(key_TGE.shape[:2]) for scale in scales)
     return key, key_scale + 0 * value_scale, value, value_scale.nan_to_num(0.0)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shoal.kernels import ref_sampling
 from shoal.kernels.api import KV, Activation, Batch, Draws, Heads, Mode, Scores
-from shoal.kernels.quantize import WIDEST, Quantized, product, quantize, quantize_heads
+from shoal.kernels.quantize import WIDEST, Quantized, mixed, product, quantize, quantize_heads, run_of
 from shoal.kernels.ref_attention import TILE, Stored, TilePlan, attend, fold_sum
 from shoal.kernels.ref_product import fill_weight, tiled_product
 
@@ -175,7 +175,10 @@ class RefKernels:
         self, q_THE: Tensor, kv: KV, layer: int, plan: object, scale: float, window: int = 0, softcap: float = 0.0
     ) -> Tensor:
         assert isinstance(kv, PagedKV) and isinstance(plan, TilePlan)
-        return attend(q_THE, *kv.layer(layer), plan, scale, window, softcap)
+        if kv.scales is None:
+            return attend(q_THE, *kv.layer(layer), plan, scale, window, softcap)
+        q_mixed = mixed(q_THE) / run_of(q_THE.shape[2])
+        return attend(q_mixed, *kv.layer(layer), plan, scale, window, softcap).to(q_THE.dtype)
 
     def silu_mul(self, x_T2D: Tensor) -> Tensor:
         """silu(first half) * second half of each row."""

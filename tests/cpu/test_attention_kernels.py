@@ -125,11 +125,16 @@ def test_groups_may_be_larger_than_a_task(name: str, group: int, dtype: torch.dt
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sums_of_rounded_numbers_stay_exact_where_they_are_largest(name: str) -> None:
-    """All numbers of a sum are the largest ones, in the widest head that may be rounded: its sum fills 31 bits."""
+    """One number alone is mixed into 512 equal ones, in the widest head that may be rounded: sums fill 31 bits. Were
+    the sign of a sum lost, the query would see the other half of the positions."""
     heads = heads_of(1, 1, 512, torch.int8)
-    ones = torch.ones(256, 1, 512, dtype=torch.bfloat16)
-    sequences = [Sequence(ones, ones, ones[:1])]
-    assert torch.equal(run(name, heads, sequences, Layout())[0], ones[:1])
+    values = torch.ones(256, 1, 512, dtype=torch.bfloat16)
+    keys = torch.zeros_like(values)
+    keys[:, :, 0] = 200
+    assert torch.equal(run(name, heads, [Sequence(keys, values, keys[:1])], Layout())[0], values[:1])
+    keys[::2], values[::2] = -keys[::2], 0
+    query = -keys[:1] / 200
+    assert torch.equal(run(name, heads, [Sequence(keys, values, query)], Layout())[0], values[1:2])
 
 
 @pytest.mark.parametrize("name", NAMES)

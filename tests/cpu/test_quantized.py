@@ -20,7 +20,9 @@ from shoal.core.errors import ModelError
 from shoal.kernels import load, set_threads
 from shoal.kernels.api import Kernels, Mode
 from shoal.kernels.cpu import CpuKernels, instruction_sets
-from shoal.kernels.quantize import group_size, product, quantize, quantize_heads, quantize_rows, weight_bytes
+from shoal.kernels.quantize import (
+    group_size, mixed, product, quantize, quantize_heads, quantize_rows, run_of, weight_bytes
+)  # fmt: skip
 from shoal.kernels.ref import RefKernels
 from shoal.nn.arch import read_config
 from shoal.nn.calibrate import calibrate
@@ -105,11 +107,31 @@ def test_rounded_activations_are_within_half_a_step(size: tuple[int, int, int], 
 def test_rounded_heads_are_within_half_a_step_and_depend_on_their_token_alone(width: int, by: float, seed: int) -> None:
     heads = [(noise(9, 2, width, seed=seed + half) * by).bfloat16() for half in range(2)]
     stored = quantize_heads(*heads)
-    for x, numbers, scale in zip(heads, stored[::2], stored[1::2], strict=True):
+    for x, numbers, scale in zip((mixed(heads[0]), heads[1].float()), stored[::2], stored[1::2], strict=True):
         assert numbers.dtype == torch.int8 and int(numbers.min()) >= -127
-        assert bool(((numbers * scale[..., None] - x.float()).abs() <= 0.5001 * scale[..., None]).all())
+        assert bool(((numbers * scale[..., None] - x).abs() <= 0.5001 * scale[..., None]).all())
     alone = quantize_heads(*(x[4:5] for x in heads))
     assert all(torch.equal(one[0], all_of_them[4]) for one, all_of_them in zip(alone, stored, strict=True))
+
+
+@pytest.mark.parametrize("width", [1, 31, 48, 64, 128, 256])
+def test_products_of_mixed_heads_are_those_of_the_heads(width: int) -> None:
+    a, b = noise(20, width).double(), noise(20, width, seed=1).double()
+    found = (mixed(a).double() * mixed(b).double()).sum(1) / run_of(width)
+    torch.testing.assert_close(found, (a * b).sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_key_with_a_few_large_numbers_is_rounded_nearly_as_well_as_others() -> None:
+    """Two of 64 numbers are 100 times the others', as in models with large biases: alone they would set the step."""
+    query, key = noise(500, 1, 64, seed=1), noise(500, 1, 64)
+    key[..., 5] += 100
+    key[..., 37] -= 80
+    key = key.bfloat16().float()
+    numbers, scale, _, _ = quantize_heads(key, key)
+    query[..., [5, 37]] = 0  # what is left of a product when the large numbers meet small ones
+    exact, found = (query * key).sum(-1), (mixed(query) * numbers).sum(-1) * scale / 64
+    _, plain_scale = quantize_rows(key.flatten(0, 1), 64)
+    assert (found - exact).std() < 0.3 * plain_scale.mean() * 12**-0.5 * 64**0.5
 
 
 @settings(deadline=None, max_examples=50)

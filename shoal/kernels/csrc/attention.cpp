@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t BLOCK = 48;           // rows of a task
 constexpr int64_t AHEAD_BYTES = 16384;  // how long before they are read keys and values are fetched
-// Where keys and values are whole numbers of 8 bits, so are queries and weights of 16, as multiples of a scale of their
+// Where keys and values are whole numbers of 8 bits, keys are mixed before they are rounded, and queries with them. So are queries and weights of 16, as multiples of a scale of their
 // row: a sum of 512 products of a query's numbers and a key's, or of 256 of weights and values, is exact in 32 bits.
 constexpr float QUERY_LEVELS = 32767.f, WEIGHT_LEVELS = 32767.f;
 
@@ -217,7 +217,9 @@ void begin_task(const Call &call, const Task &task, Room &room) {
       const T *row = (const T *)call.q + token * call.stride + head * call.width;
       if constexpr (KIND == Kind::int8) {
         bf16 *to = room.whole + (r - first) * call.padded;
-        room.query_scale[r] = quantise(row, call.width, QUERY_LEVELS, (int16_t *)to), row = to;
+        float wide[WIDEST];
+        widen(row, call.width, wide), mix_runs(wide, call.width), row = to;
+        room.query_scale[r] = quantise(wide, call.width, QUERY_LEVELS, (int16_t *)to) / (float)run_of(call.width);
       }
       rows[r - first] = (const char *)row;
       room.position[r] = call.work.position[token];

@@ -8,7 +8,7 @@
 //   values  bf16 [E / 32][8 pairs of positions][32][2]   fp32 [E / 32][16 positions][32]
 //
 // In int8, numbers lie as in bf16, and before those of a unit are its positions' scales, float [16]. A head is rounded
-// to 127ths of its largest number. Where a key or a value is not finite the key's scale is NaN, so that whoever sees the
+// to 127ths of its largest number, keys after they are mixed (units.h). Where a key or a value is not finite the key's scale is NaN, so that whoever sees the
 // position gets a NaN; such a value is all zeros, as those who do not see the position multiply it by 0.
 //
 // Keys beyond the width are zeros. Values beyond it are whatever they are, and end in numbers that nobody reads.
@@ -110,8 +110,12 @@ void store_head(const T *key, const T *value, char *keys, char *values, int64_t 
 }
 
 void store_rounded(const bf16 *key, const bf16 *value, char *keys, char *values, int64_t lane, const Pages &pages) {
-  int8_t *const numbers = (int8_t *)scratch(2 * padded_width(pages)), *const more = numbers + padded_width(pages);
-  float key_scale = quantise(key, pages.width, 127.f, numbers), value_scale = quantise(value, pages.width, 127.f, more);
+  float wide[WIDEST];
+  int8_t numbers[WIDEST], more[WIDEST];
+  widen(key, pages.width, wide), mix_runs(wide, pages.width);
+  float key_scale = quantise(wide, pages.width, 127.f, numbers);
+  widen(value, pages.width, wide);
+  float value_scale = quantise(wide, pages.width, 127.f, more);
   if (value_scale != value_scale) key_scale = value_scale, value_scale = 0.f;
   __builtin_memcpy(keys + lane * 4, &key_scale, 4), __builtin_memcpy(values + lane * 4, &value_scale, 4);
   const int64_t head = head_bytes(Kind::int8);

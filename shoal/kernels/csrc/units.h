@@ -22,21 +22,49 @@ struct Whole {
   typedef T vector __attribute__((vector_size(LANES * sizeof(T)), aligned(1), may_alias));
 };
 
-// Rounds numbers to whole multiples of what is returned, at most `levels` of it, ties to even. Numbers that are not
-// all finite become zeros, and what is returned is NaN. Writes up to the next multiple of 16 numbers.
-template <class T>
-INLINE float quantise(const bf16 *x, int64_t count, float levels, T *out) {
-  uint16_t most = 0;
-  for (int64_t i = 0; i < count; i++) most = (x[i] & 0x7fff) > most ? x[i] & 0x7fff : most;
-  const bool finite = most < 0x7f80;
-  const float peak = load_one(&most), by = finite && peak >= 1e-30f ? levels / peak : 0.f;
+constexpr int64_t WIDEST = 512;  // numbers of a head that is rounded
+
+INLINE void widen(const bf16 *x, int64_t count, float *out) {
   for (int64_t i = 0; i < count; i += LANES) {
     bf16 last[LANES] = {};
     const bf16 *from = x + i;
     if (count - i < LANES) __builtin_memcpy(last, from, (count - i) * sizeof(bf16)), from = last;
-    // The sum's last bits are the whole number that is nearest, and zeros for a NaN.
-    const vu bits = (vu)(load(from) * by + 12582912.f);
-    *(typename Whole<T>::vector *)(out + i) = __builtin_convertvector((vi)bits, typename Whole<T>::vector);
+    store(out + i, load(from));
+  }
+}
+
+// As many neighbours as are mixed together: the width's largest power of two.
+INLINE int64_t run_of(int64_t width) { return width & -width; }
+
+// The Walsh-Hadamard transform of each run of numbers, which leaves products of two heads as they are, but for a factor
+// of run_of(width). A few large numbers, as keys have them, become many of moderate size, and rounding costs less.
+INLINE void mix_runs(float *x, int64_t width) {
+  for (int64_t half = 1; half < run_of(width); half *= 2)
+    for (int64_t i = 0; i < width; i += 2 * half)
+      for (int64_t j = i; j < i + half; j++) {
+        const float a = x[j], b = x[j + half];
+        x[j] = a + b, x[j + half] = a - b;
+      }
+}
+
+// Rounds numbers to whole multiples of what is returned, at most `levels` of it, ties to even. If they are not all
+// finite what is returned is NaN, and the multiples are zeros. Reads and writes up to the next multiple of 16 numbers.
+template <class T>
+INLINE float quantise(const float *x, int64_t count, float levels, T *out) {
+  int32_t most = 0;
+  for (int64_t i = 0; i < count; i++) {
+    int32_t bits;
+    __builtin_memcpy(&bits, x + i, 4);
+    most = (bits & 0x7fffffff) > most ? bits & 0x7fffffff : most;
+  }
+  float peak;
+  __builtin_memcpy(&peak, &most, 4);
+  const bool finite = most < 0x7f800000;
+  const float by = finite && peak >= 1e-30f ? levels / peak : 0.f;
+  for (int64_t i = 0; i < count; i += LANES) {
+    // The sum's last bits are the nearest whole number.
+    const vi bits = finite ? (vi)(load(x + i) * by + 12582912.f) : (vi){};
+    *(typename Whole<T>::vector *)(out + i) = __builtin_convertvector(bits, typename Whole<T>::vector);
   }
   return finite ? peak / levels : __builtin_nanf("");
 }

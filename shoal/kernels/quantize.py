@@ -155,11 +155,15 @@ def quantize_heads(key_TGE: Tensor, value_TGE: Tensor) -> tuple[Tensor, Tensor, 
     """Keys and values as int8 [T, G, E], each with its scales [T, G]: keys, their scales, values, theirs.
 
     Rounded as activations are, keys after they are `mixed`, each head of a token with a scale of its own, so that what
-    is stored depends on nothing but the token. Queries must be mixed too. Where a key or a value is not finite the key's scale is none, so that whoever sees the position gets
-    what is none; such a value counts as zeros, so that nobody else does.
+    is stored depends on nothing but the token. Queries must be mixed too. Where a key or a value is not finite the
+    key's scale is none, so that whoever sees the position gets what is none; such a value counts as zeros, so that
+    nobody else does.
     """
     rounded = [quantize_rows(x.flatten(0, 1), x.shape[2]) for x in (mixed(key_TGE), value_TGE)]
-    (key, value), scales = ([numbers.view_as(key_TGE).to(torch.int8) for numbers, _ in rounded], [s for _, s in rounded])
+    (key, value), scales = (
+        [numbers.view_as(key_TGE).to(torch.int8) for numbers, _ in rounded],
+        [s for _, s in rounded],
+    )
     key_scale, value_scale = (scale.view(key_TGE.shape[:2]) for scale in scales)
     return key, key_scale + 0 * value_scale, value, value_scale.nan_to_num(0.0)
 

@@ -22,9 +22,7 @@ INT8_BOUND = 2.0**-8 + 256 * 0.5 / 32767
 BOUNDS = {torch.float32: FP32_BOUND, torch.bfloat16: BF16_BOUND, torch.int8: INT8_BOUND}
 
 
-def heads_of(
-    group: int, kv_heads: int, width: int, kept: torch.dtype, window: int = 0, softcap: float = 0.0
-) -> Heads:
+def heads_of(group: int, kv_heads: int, width: int, kept: torch.dtype, window: int = 0, softcap: float = 0.0) -> Heads:
     rounded = kept == torch.int8
     return Heads(group, kv_heads, width, torch.bfloat16 if rounded else kept, window, softcap, rounded)
 

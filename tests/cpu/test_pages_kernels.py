@@ -153,4 +153,6 @@ def test_moves_copy_the_first_tokens_in_order(
     _cpu.Table(name).move(cache.pages, moves_M3.data_ptr(), len(moves))
     set_threads(1)
     found = unpacked(cache)
-    assert all(torch.equal(x.flatten(0, 1), y.view(6 * SIZE, kv_heads, -1)) for x, y in zip(expected, found, strict=True))
+    assert all(
+        torch.equal(x.flatten(0, 1), y.view(6 * SIZE, kv_heads, -1)) for x, y in zip(expected, found, strict=True)
+    )

@@ -21,7 +21,14 @@ from shoal.kernels import load, set_threads
 from shoal.kernels.api import Kernels, Mode
 from shoal.kernels.cpu import CpuKernels, instruction_sets
 from shoal.kernels.quantize import (
-    group_size, mixed, product, quantize, quantize_heads, quantize_rows, run_of, weight_bytes
+    group_size,
+    mixed,
+    product,
+    quantize,
+    quantize_heads,
+    quantize_rows,
+    run_of,
+    weight_bytes,
 )  # fmt: skip
 from shoal.kernels.ref import RefKernels
 from shoal.nn.arch import read_config
@@ -266,7 +273,9 @@ def test_keys_and_values_of_8_bits_leave_room_for_more_blocks(tmp_path: Path) ->
     save_model("llama", tmp_path)
     blocks = {}
     for kv, size in (("auto", 2 * 32), ("int8", 32 + 4)):
-        built = build_engine(EngineConfig(model=str(tmp_path), weights="bf16", kv=kv, memory_bytes=10**6, block_size=16))
+        built = build_engine(
+            EngineConfig(model=str(tmp_path), weights="bf16", kv=kv, memory_bytes=10**6, block_size=16)
+        )
         assert built.facts.memory.block == 2 * 3 * 16 * 2 * size
         assert built.facts.kv == ("bf16" if kv == "auto" else "int8")
         blocks[kv] = built.facts.memory.num_blocks

@@ -38,8 +38,23 @@ INLINE int64_t run_of(int64_t width) { return width & -width; }
 
 // The Walsh-Hadamard transform of each run of numbers, which leaves products of two heads as they are, but for a factor
 // of run_of(width). A few large numbers, as keys have them, become many of moderate size, and rounding costs less.
+// Reads and writes up to the next multiple of 16 numbers.
 INLINE void mix_runs(float *x, int64_t width) {
-  for (int64_t half = 1; half < run_of(width); half *= 2)
+  const int64_t run = run_of(width);
+  int64_t half = 1;
+#ifdef __AVX512F__  // neighbours within a register: the same sums and differences
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int64_t i = 0; i < width; i += LANES) {
+    vf v = load(x + i);
+    for (half = 1; half < run && half < LANES; half *= 2) {
+      const vf other = (vf)_mm512_permutexvar_ps((__m512i)(lane ^ (int32_t)half), (__m512)v);
+      const vu second = (vu)lane * (0x80000000u / (uint32_t)half) & 0x80000000u;  // the sign's bit where `half` is set
+      v = other + (vf)((vu)v ^ second);
+    }
+    store(x + i, v);
+  }
+#endif
+  for (; half < run; half *= 2)
     for (int64_t i = 0; i < width; i += 2 * half)
       for (int64_t j = i; j < i + half; j++) {
         const float a = x[j], b = x[j + half];

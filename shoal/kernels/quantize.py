@@ -159,13 +159,13 @@ def quantize_heads(key_TGE: Tensor, value_TGE: Tensor) -> tuple[Tensor, Tensor, 
     key's scale is none, so that whoever sees the position gets what is none; such a value counts as zeros, so that
     nobody else does.
     """
-    rounded = [quantize_rows(x.flatten(0, 1), x.shape[2]) for x in (mixed(key_TGE), value_TGE)]
-    (key, value), scales = (
-        [numbers.view_as(key_TGE).to(torch.int8) for numbers, _ in rounded],
-        [s for _, s in rounded],
-    )
-    key_scale, value_scale = (scale.view(key_TGE.shape[:2]) for scale in scales)
+    (key, key_scale), (value, value_scale) = _round_heads(mixed(key_TGE)), _round_heads(value_TGE)
     return key, key_scale + 0 * value_scale, value, value_scale.nan_to_num(0.0)
+
+
+def _round_heads(x_TGE: Tensor) -> tuple[Tensor, Tensor]:
+    numbers, scale = quantize_rows(x_TGE.flatten(0, 1), x_TGE.shape[2])
+    return numbers.to(torch.int8).view(x_TGE.shape), scale.view(x_TGE.shape[:2])
 
 
 def product(x_TK: Tensor, weight: Quantized) -> Tensor:

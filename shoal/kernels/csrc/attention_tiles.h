@@ -52,26 +52,15 @@ constexpr int64_t HEAD = head_bytes(KIND) / 4;  // words of a unit before its nu
 template <Kind KIND>
 constexpr int64_t WEIGHTS = SCORES / PER_WORD<KIND>;  // words from row to row
 
-// A register of floats, and how many of them are 16 lanes. Register tiles are written in these: the compiler keeps
-// wider vectors in memory.
-#if defined(__AVX512F__)
-constexpr int SPLIT = 1;
-#elif defined(__AVX2__)
-constexpr int SPLIT = 2;
-#else
-constexpr int SPLIT = 4;
-#endif
-constexpr int REGISTER = LANES / SPLIT;
-typedef float reg __attribute__((vector_size(64 / SPLIT)));
-typedef uint32_t reg_bits __attribute__((vector_size(64 / SPLIT)));
-typedef uint32_t reg_bits_any __attribute__((vector_size(64 / SPLIT), aligned(4), may_alias));
-typedef int32_t reg_whole __attribute__((vector_size(64 / SPLIT)));
+constexpr int REGISTER = LANES / PARTS;
+typedef uint32_t part_words __attribute__((vector_size(64 / PARTS)));
+typedef uint32_t part_words_any __attribute__((vector_size(64 / PARTS), aligned(4), may_alias));
 
-INLINE reg fma_of(reg a, reg b, reg c) {
+INLINE part fma_of(part a, part b, part c) {
 #if defined(__AVX512F__)
-  return (reg)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  return (part)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
-  return (reg)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  return (part)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
 #endif
@@ -85,60 +74,60 @@ constexpr bool PAIRS = false;
 #endif
 template <Kind KIND>
 struct Operand {
-  reg_bits first, second;
-  explicit Operand(reg_bits x) : first(x), second(x) {
+  part_words first, second;
+  explicit Operand(part_words x) : first(x), second(x) {
     if (KIND == Kind::bf16 && !PAIRS) first = x << 16, second = x & 0xffff0000u;
   }
 };
 
 // A register of words from memory, where one of 8 bits takes half the room.
 template <Kind KIND>
-INLINE reg_bits words_at(const char *p) {
+INLINE part_words words_at(const char *p) {
   if constexpr (KIND == Kind::int8) {
 #if defined(__AVX512BW__)  // the compiler would widen the halves apart
-    return (reg_bits)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
+    return (part_words)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
 #elif defined(__AVX2__)
-    return (reg_bits)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+    return (part_words)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
 #else
-    typedef int8_t narrow __attribute__((vector_size(32 / SPLIT), aligned(1), may_alias));
-    typedef int16_t wide __attribute__((vector_size(64 / SPLIT)));
-    return (reg_bits)__builtin_convertvector(*(const narrow *)p, wide);
+    typedef int8_t narrow __attribute__((vector_size(32 / PARTS), aligned(1), may_alias));
+    typedef int16_t wide __attribute__((vector_size(64 / PARTS)));
+    return (part_words)__builtin_convertvector(*(const narrow *)p, wide);
 #endif
   }
-  return *(const reg_bits_any *)p;
+  return *(const part_words_any *)p;
 }
 
 // total[i] + a[2i] * b[2i] + a[2i+1] * b[2i+1] over pairs of 16-bit numbers, exact.
-INLINE reg_bits dot_pairs_of_whole(reg_bits total, reg_bits a, reg_bits b) {
+INLINE part_words dot_pairs_of_whole(part_words total, part_words a, part_words b) {
 #if defined(__AVX512VNNI__)
-  return (reg_bits)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
+  return (part_words)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
-  return total + (reg_bits)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+  return total + (part_words)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
-  return total + (reg_bits)_mm_madd_epi16((__m128i)a, (__m128i)b);
+  return total + (part_words)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
-  const reg_whole low = ((reg_whole)(a << 16) >> 16) * ((reg_whole)(b << 16) >> 16);
-  return total + (reg_bits)(low + ((reg_whole)a >> 16) * ((reg_whole)b >> 16));
+  const part_bits low = ((part_bits)(a << 16) >> 16) * ((part_bits)(b << 16) >> 16);
+  return total + (part_words)(low + ((part_bits)a >> 16) * ((part_bits)b >> 16));
 #endif
 }
 
 template <Kind KIND>
-INLINE reg step(reg total, const Operand<KIND> &b, const Operand<KIND> &a) {
-  if constexpr (KIND == Kind::int8) return (reg)dot_pairs_of_whole((reg_bits)total, b.first, a.first);
+INLINE part step(part total, const Operand<KIND> &b, const Operand<KIND> &a) {
+  if constexpr (KIND == Kind::int8) return (part)dot_pairs_of_whole((part_words)total, b.first, a.first);
 #ifdef __AVX512BF16__
-  if (KIND == Kind::bf16) return (reg)_mm512_dpbf16_ps((__m512)total, (__m512bh)b.first, (__m512bh)a.first);
+  if (KIND == Kind::bf16) return (part)_mm512_dpbf16_ps((__m512)total, (__m512bh)b.first, (__m512bh)a.first);
 #endif
-  total = fma_of((reg)b.first, (reg)a.first, total);
-  return KIND == Kind::fp32 ? total : fma_of((reg)b.second, (reg)a.second, total);
+  total = fma_of((part)b.first, (part)a.first, total);
+  return KIND == Kind::fp32 ? total : fma_of((part)b.second, (part)a.second, total);
 }
 
 // A sum of products of whole numbers, which is exact until here, as what it stands for. Without the first line the
 // compiler would keep sums in memory throughout the loop before.
-INLINE reg scaled(reg total, reg scale) {
+INLINE part scaled(part total, part scale) {
 #if defined(__x86_64__)
   asm volatile("" : "+v"(total));
 #endif
-  return __builtin_convertvector((reg_whole)total, reg) * scale;
+  return __builtin_convertvector((part_bits)total, part) * scale;
 }
 
 // 2 to the power of x, for x <= 0 and little more. The polynomials are least relative errors of 2**f on [0, 1) (3e-6
@@ -162,25 +151,24 @@ INLINE vf power_of_two(vf x) {
   p = fma(p, f, splat(1.f));
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // p * 2**floor(x)
 #else
-  reg part[SPLIT];
-  __builtin_memcpy(part, &x, sizeof part);
+  part piece[PARTS];
+  __builtin_memcpy(piece, &x, sizeof piece);
 #pragma GCC unroll 4
-  for (int i = 0; i < SPLIT; i++) {
-    typedef int32_t whole_reg __attribute__((vector_size(64 / SPLIT)));
-    const whole_reg below = (whole_reg)(part[i] + 126.f) >> 31;  // all bits of the lanes below -126
-    const reg t = (reg)((whole_reg)part[i] & ~below);             // 0 in those
-    const reg whole = (t + 12582912.f) - 12582912.f, f = t - whole, zero = {};  // to the nearest whole number
-    reg p = zero + 1.535336188e-4f;  // the coefficients of `exponential`
+  for (int i = 0; i < PARTS; i++) {
+    const part_bits below = (part_bits)(piece[i] + 126.f) >> 31;  // all bits of the lanes below -126
+    const part t = (part)((part_bits)piece[i] & ~below);          // 0 in those
+    const part whole = (t + 12582912.f) - 12582912.f, f = t - whole, zero = {};  // to the nearest whole number
+    part p = zero + 1.535336188e-4f;  // the coefficients of `exponential`
     p = fma_of(p, f, zero + 1.339887440e-3f);
     p = fma_of(p, f, zero + 9.618437357e-3f);
     p = fma_of(p, f, zero + 5.550332471e-2f);
     p = fma_of(p, f, zero + 2.402264791e-1f);
     p = fma_of(p, f, zero + 6.931472028e-1f);
     p = fma_of(p, f, zero + 1.f);
-    const whole_reg power = __builtin_convertvector(whole, whole_reg) << 23;
-    part[i] = (reg)(((whole_reg)p + power) & ~below);
+    const part_bits power = __builtin_convertvector(whole, part_bits) << 23;
+    piece[i] = (part)(((part_bits)p + power) & ~below);
   }
-  __builtin_memcpy(&x, part, sizeof part);
+  __builtin_memcpy(&x, piece, sizeof piece);
   return x;
 #endif
 }
@@ -262,32 +250,32 @@ INLINE void transpose(const char *const *rows, int64_t count, word *to) {
 template <Kind KIND, bool AHEAD, int C, int m>
 __attribute__((noinline)) void score(const word *q, const word *const *keys, int64_t steps, const float *scales,
                                      float *scores, float *tops, const word *const *ahead) {
-  constexpr int W = SPLIT == 1 ? C : SPLIT, ONCE = W / SPLIT;  // registers, units at once
+  constexpr int W = PARTS == 1 ? C : PARTS, ONCE = W / PARTS;  // registers, units at once
   constexpr int64_t LINE = 4 / LANE_BYTES<KIND>;                // steps that are a line of a unit
   const int64_t turn = (steps + C * LINE - 1) / (C * LINE) * LINE;
   for (int from = 0; from < C; from += ONCE) {
     const word *unit[ONCE], *next = nullptr, *a = q;
 #pragma GCC unroll 16
     for (int c = 0; c < ONCE; c++) unit[c] = keys[from + c];
-    reg total[m][W];
+    part total[m][W];
 #pragma GCC unroll 16
     for (int r = 0; r < m; r++)
 #pragma GCC unroll 4
-      for (int c = 0; c < W; c++) total[r][c] = (reg){};
+      for (int c = 0; c < W; c++) total[r][c] = (part){};
     for (int64_t k = 0, until = 0; k < steps; k++, a += m) {
       if (AHEAD && from == 0 && k % LINE == 0) {
         if (k == until) next = *ahead++ + HEAD<KIND>, until += turn;
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++, next += LANES) __builtin_prefetch(next, 0, 3);
       }
-      reg_bits x[W];
+      part_words x[W];
 #pragma GCC unroll 4
       for (int c = 0; c < W; c++)
-        x[c] = words_at<KIND>((const char *)(unit[c / SPLIT] + HEAD<KIND>) +
-                              (k * LANES + c % SPLIT * REGISTER) * LANE_BYTES<KIND>);
+        x[c] = words_at<KIND>((const char *)(unit[c / PARTS] + HEAD<KIND>) +
+                              (k * LANES + c % PARTS * REGISTER) * LANE_BYTES<KIND>);
 #pragma GCC unroll 16
       for (int r = 0; r < m; r++) {
-        const Operand<KIND> w(a[r] - (reg_bits){});
+        const Operand<KIND> w(a[r] - (part_words){});
 #pragma GCC unroll 4
         for (int c = 0; c < W; c++) total[r][c] = step<KIND>(total[r][c], Operand<KIND>(x[c]), w);
       }
@@ -297,10 +285,10 @@ __attribute__((noinline)) void score(const word *q, const word *const *keys, int
 #pragma GCC unroll 4
       for (int c = 0; c < W; c++) {
         if constexpr (KIND == Kind::int8) {
-          const reg scale = (reg) * (const reg_bits_any *)(unit[c / SPLIT] + c % SPLIT * REGISTER);
+          const part scale = (part) * (const part_words_any *)(unit[c / PARTS] + c % PARTS * REGISTER);
           total[r][c] = scaled(total[r][c], scale * scales[r]);
         }
-        __builtin_memcpy(scores + r * SCORES + from * UNIT + c * REGISTER, &total[r][c], sizeof(reg));
+        __builtin_memcpy(scores + r * SCORES + from * UNIT + c * REGISTER, &total[r][c], sizeof(part));
       }
   }
   if (!tops) return;
@@ -320,15 +308,15 @@ template <Kind KIND, bool AHEAD, int C, int m>
 __attribute__((noinline)) void mix(const word *weights, const word *const *values, int64_t units, int64_t offset,
                                    const float *scales, const float *old, const float *fresh, float *out,
                                    int64_t padded, const word *const *ahead) {
-  constexpr int W = SPLIT == 1 ? C : SPLIT, ONCE = W / SPLIT;  // registers, vectors of 16 numbers at once
+  constexpr int W = PARTS == 1 ? C : PARTS, ONCE = W / PARTS;  // registers, vectors of 16 numbers at once
   constexpr int64_t STEPS = UNIT / PER_WORD<KIND>, BYTES = LANE_BYTES<KIND>;
   for (int from = 0; from < C; from += ONCE) {
     const word *a = weights;
-    reg total[m][W];
+    part total[m][W];
 #pragma GCC unroll 16
     for (int r = 0; r < m; r++)
 #pragma GCC unroll 4
-      for (int c = 0; c < W; c++) total[r][c] = (reg){};
+      for (int c = 0; c < W; c++) total[r][c] = (part){};
     for (int64_t u = 0; u < units; u++) {
       const char *v = (const char *)(values[u] + HEAD<KIND> + offset);
       v += (from / 2 * STEPS * PANEL + from % 2 * LANES) * BYTES;
@@ -338,15 +326,15 @@ __attribute__((noinline)) void mix(const word *weights, const word *const *value
 #pragma GCC unroll 4
           for (int c = 0; c < C * BYTES / 4; c++, next += LANES) __builtin_prefetch(next, 0, 3);
         }
-        reg_bits x[W];
+        part_words x[W];
 #pragma GCC unroll 4
         for (int c = 0; c < W; c++) {
-          const int64_t panel = c / SPLIT / 2, half = c / SPLIT % 2;
-          x[c] = words_at<KIND>(v + (panel * STEPS * PANEL + half * LANES + c % SPLIT * REGISTER) * BYTES);
+          const int64_t panel = c / PARTS / 2, half = c / PARTS % 2;
+          x[c] = words_at<KIND>(v + (panel * STEPS * PANEL + half * LANES + c % PARTS * REGISTER) * BYTES);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < m; r++) {
-          const Operand<KIND> w(a[r * WEIGHTS<KIND>] - (reg_bits){});
+          const Operand<KIND> w(a[r * WEIGHTS<KIND>] - (part_words){});
 #pragma GCC unroll 4
           for (int c = 0; c < W; c++) total[r][c] = step<KIND>(total[r][c], Operand<KIND>(x[c]), w);
         }
@@ -358,10 +346,10 @@ __attribute__((noinline)) void mix(const word *weights, const word *const *value
 #pragma GCC unroll 4
       for (int c = 0; c < W; c++) {
         float *o = out + r * padded + from * LANES + c * REGISTER;
-        reg state;
+        part state;
         __builtin_memcpy(&state, o, sizeof state);
-        if constexpr (KIND == Kind::int8) total[r][c] = scaled(total[r][c], scales[r] - (reg){});
-        state = fma_of(total[r][c], fresh[r] - (reg){}, state * old[r]);
+        if constexpr (KIND == Kind::int8) total[r][c] = scaled(total[r][c], scales[r] - (part){});
+        state = fma_of(total[r][c], fresh[r] - (part){}, state * old[r]);
         __builtin_memcpy(o, &state, sizeof state);
       }
     }

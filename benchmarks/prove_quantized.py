@@ -4,7 +4,8 @@ Held-out chats with their right answers (as in tools/score_model.py) are read by
 arithmetic; all see the same tokens. Of the positions that choose an answer's tokens: the relative error of the logits
 (norm of the difference over the norm of fp32's), whether both would choose the same token, and the perplexity. Allowed
 are 1 % more perplexity for int8, 3 % for int4 with the better of its two roundings, and for bf16 2 % relative error,
-with the same token wherever fp32's lead is larger than the largest error of a logit.
+with the same token wherever fp32's lead is larger than the largest error of a logit. Keys and values as int8 beside
+bf16 weights are allowed 1 %, and stand beside bf16 once more: how often both would choose the same token.
 
 Errors over all positions stand beside them and are not judged: the model was never trained to predict what people
 write, and finds nearly nothing of it likely. The control is transformers in bf16.
@@ -54,7 +55,8 @@ CALIBRATION = 12  # chats
 PAGE = 32
 STEP = 2048  # tokens of a step
 QUANTIZED = ("int8", "int4", "int4-a16")
-LOSS = {"int8": 0.01, "int4": 0.03}  # more perplexity than fp32's that is allowed
+KV = "bf16, int8 keys and values"
+LOSS = {"int8": 0.01, "int4": 0.03, KV: 0.01}  # more perplexity than fp32's that is allowed
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,18 @@ def main() -> int:
     kernels, config = load("cpu"), read_config(EMBEDDED)
     began = time.perf_counter()
     expected = open_decoder("fp32", kernels, [])
-    names = ["fp32", *(name for name in MODES if name != "fp32"), *(f"{name} aware" for name in QUANTIZED)]
+    names = ["fp32", *(name for name in MODES if name != "fp32"), *(f"{name} aware" for name in QUANTIZED), KV]
     chats = calibration_rows()
     results: dict[str, dict[str, Any]] = {}
     for name in names:
-        mode = name.removesuffix(" aware")
-        decoder = open_decoder(mode, kernels, chats if mode != name else [])
+        mode = name.removesuffix(" aware") if name != KV else "bf16"
+        decoder = open_decoder(mode, kernels, chats if name.endswith(" aware") else [], name == KV)
         results[name] = measure(expected, decoder, steps) | {"bytes": model_bytes(config, mode)}
         results[name]["more_perplexity"] = results[name]["perplexity"] / results["fp32"]["perplexity"] - 1
         print(f"{name}: {describe(results[name])}", flush=True)
+    beside = measure(open_decoder("bf16", kernels, []), open_decoder("bf16", kernels, [], True), steps)
+    results[KV]["beside_bf16"] = {key: beside[key] for key in ("relative_error", "same_token", "divergence_nats")}
+    print("{}, beside bf16: relative error {relative_error:.4f}, same token {same_token:.2%}".format(KV, **beside))
     results["transformers in bf16"] = control = measure(expected, Judge(), steps)
     print(f"control, transformers in bf16: relative error {control['relative_error']:.4f}", flush=True)
     good = judge(results)
@@ -134,13 +139,13 @@ def describe(found: dict[str, Any]) -> str:
     )
 
 
-def open_decoder(name: str, kernels: Kernels, chats: list[list[int]]) -> Decoder:
+def open_decoder(name: str, kernels: Kernels, chats: list[list[int]], rounded_kv: bool = False) -> Decoder:
     """The model; with chats, its weights are scaled for what goes through them before they are rounded."""
     config, (dtype, mode) = read_config(EMBEDDED), MODES[name]
     weights = load_weights(EMBEDDED, config, dtype, mode)
     if chats:
         weights.folding = calibrate(config, load_weights(EMBEDDED, config, dtype), kernels, chats, mode)
-    return Decoder(config, weights, kernels)
+    return Decoder(config, weights, kernels, torch.int8 if rounded_kv else None)
 
 
 def calibration_rows() -> list[list[int]]:

@@ -21,13 +21,13 @@ from shoal.nn.adapter import Adapter, load_adapter
 from shoal.nn.arch import ModelConfig, read_config
 from shoal.nn.decoder import Decoder
 from shoal.nn.masks import Masks
-from shoal.nn.weights import MODES, load_weights, model_bytes
+from shoal.nn.weights import KV_DTYPES, MODES, load_weights, model_bytes
 from shoal.runtime.memory import MemoryPlan, available_bytes, plan_memory
 from shoal.runtime.runner import ModelRunner
 from shoal.sched.policies.batch import BatchPolicy
 from shoal.sched.policy import Budget, Policy
 from shoal.sched.scheduler import Scheduler
-from shoal.text.checkpoint import resolve_model, weight_mode
+from shoal.text.checkpoint import kv_mode, resolve_model, weight_mode
 from shoal.text.grammar import Grammars
 from shoal.text.tokenizer import Tokenizer
 
@@ -50,6 +50,7 @@ class EngineFacts:
     context: int  # tokens
     vocab_size: int  # rows of the embedding
     weights: str
+    kv: str
     kernels: str
     device: str
     threads: int
@@ -85,10 +86,14 @@ def build_engine(
     folder = resolve_model(config.model)
     model = read_config(folder, config.context)
     mode = weight_mode(config.weights, folder)
+    kv_name = kv_mode(config.kv, mode)
+    kv_dtype = KV_DTYPES[kv_name]
     kernels = _load_kernels(config)
     adapters = _adapters(config, model, mode)
-    memory = _memory(config, model, mode, kernels, useful_tokens, sum(each.num_bytes for each in adapters))
-    decoder = Decoder(model, load_weights(folder, model, *MODES[mode]), kernels, adapters)
+    block = model.num_layers * kernels.kv_bytes(config.block_size, model.num_kv_heads, model.head_dim, kv_dtype)
+    weights = model_bytes(model, mode) + sum(each.num_bytes for each in adapters)
+    memory = _memory(config, model, weights, block, kernels, useful_tokens)
+    decoder = Decoder(model, load_weights(folder, model, *MODES[mode]), kernels, adapters, kv_dtype)
     kv = decoder.new_kv(memory.num_blocks, config.block_size)
 
     def grammars() -> Grammars:
@@ -98,7 +103,7 @@ def build_engine(
     scheduler = Scheduler(make_policy(config), memory.num_blocks, config.block_size, config.reuse)
     facts = EngineFacts(
         folder=folder, architecture=model.architecture, context=model.context, vocab_size=model.vocab_size,
-        weights=mode, kernels=kernels.name, device=config.device, threads=torch.get_num_threads(),
+        weights=mode, kv=kv_name, kernels=kernels.name, device=config.device, threads=torch.get_num_threads(),
         block_size=config.block_size, memory=memory, load_seconds=time.monotonic() - began,
     )  # fmt: skip
     return BuiltEngine(Engine(scheduler, runner, WallClock(), int(config.overlap)), facts, runner, kernels)
@@ -147,15 +152,13 @@ def _adapters(config: EngineConfig, model: ModelConfig, mode: str) -> list[Adapt
 
 
 def _memory(
-    config: EngineConfig, model: ModelConfig, mode: str, kernels: Kernels, useful_tokens: int | None, more: int
+    config: EngineConfig, model: ModelConfig, weights: int, block: int, kernels: Kernels, useful_tokens: int | None
 ) -> MemoryPlan:
-    """`more` is what adapters take beside the weights."""
-    dtype, _ = MODES[mode]
-    block = model.num_layers * kernels.kv_bytes(config.block_size, model.num_kv_heads, model.head_dim, dtype)
+    """`weights` and `block` are bytes: of all that is loaded, and of a block of keys and values in all layers."""
     useful = useful_tokens if useful_tokens is not None else config.max_sequences * model.context
     return plan_memory(
         available=available_bytes(kernels.device),
-        weights=model_bytes(model, mode) + more,
+        weights=weights,
         block=block,
         asked=config.memory_bytes,
         useful_blocks=-(-useful // config.block_size) + config.max_sequences,  # a row's last block is seldom full

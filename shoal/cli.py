@@ -72,6 +72,9 @@ Memory = Annotated[str | None, typer.Option(help="Memory for keys and values: 2G
 StepTokens = Annotated[int | None, typer.Option(help="Most tokens in one step of the model.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
 Weights = Annotated[str, typer.Option(help="Weights: fp32, bf16, int8, int4, int4-a16; auto: as the checkpoint.")]
+KV = Annotated[
+    str, typer.Option("--kv", "--kv-cache-dtype", help="Keys and values: int8 takes half the memory of auto.")
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of the model. Without it, one for each core.")]
 Seed = Annotated[int, typer.Option(help="Decides the seed of rows that bring none.")]
 MaxFailures = Annotated[str | None, typer.Option(help="End the job after so many failed lines: 100 or 1%.")]
@@ -123,6 +126,7 @@ def run(
     step_tokens: StepTokens = None,
     device: Device = "cpu",
     weights: Weights = "auto",
+    kv: KV = "auto",
     threads: Threads = None,
     seed: Seed = 0,
     max_failures: MaxFailures = None,
@@ -150,6 +154,7 @@ def run(
             step_tokens=step_tokens,
             device=device,
             weights=weights,
+            kv=kv,
             threads=threads,
             seed=seed,
             max_failures=FailureBudget() if max_failures is None else FailureBudget.parse(max_failures),

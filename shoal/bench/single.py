@@ -74,8 +74,10 @@ def run(limits: Limits, mode: str) -> Iterator[Measured]:
     for name, outputs, inputs in _SHAPES:
         yield from _linear(limits, kernels, mode, name, outputs, inputs)
     yield from _head(limits, kernels, mode)
+    dtype, _ = MODES[mode]
     for heads in _HEADS:
-        yield from _attention(limits, kernels, mode, *heads)
+        for kept in (dtype,) if mode == "fp32" else (dtype, torch.int8):
+            yield from _attention(limits, kernels, kept, *heads)
 
 
 def random(*shape: int, scale: float = 0.02, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -140,13 +142,18 @@ def _batch(table: torch.Tensor, begin: int, end: int) -> Batch:
     )  # fmt: skip
 
 
-def _attention(limits: Limits, kernels: Kernels, mode: str, queries: int, keys: int, width: int) -> Iterator[Measured]:
-    """One new token for each of 32 sequences, all alone or with 1,024 positions shared; then chunks of one prompt."""
+def _attention(
+    limits: Limits, kernels: Kernels, kept: torch.dtype, queries: int, keys: int, width: int
+) -> Iterator[Measured]:
+    """One new token for each of 32 sequences, all alone or with 1,024 positions shared; then chunks of one prompt.
+
+    `kept` is the dtype of keys and values. Bytes are those of their numbers, without scales.
+    """
     length, name = _SHARED + _OWN, f"{queries}/{keys}/{width}"
-    dtype, _ = MODES[mode]
-    position = 2 * dtype.itemsize * keys * width  # bytes of a position in one layer
+    name, dtype = (f"int8 {name}", torch.bfloat16) if kept == torch.int8 else (name, kept)
+    position = 2 * kept.itemsize * keys * width  # bytes of a position in one layer
     layers = max(2, -(-_COLD // (position * _SEQUENCES * length)))
-    kv = kernels.new_kv(layers, _SEQUENCES * length // _PAGE, _PAGE, keys, width, dtype)
+    kv = kernels.new_kv(layers, _SEQUENCES * length // _PAGE, _PAGE, keys, width, kept)
     heads = kernels.prepare_heads(Heads(queries, keys, width))
     private = _tables(0)
     for first in range(0, _SEQUENCES, 4):
@@ -162,7 +169,7 @@ def _attention(limits: Limits, kernels: Kernels, mode: str, queries: int, keys: 
         calls: list[Callable[[], object]] = [
             partial(kernels.attention, q, kv, layer, plan, scale) for layer in range(layers)
         ]
-        arithmetic = "fp32" if mode == "fp32" else "bf16"
+        arithmetic = "fp32" if dtype == torch.float32 else "bf16"
         return measure(limits, arithmetic, f"attention {name}, {label}", operations, size, calls)
 
     pairs = 4.0 * queries * width

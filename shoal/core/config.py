@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from shoal.core.errors import UsageError
 
 WEIGHTS = ("auto", "fp32", "bf16", "int8", "int4", "int4-a16")
+KV = ("auto", "int8")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,), "int": (int,), "bool": (bool,), "int | None": (int, type(None)), "dict[str, str]": (dict,),
@@ -28,6 +29,7 @@ class EngineConfig:
     weights: str = (
         "auto"  # one of WEIGHTS; auto takes a 16-bit checkpoint as bf16, others as fp32: never quantised unasked
     )
+    kv: str = "auto"  # one of KV, how keys and values are kept; auto as they come: never rounded unasked
     kernels: str = "auto"  # backend of tensor functions; auto takes the fastest that the device has
     threads: int | None = None  # of the kernels; None takes OMP_NUM_THREADS or the number of cores
     block_size: int = 32  # tokens in a KV block: small enough to share, large enough to read in a row; divides 256
@@ -52,6 +54,8 @@ class EngineConfig:
             raise UsageError(f"block_size is {self.block_size}; it must divide 256: 16, 32 and 64 are sensible")
         if self.weights not in WEIGHTS:
             raise UsageError(f"weights is {self.weights!r}; it must be one of {', '.join(WEIGHTS)}")
+        if self.kv not in KV:
+            raise UsageError(f"kv is {self.kv!r}; it must be one of {', '.join(KV)}")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"device is {self.device!r}; it must be cpu, cuda or cuda:N")
         for name, folder in self.adapters.items():

@@ -40,6 +40,7 @@ class PlanFacts:
     resumed: int = 0  # rows answered by an earlier run
     device: str = "cpu"
     copies: int = 0  # rows that ask for what an earlier row asks for
+    kv: str = ""  # how keys and values are kept
 
     def lines(self) -> list[str]:
         """The plan in words, one fact a line."""
@@ -49,7 +50,8 @@ class PlanFacts:
             f"input   {self.input}: {count(self.rows)} rows" + (f", {count(self.bad)} bad lines" if self.bad else ""),
             f"plan    {count(self.prompt_tokens)} prompt tokens, {count(self.prompt_bound)} to compute: "
             f"{percent(saved, self.prompt_tokens)} shared ({duration(self.seconds)})",
-            f"memory  {size(self.kv_bytes)} for {count(self.kv_tokens)} tokens of keys and values",
+            f"memory  {size(self.kv_bytes)} for {count(self.kv_tokens)} tokens of keys and values"
+            + (f" in {self.kv}" if self.kv else ""),
         ]
         if self.copies:
             words.append(f"equal   {count(self.copies)} rows ask for what an earlier one asks for: they get its answer")

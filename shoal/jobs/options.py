@@ -96,6 +96,7 @@ class JobOptions:
     step_tokens: int | None = None  # at most so many tokens in one step; None: the engine's default
     device: str = "cpu"  # cpu, cuda or cuda:N
     weights: str = "auto"  # fp32, bf16, or quantised as int8, int4, int4-a16; auto takes the checkpoint's
+    kv: str = "auto"  # how keys and values are kept: as they come, or rounded to int8
     threads: int | None = None  # of the kernels; None: OMP_NUM_THREADS or the number of cores
     seed: int = 0  # decides the seed of rows that bring none
     max_failures: FailureBudget = FailureBudget()
@@ -123,6 +124,7 @@ class JobOptions:
             "adapters": self.adapter,
             "device": self.device,
             "weights": self.weights,
+            "kv": self.kv,
             "threads": self.threads,
             "memory_bytes": self.memory,
             "step_tokens": self.step_tokens,

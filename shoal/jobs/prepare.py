@@ -25,7 +25,7 @@ from shoal.jobs.spool import open_source
 from shoal.jobs.state import HASHES, Begin, Manifest, StateFolder, hash_files, open_state
 from shoal.jobs.tables import Form, form_of
 from shoal.text.chat import ChatTemplate
-from shoal.text.checkpoint import ModelInfo, resolve_model, weight_mode
+from shoal.text.checkpoint import ModelInfo, kv_mode, resolve_model, weight_mode
 from shoal.text.tokenizer import Tokenizer
 
 EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "i8mm")
@@ -137,6 +137,7 @@ def _manifest(
         path for pattern in ("*.safetensors", "config.json", "generation_config.json") for path in folder.glob(pattern)
     ]
     template = encoder.template.hash if encoder.template is not None else ""
+    weights = weight_mode(options.weights, folder)
     return Manifest(
         input=source.fingerprint,
         model=hash_files(model, state / HASHES, files),
@@ -153,7 +154,8 @@ def _manifest(
             "context": encoder.model.context,
             "created": created(),
         },
-        weight_mode=weight_mode(options.weights, folder),
+        weight_mode=weights,
+        kv_mode=kv_mode(options.kv, weights),
         adapters={name: _adapter_hash(Path(each), state, files) for name, each in options.adapter.items()},
         instruction_set=f"{options.device} {os.environ.get('SHOAL_ISA') or instruction_set()}",
         versions={"shoal": __version__, "arithmetic": arithmetic(), **{name: version(name) for name in LIBRARIES}},

@@ -100,6 +100,8 @@ class Report:
     manifest: str = ""  # hash of manifest.json: of all that decides the answers
     plan: str = ""  # hash of the plan of the whole input
     model: str = ""
+    weights: str = ""  # the arithmetic of linear layers
+    kv: str = ""  # how keys and values were kept
     input: str = ""
     output: str = ""
     files: dict[str, int] = field(default_factory=dict)  # written files and their lines
@@ -232,7 +234,8 @@ def facts(report: Report) -> list[tuple[str, str]]:
             )
         )
     if report.model:
-        pairs.insert(0, ("model", report.model))
+        arithmetic = f", {report.weights} weights, {report.kv} keys and values" if report.weights else ""
+        pairs.insert(0, ("model", report.model + arithmetic))
     if interrupted:
         pairs.append(("runs", f"{report.runs}, with {report.engine_restarts} restarts of the engine"))
     pairs += [(f"error {code}", f"{count(g.count)}, as line {g.line}: {g.message}") for code, g in errors(report)]

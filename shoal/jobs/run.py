@@ -225,6 +225,7 @@ class _Job:
                 kv_bytes=ready.kv_bytes if ready else 0,
                 kv_tokens=ready.num_blocks * ready.block_size if ready else 0,
                 seconds=self.meter.plan_seconds, resumed=max(done, 0), device=ready.device if ready else "a backend",
+                kv=self.job.manifest.kv_mode if ready else "",
             )
         )  # fmt: skip
 

@@ -47,6 +47,7 @@ class Manifest:
     template: str
     parameters: Mapping[str, object]  # JSON values: prompt template, sampling defaults, context length, …
     weight_mode: str
+    kv_mode: str
     instruction_set: str
     versions: Mapping[str, str]
     adapters: Mapping[str, str] = field(default_factory=dict)  # name -> hash

@@ -126,7 +126,11 @@ class Kernels(Protocol):
     def new_kv(
         self, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> KV:
-        """Allocate 2 * L * pages * P * G * E numbers, unwritten. The page size must divide 256."""
+        """Allocate 2 * L * pages * P * G * E numbers, unwritten. The page size must divide 256.
+
+        The dtype is that of the activations, or int8 (then they are bf16, and E is at most 512): keys and values are
+        rounded as they are placed (quantize.quantize_heads), and count as what their numbers and scales mean.
+        """
         ...
 
     def kv_bytes(self, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -15,13 +15,14 @@ from torch import Tensor
 from shoal.kernels import _cpu
 from shoal.kernels.api import KV, Activation, Batch, Delta, Draws, Heads, Mode, Scores
 from shoal.kernels.cpu_deltas import Grouped, PackedDeltas
-from shoal.kernels.quantize import Quantized, pieces, quantize
+from shoal.kernels.quantize import WIDEST, Quantized, pieces, quantize
 
 UNIT = 16  # positions: a page holds whole units
 PANEL = 32  # outputs of a weight that lie together; values of a head are filled up to it
 TILE = 256  # positions of one partial of attention
 
 _KINDS = {torch.float32: _cpu.Kind.FP32, torch.bfloat16: _cpu.Kind.BF16}
+_PAGE_KINDS = {**_KINDS, torch.int8: _cpu.Kind.INT8}
 _DRAW_TYPES = [
     torch.int64, torch.int64, torch.float32, torch.float32, torch.int64, torch.float64, torch.float32
 ]  # fmt: skip
@@ -70,11 +71,14 @@ class PreparedHeads:
 class UnitKV:
     """Keys and values in pages of units of 16 positions, one tensor of bytes for each layer."""
 
-    def __init__(self, memory: Tensor, pages: list[_cpu.Pages], num_pages: int, page_size: int) -> None:
+    def __init__(
+        self, memory: Tensor, pages: list[_cpu.Pages], num_pages: int, page_size: int, dtype: torch.dtype
+    ) -> None:
         self.memory = memory  # [L, 2, bytes]
         self.pages = pages
         self.num_pages = num_pages
         self.page_size = page_size
+        self.activations = torch.bfloat16 if dtype == torch.int8 else dtype
 
 
 @dataclass(slots=True)
@@ -102,24 +106,27 @@ class CpuKernels:
         return self._table.name
 
     def kv_bytes(self, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        return 2 * page_size * num_kv_heads * (head_dim + -head_dim % PANEL) * dtype.itemsize
+        scale = torch.float32.itemsize if dtype == torch.int8 else 0
+        return 2 * page_size * num_kv_heads * ((head_dim + -head_dim % PANEL) * dtype.itemsize + scale)
 
     def new_kv(
         self, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> UnitKV:
         if page_size <= 0 or page_size % UNIT or TILE % page_size:
             raise ValueError(f"page size {page_size} is not one of 16, 32, 64, 128, 256")
+        if dtype == torch.int8 and head_dim > WIDEST:
+            raise ValueError(f"heads of {head_dim} numbers cannot be kept as int8: {WIDEST} are the most")
         half = num_pages * self.kv_bytes(page_size, num_kv_heads, head_dim, dtype) // 2
         # Not zeroed: memory is then taken from the system page by page, as it is first written.
         memory = torch.empty((num_layers, 2, half), dtype=torch.uint8)
         pages = [
             _cpu.Pages(
                 memory[layer, 0].data_ptr(), memory[layer, 1].data_ptr(), page_size, num_kv_heads, head_dim,
-                dtype == torch.float32,
+                _PAGE_KINDS[dtype],
             )
             for layer in range(num_layers)
         ]  # fmt: skip
-        return UnitKV(memory, pages, num_pages, page_size)
+        return UnitKV(memory, pages, num_pages, page_size, dtype)
 
     def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None, mode: Mode = "plain") -> PackedLinear:
         return self._pack(weight_NK, bias_N, len(weight_NK), _cpu.Gate.NONE, mode)
@@ -247,7 +254,7 @@ class CpuKernels:
         assert isinstance(prepared, PreparedHeads) and isinstance(kv, UnitKV)
         about, (tokens, width) = prepared.about, qkv_TW.shape
         assert width == (about.num_heads + 2 * about.num_kv_heads) * about.head_dim, (qkv_TW.shape, about)
-        assert qkv_TW.is_contiguous(), "tensors must be contiguous"
+        assert qkv_TW.is_contiguous() and qkv_TW.dtype == kv.activations, (qkv_TW.dtype, kv.activations)
         self._table.place(
             qkv_TW.data_ptr(), prepared.heads, kv.pages[layer], batch.pos_T.data_ptr(), batch.slot_T.data_ptr(), tokens
         )
@@ -268,6 +275,7 @@ class CpuKernels:
         assert isinstance(kv, UnitKV) and isinstance(plan, SharedPlan)
         tokens, num_heads, width = q_THE.shape
         assert tokens == plan.num_tokens and q_THE.stride()[1:] == (width, 1), (q_THE.shape, q_THE.stride())
+        assert q_THE.dtype == kv.activations and scale > 0, (q_THE.dtype, kv.activations, scale)
         if plan.states is None:
             numbers = tokens * num_heads * (width + -width % PANEL + 2) if plan.plan.num_levels > 1 else 0
             plan.states = torch.empty(numbers)

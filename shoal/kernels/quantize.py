@@ -1,10 +1,12 @@
-"""What a quantised weight is, and the product with it that every backend must give: the specification, in plain torch.
+"""What a quantised weight is, and the product with it that every backend must give: the specification, in plain torch;
+also what quantised keys and values are.
 
 It knows numbers, groups and rounding, and must not know how any backend lays them out, nor what a model is.
 
 A quantised weight is whole numbers with scales, and activations are quantised row by row just before the product; sums
 of products of whole numbers are exact, so that only the few floating-point operations after them could differ between
-backends, and those are stated here in their order. Letters: T rows, N outputs, K inputs, C groups of inputs.
+backends, and those are stated here in their order. Letters: T rows, N outputs, K inputs, C groups of inputs,
+G key/value heads, E head width.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from shoal.kernels.api import Mode
 from shoal.kernels.ref_product import fill_weight, tiled_product
 
 LEVELS = 127  # int8 numbers are -127 to 127: symmetric, so that a sign costs nothing
+WIDEST = 512  # numbers of a head: sums of their products with numbers of 16 bits fit in 32
 NIBBLE = 15  # int4 numbers are 0 to 15, less a zero point
 CHUNK = 32000  # numbers rounded at a time: they stay in the cache, and are too few for torch to share among threads
 TINY = 1e-30  # rows and outputs whose largest number is below this count as zero: their inverse might be infinite
@@ -126,6 +129,43 @@ def quantize_rows(x_TK: Tensor, group: int) -> tuple[Tensor, Tensor]:
     numbers = (grouped * inverse).round_().nan_to_num_(0.0)
     scale_TC1 = torch.where(torch.isfinite(peak_TC1), _over(peak_TC1, LEVELS), torch.nan)
     return numbers, scale_TC1[..., 0]
+
+
+def mixed(x: Tensor) -> Tensor:
+    """Sums and differences of neighbours, then of those in the same way, over runs of the width's largest power of two.
+
+    This Walsh-Hadamard transform multiplies products of two heads by `run_of` of their width and leaves them as they
+    are otherwise. Keys of some models have a few numbers that are far larger than the others; mixed, they are many of
+    moderate size, and rounding to a share of the largest costs less. The result is float32.
+    """
+    x, half = x.float(), 1
+    while half < run_of(x.shape[-1]):
+        first, second = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+        x = torch.stack((first + second, first - second), dim=-2).flatten(-3)
+        half *= 2
+    return x
+
+
+def run_of(width: int) -> int:
+    """How many neighbours are mixed together."""
+    return width & -width
+
+
+def quantize_heads(key_TGE: Tensor, value_TGE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys and values as int8 [T, G, E], each with its scales [T, G]: keys, their scales, values, theirs.
+
+    Rounded as activations are, keys after they are `mixed`, each head of a token with a scale of its own, so that what
+    is stored depends on nothing but the token. Queries must be mixed too. Where a key or a value is not finite the
+    key's scale is none, so that whoever sees the position gets what is none; such a value counts as zeros, so that
+    nobody else does.
+    """
+    (key, key_scale), (value, value_scale) = _round_heads(mixed(key_TGE)), _round_heads(value_TGE)
+    return key, key_scale + 0 * value_scale, value, value_scale.nan_to_num(0.0)
+
+
+def _round_heads(x_TGE: Tensor) -> tuple[Tensor, Tensor]:
+    numbers, scale = quantize_rows(x_TGE.flatten(0, 1), x_TGE.shape[2])
+    return numbers.to(torch.int8).view(x_TGE.shape), scale.view(x_TGE.shape[:2])
 
 
 def product(x_TK: Tensor, weight: Quantized) -> Tensor:

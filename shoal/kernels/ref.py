@@ -20,8 +20,8 @@ from torch import Tensor
 
 from shoal.kernels import ref_sampling
 from shoal.kernels.api import KV, Activation, Batch, Delta, Draws, Heads, Mode, Scores
-from shoal.kernels.quantize import Quantized, product, quantize
-from shoal.kernels.ref_attention import TILE, TilePlan, attend, fold_sum
+from shoal.kernels.quantize import WIDEST, Quantized, mixed, product, quantize, quantize_heads, run_of
+from shoal.kernels.ref_attention import TILE, Stored, TilePlan, attend, fold_sum
 from shoal.kernels.ref_product import fill_weight, tiled_product
 
 
@@ -31,6 +31,12 @@ class PagedKV:
 
     k: Tensor
     v: Tensor
+    scales: tuple[Tensor, Tensor] | None = None  # of keys and of values as int8: float32 [L, G, pages, P]
+
+    def layer(self, number: int) -> tuple[Stored, Stored]:
+        """Keys and values of one layer."""
+        k_scale, v_scale = (None, None) if self.scales is None else (each[number] for each in self.scales)
+        return Stored(self.k[number], k_scale), Stored(self.v[number], v_scale)
 
     @property
     def num_pages(self) -> int:
@@ -65,12 +71,15 @@ class RefKernels:
             raise ValueError(f"page size {page_size} does not divide {TILE}")
         shape = (num_layers, num_kv_heads, num_pages, page_size, head_dim)
         # Not zeroed: memory is then taken from the system page by page, as it is first written.
-        return PagedKV(
-            torch.empty(shape, dtype=dtype, device=self.device), torch.empty(shape, dtype=dtype, device=self.device)
-        )
+        k, v = (torch.empty(shape, dtype=dtype, device=self.device) for _ in range(2))
+        if dtype != torch.int8:
+            return PagedKV(k, v)
+        if head_dim > WIDEST:
+            raise ValueError(f"heads of {head_dim} numbers cannot be kept as int8: {WIDEST} are the most")
+        return PagedKV(k, v, (torch.empty(shape[:-1], device=self.device), torch.empty(shape[:-1], device=self.device)))
 
     def kv_bytes(self, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        return 2 * page_size * num_kv_heads * head_dim * dtype.itemsize
+        return 2 * page_size * num_kv_heads * (head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0))
 
     def pack(self, weight_NK: Tensor, bias_N: Tensor | None = None, mode: Mode = "plain") -> Packed:
         bias = None if bias_N is None else bias_N.to(self.device)
@@ -186,7 +195,12 @@ class RefKernels:
     def write_kv(self, kv: KV, layer: int, k_TGE: Tensor, v_TGE: Tensor, slot_T: Tensor) -> None:
         """Store keys and values in their slots."""
         assert isinstance(kv, PagedKV)
-        for pages, new in ((kv.k[layer], k_TGE), (kv.v[layer], v_TGE)):
+        pairs = [(kv.k[layer], k_TGE), (kv.v[layer], v_TGE)]
+        if kv.scales is not None:
+            k_TGE, k_scale, v_TGE, v_scale = quantize_heads(k_TGE, v_TGE)
+            pairs = [(kv.k[layer], k_TGE), (kv.v[layer], v_TGE)]
+            pairs += [(kv.scales[0][layer], k_scale), (kv.scales[1][layer], v_scale)]
+        for pages, new in pairs:
             pages.flatten(1, 2).index_copy_(1, slot_T, new.transpose(0, 1).to(pages.dtype))
 
     def plan(self, batch: Batch, kv: KV) -> TilePlan:
@@ -196,7 +210,10 @@ class RefKernels:
         self, q_THE: Tensor, kv: KV, layer: int, plan: object, scale: float, window: int = 0, softcap: float = 0.0
     ) -> Tensor:
         assert isinstance(kv, PagedKV) and isinstance(plan, TilePlan)
-        return attend(q_THE, kv.k[layer], kv.v[layer], plan, scale, window, softcap)
+        if kv.scales is None:
+            return attend(q_THE, *kv.layer(layer), plan, scale, window, softcap)
+        q_mixed = mixed(q_THE) / run_of(q_THE.shape[2])
+        return attend(q_mixed, *kv.layer(layer), plan, scale, window, softcap).to(q_THE.dtype)
 
     def silu_mul(self, x_T2D: Tensor) -> Tensor:
         """silu(first half) * second half of each row."""
@@ -227,5 +244,5 @@ class RefKernels:
     def move_blocks(self, kv: KV, moves_M3: Tensor) -> None:
         assert isinstance(kv, PagedKV)
         for src, dst, tokens in moves_M3.tolist():
-            for pages in (kv.k, kv.v):
+            for pages in (kv.k, kv.v, *(kv.scales or ())):
                 pages[:, :, dst, :tokens] = pages[:, :, src, :tokens]

@@ -26,6 +26,24 @@ PRODUCTS = 32  # products of one call on a GPU, where the library chooses its me
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """Keys or values of one layer as [G, pages, P, E], with scales [G, pages, P] where they are whole numbers."""
+
+    numbers: Tensor
+    scales: Tensor | None = None
+
+    def gather(self, units: Tensor) -> Tensor:
+        """Those of the units as float32 [G, quarters, 64, E]."""
+        num_kv, _, page_size, width = self.numbers.shape
+        unit = min(page_size, QUARTER)
+        found = self.numbers.view(num_kv, -1, unit, width).index_select(1, units).view(num_kv, -1, QUARTER, width)
+        if self.scales is None:
+            return found.float()
+        scales = self.scales.view(num_kv, -1, unit).index_select(1, units)
+        return found.float() * scales.view(num_kv, -1, QUARTER, 1)
+
+
+@dataclass(frozen=True, slots=True)
 class _Part:
     """Row tiles that meet the first C quarters of one position tile. A unit is a page, or a quarter of a larger one."""
 
@@ -129,10 +147,10 @@ def _make_part(plan: TilePlan, rows: _Rows, tiles: list[int], j: int, quarters: 
     return _Part(tiles_Q, units.flatten(), quarters, hidden, unwritten)
 
 
-def attend(q_THE: Tensor, k: Tensor, v: Tensor, plan: TilePlan, scale: float, window: int, softcap: float) -> Tensor:
-    """Attention of one layer; k and v are [G, pages, P, E]. The result has the shape and dtype of q."""
+def attend(q_THE: Tensor, k: Stored, v: Stored, plan: TilePlan, scale: float, window: int, softcap: float) -> Tensor:
+    """Attention of one layer. The result has the shape and dtype of q."""
     num_tokens, num_heads, width = q_THE.shape
-    num_kv = k.shape[0]
+    num_kv = k.numbers.shape[0]
     group = num_heads // num_kv
     rows = plan.rows(group)
     flat = q_THE.float().view(num_tokens, num_kv, group, width).transpose(0, 1).reshape(num_kv, -1, width)
@@ -155,12 +173,12 @@ def attend(q_THE: Tensor, k: Tensor, v: Tensor, plan: TilePlan, scale: float, wi
 
 
 def _partial(
-    q_GQRE: Tensor, k: Tensor, v: Tensor, part: _Part, scale: float, softcap: float
+    q_GQRE: Tensor, k: Stored, v: Stored, part: _Part, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Largest score, sum of weights and weighted values of each row over one position tile."""
     num_kv, num_tiles, _, width = q_GQRE.shape
     split = (num_kv, num_tiles, part.num_quarters, ROWS, -1)
-    keys, values = _gather(k, part.units), _gather(v, part.units)
+    keys, values = k.gather(part.units), v.gather(part.units)
     values.view(num_kv, -1, width).index_fill_(1, part.unwritten, 0.0)  # 0 * NaN would be NaN
     q = q_GQRE[:, :, None].expand(-1, -1, part.num_quarters, -1, -1).flatten(1, 2)
     scores_GQCRP = _products(q, keys.transpose(2, 3)).mul_(scale).view(split)
@@ -181,13 +199,6 @@ def _left_to_right(x_GQC: Tensor) -> Tensor:
     for quarter in range(1, x_GQC.shape[2]):
         total = total + x_GQC[:, :, quarter]
     return total
-
-
-def _gather(pages: Tensor, units: Tensor) -> Tensor:
-    """Keys or values of the units as float32 [G, quarters, 64, E]."""
-    num_kv, _, page_size, width = pages.shape
-    found = pages.view(num_kv, -1, min(page_size, QUARTER), width).index_select(1, units)
-    return found.view(num_kv, -1, QUARTER, width).float()
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from shoal.core.errors import UsageError
 _TRANSLATED = {
     "max_model_len": "context", "max_num_seqs": "max_sequences", "max_num_batched_tokens": "step_tokens",
     "enable_prefix_caching": "reuse", "kv_cache_memory_bytes": "memory_bytes", "async_scheduling": "overlap",
+    "kv_cache_dtype": "kv",
 }  # fmt: skip
 _DTYPES = {"auto": "auto", "float32": "fp32", "float": "fp32", "bfloat16": "bf16", "fp32": "fp32", "bf16": "bf16"}
 _IGNORED = (
@@ -30,7 +31,7 @@ _REFUSED: Mapping[str, tuple[object, ...]] = {  # with their neutral values
     "tensor_parallel_size": (1,), "pipeline_parallel_size": (1,), "data_parallel_size": (1,),
     "quantization": (None,), "enable_lora": (False, True, None), "hf_overrides": (None, {}),
     "skip_tokenizer_init": (False,),
-    "logits_processors": (None, []), "structured_outputs_config": (None, {}), "kv_cache_dtype": ("auto", None),
+    "logits_processors": (None, []), "structured_outputs_config": (None, {}),
     "speculative_config": (None, {}), "runner": ("auto", "generate"), "task": (None, "auto", "generate"),
     "convert": ("auto", "none", None), "allowed_local_media_path": ("", None), "tokenizer_revision": (None,),
 }  # fmt: skip

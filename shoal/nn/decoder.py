@@ -23,12 +23,15 @@ class Decoder:
     """A model ready to run on its kernels' device. It holds weights only; keys and values belong to the caller."""
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, kernels: Kernels, adapters: Sequence[Adapter] = ()
-    ) -> None:
-        """Batches name adapters by their place in `adapters`."""
+        self, config: ModelConfig, weights: Weights, kernels: Kernels, adapters: Sequence[Adapter] = (),
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        """Batches name adapters by their place in `adapters`; `kv_dtype` is that of keys and values in memory, None
+        takes the activations'."""
         self.config = config
         self.kernels = kernels
         self.dtype = weights.dtype
+        self.kv_dtype = kv_dtype or weights.dtype
         tables = rope_tables(config, kernels.device)
         self.embedding_VD = weights.take("embed_tokens.weight").to(kernels.device)
         self.layers = [
@@ -40,10 +43,10 @@ class Decoder:
         self.head = kernels.pack(self.embedding_VD if config.tied else weights.take("lm_head.weight"))
 
     def new_kv(self, num_pages: int, page_size: int) -> KV:
-        """Pages for this model's keys and values, in its dtype."""
+        """Pages for this model's keys and values."""
         config = self.config
         return self.kernels.new_kv(
-            config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, self.dtype
+            config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, self.kv_dtype
         )
 
     def forward(self, batch: Batch, kv: KV) -> Tensor:

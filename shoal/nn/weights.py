@@ -25,6 +25,9 @@ from shoal.nn.arch import ModelConfig
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Names of the arithmetic of plain weights."""
 
+KV_DTYPES = {**DTYPES, "int8": torch.int8}
+"""Names of what keys and values are kept as."""
+
 MODES: Mapping[str, tuple[torch.dtype, Mode]] = {
     **{name: (dtype, "plain") for name, dtype in DTYPES.items()},
     "int8": (torch.bfloat16, "int8"),

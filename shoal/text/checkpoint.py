@@ -75,6 +75,15 @@ def weight_mode(asked: str, folder: Path) -> str:
     return "bf16" if stored in ("bfloat16", "float16") else "fp32"
 
 
+def kv_mode(asked: str, weights: str) -> str:
+    """How keys and values are kept under a mode of weights: as they come, unless int8 was asked for."""
+    if asked == "auto":
+        return "fp32" if weights == "fp32" else "bf16"
+    if weights == "fp32":
+        raise UsageError(f"keys and values are kept as {asked} beside 16-bit activations only: give --weights bf16 too")
+    return asked
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What requests must fit, and what they get when they do not say."""

@@ -43,7 +43,7 @@ def make_batch(pieces: list[Piece], page_size: int, device: str | torch.device =
 def spoil(kv: KV) -> None:
     """Fill the memory with numbers that are none."""
     assert isinstance(kv, PagedKV | UnitKV)
-    for memory in (kv.k, kv.v) if isinstance(kv, PagedKV) else (kv.memory,):
+    for memory in (kv.k, kv.v, *(kv.scales or ())) if isinstance(kv, PagedKV) else (kv.memory,):
         memory.view(torch.uint8).fill_(255)
 
 

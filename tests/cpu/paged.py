@@ -61,6 +61,7 @@ class Heads:
     dtype: torch.dtype
     window: int = 0
     softcap: float = 0.0
+    rounded: bool = False  # keys and values are kept as int8
 
     @property
     def count(self) -> int:
@@ -112,13 +113,16 @@ class Cache:
     """Pages of one layer, full of NaN until something is placed."""
 
     def __init__(self, heads: Heads, num_pages: int, page_size: int) -> None:
-        shape = (num_pages, heads.kv_heads, page_size, -(-heads.width // 32) * 32)
+        padded = -(-heads.width // 32) * 32
+        size = 16 * (padded + 4) if heads.rounded else 16 * padded * heads.dtype.itemsize
+        shape = (num_pages, heads.kv_heads, page_size // 16, size)
         self.heads, self.page_size = heads, page_size
-        self.keys = torch.full(shape, torch.nan, dtype=heads.dtype)
+        self.keys = torch.full(shape, 255, dtype=torch.uint8)  # floats of these bytes are NaN
         self.values = self.keys.clone()
-        wide = heads.dtype == torch.float32
+        kinds = {torch.float32: _cpu.Kind.FP32, torch.bfloat16: _cpu.Kind.BF16}
+        kind = _cpu.Kind.INT8 if heads.rounded else kinds[heads.dtype]
         self.pages = _cpu.Pages(
-            self.keys.data_ptr(), self.values.data_ptr(), page_size, heads.kv_heads, heads.width, wide
+            self.keys.data_ptr(), self.values.data_ptr(), page_size, heads.kv_heads, heads.width, kind
         )
 
     def place(
@@ -205,11 +209,12 @@ def _attend(kernels: _cpu.Table, cache: Cache, table: Tensor, step: list[Piece],
 
 
 def reference(heads: Heads, sequences: list[Sequence]) -> list[Tensor]:
-    """The same by the specification, in float32 from the same keys, values and queries."""
+    """The same by the specification, in float32 from the same keys, values and queries, rounded where pages are."""
     kernels = RefKernels(torch.device("cpu"))
     layout = Layout(together=False)
     table, num_pages = deal_pages(sequences, layout)
-    kv = kernels.new_kv(1, num_pages, layout.page_size, heads.kv_heads, heads.width, torch.float32)
+    kept = torch.int8 if heads.rounded else torch.float32
+    kv = kernels.new_kv(1, num_pages, layout.page_size, heads.kv_heads, heads.width, kept)
     for n, s in enumerate(sequences):
         kernels.write_kv(kv, 0, s.keys.float(), s.values.float(), slots_of(table, n, 0, s.length, layout.page_size))
     counts = [len(s.queries) for s in sequences]

@@ -224,7 +224,7 @@ def test_every_kernel_and_step_is_measured(
     record = json.loads(path.read_text())
     assert [kernel["name"].split(",")[0] for kernel in record["kernels"]] == [
         *[f"{mode} linear qkv 48 x 32"] * 3, *[f"{mode} linear gate up 64 x 32"] * 3,
-        "head 64 x 32", *["attention 4/2/16"] * 4,
+        "head 64 x 32", *["attention 4/2/16"] * 4, *["attention int8 4/2/16"] * (0 if mode == "fp32" else 4),
     ]  # fmt: skip
     assert all(kernel["seconds"] > 0 and kernel["share"] > 0 for kernel in record["kernels"])
     assert [(step["rows"], step["context"]) for step in record["steps"]] == [(1, 56), (3, 56), (5, 364)]

@@ -13,13 +13,14 @@ from small_models import save_model
 from torch import Tensor
 
 from shoal.kernels import KV, Batch, Heads, Kernels, load, set_threads
-from shoal.kernels.cpu import CpuKernels, instruction_sets
-from shoal.kernels.ref import RefKernels
+from shoal.kernels.cpu import CpuKernels, UnitKV, instruction_sets
+from shoal.kernels.ref import PagedKV, RefKernels
 from shoal.nn.arch import read_config
 from shoal.nn.decoder import Decoder
 from shoal.nn.weights import DTYPES, load_weights
 
 PAGE = 32
+KEPT = {**DTYPES, "int8": torch.int8}  # keys and values in their pages; bf16 is rounded to int8
 SHAPES = [(256, 512), (704, 256), (64, 199), (172, 64), (100, 36), (1024, 3000)]  # K, N
 
 
@@ -163,12 +164,13 @@ MIX = [(1, 1), (1, 300), (5, 5), (30, 530), (1, 256), (1, 257), (3, 256), (70, 7
 class Pages:
     """Sequences of random keys and values in pages that are dealt at random, the rest of memory being NaN."""
 
-    def __init__(self, kernels: Kernels, mix: list[tuple[int, int]], group: int, dtype: torch.dtype, seed: int = 0):
+    def __init__(self, kernels: Kernels, mix: list[tuple[int, int]], group: int, kept: torch.dtype, seed: int = 0):
+        dtype = torch.bfloat16 if kept == torch.int8 else kept
         self.kernels, self.mix, self.group = kernels, mix, group
         total = sum(-(-length // PAGE) for _, length in mix)
         deck = list(range(total + 1))
         random.Random(seed).shuffle(deck)
-        self.kv = kernels.new_kv(1, total + 1, PAGE, 2, 16, dtype)
+        self.kv = kernels.new_kv(1, total + 1, PAGE, 2, 16, kept)
         spoil(self.kv)
         self.tables = [[deck.pop() for _ in range(-(-length // PAGE))] for _, length in mix]
         self.q = [noise(length, 2 * group, 16, seed=3 + n, dtype=dtype) for n, (_, length) in enumerate(mix)]
@@ -207,7 +209,7 @@ class Pages:
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (40, 0.0), (256, 2.0), (1, 0.0)])
 @pytest.mark.parametrize("group", [1, 3, 4])
 def test_attention_is_the_textbooks(kernels: Kernels, group: int, window: int, softcap: float) -> None:
-    for dtype, allowed in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
+    for dtype, allowed in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.int8, 4e-2)):
         pages = Pages(kernels, MIX, group, dtype)
         for (n, start, end), out in zip(
             pages.all_pieces(), pages.attend(pages.all_pieces(), window, softcap), strict=True
@@ -215,7 +217,7 @@ def test_attention_is_the_textbooks(kernels: Kernels, group: int, window: int, s
             assert (out - pages.truth(n, window, softcap)[start:end]).abs().max() < allowed
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", KEPT.values(), ids=KEPT)
 @pytest.mark.parametrize("window", [0, 40])
 def test_attention_does_not_depend_on_company_chunks_pages_or_threads(
     kernels: Kernels, window: int, dtype: torch.dtype
@@ -238,12 +240,13 @@ def test_attention_does_not_depend_on_company_chunks_pages_or_threads(
                 assert torch.equal(torch.cat(halves), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KEPT)
 @pytest.mark.parametrize("name", ["llama3", "gemma2", "olmo2"])
 def test_a_row_has_the_same_bits_in_any_company(name: str, dtype: str, kernels: Kernels, tmp_path: Path) -> None:
     model = save_model(name, tmp_path)
     config = read_config(tmp_path)
-    decoder = Decoder(config, load_weights(tmp_path, config, DTYPES[dtype]), kernels)
+    kept = KEPT[dtype] if dtype not in DTYPES else None
+    decoder = Decoder(config, load_weights(tmp_path, config, DTYPES.get(dtype, torch.bfloat16)), kernels, kept)
     dice = random.Random(3)
     prompts = [[dice.randrange(model.config.vocab_size) for _ in range(n)] for n in (3, 40, 250, 290)]
     together = generate(decoder, prompts, 7)
@@ -280,10 +283,10 @@ def test_a_shared_prefix_may_be_written_in_the_same_step_and_branch_inside_a_pag
         assert torch.equal(moved, alone)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_moves_copy_the_first_positions_in_order(kernels: Kernels, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
+def test_moves_copy_the_first_positions_in_order(kernels: Kernels, kept: torch.dtype) -> None:
     """A value of -1 marks its page and position; a query that sees one position alone reads its value."""
-    kv = kernels.new_kv(1, 4, PAGE, 1, 8, dtype)
+    kv, dtype = kernels.new_kv(1, 4, PAGE, 1, 8, kept), torch.bfloat16 if kept == torch.int8 else kept
     content = (torch.arange(4)[:, None] * PAGE + torch.arange(PAGE)).to(dtype)
     whole = make_batch([([0] * PAGE, 0, [page]) for page in range(4)], PAGE)
     qkv = torch.cat([torch.ones(4 * PAGE, 16, dtype=dtype), content.flatten()[:, None].expand(-1, 8)], dim=1)
@@ -302,3 +305,13 @@ def test_unknown_kernels_and_page_sizes_are_refused(kernels: Kernels) -> None:
         load("fast")
     with pytest.raises(ValueError, match="page size 48"):
         kernels.new_kv(1, 1, 48, 1, 8, torch.float32)
+    with pytest.raises(ValueError, match="heads of 513 numbers cannot be kept as int8: 512 are the most"):
+        kernels.new_kv(1, 1, PAGE, 1, 513, torch.int8)
+
+
+@pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
+def test_pages_take_the_bytes_that_they_are_said_to_take(kernels: Kernels, kept: torch.dtype) -> None:
+    kv = kernels.new_kv(3, 5, PAGE, 2, 40, kept)
+    assert isinstance(kv, PagedKV | UnitKV)
+    held = (kv.k, kv.v, *(kv.scales or ())) if isinstance(kv, PagedKV) else (kv.memory,)
+    assert sum(each.nbytes for each in held) == 3 * 5 * kernels.kv_bytes(PAGE, 2, 40, kept)

@@ -313,6 +313,7 @@ def test_an_interrupted_call_leaves_an_engine_that_answers(llm: LLM, monkeypatch
     [
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not available"),
         ({"quantization": "awq"}, "quantization"),
+        ({"kv_cache_dtype": "fp8"}, "kv is 'fp8'; it must be one of auto, int8"),
         ({"max_modle_len": 5}, "did you mean 'max_model_len'"),
         ({"dtype": "float16"}, "float32 or bfloat16"),
         ({"block_size": 5}, "must divide 256"),
@@ -326,6 +327,14 @@ def test_arguments_that_would_change_answers_are_refused(folder: Path, arguments
 def test_arguments_about_other_machines_are_ignored_aloud(folder: Path) -> None:
     with pytest.warns(UserWarning, match="gpu_memory_utilization, enforce_eager"):
         LLM(str(folder), gpu_memory_utilization=0.5, enforce_eager=True, quantization=None).close()
+
+
+def test_vllms_name_of_how_keys_and_values_are_kept_is_known(folder: Path) -> None:
+    for asked, kept in ((None, "fp32"), ("auto", "fp32"), ("int8", "int8")):
+        dtype = "bfloat16" if asked == "int8" else "auto"
+        made = LLM(str(folder), dtype=dtype, kv_cache_dtype=asked)
+        assert made.facts.kv == kept
+        made.close()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,16 @@ from shoal.core.errors import ModelError
 from shoal.kernels import load, set_threads
 from shoal.kernels.api import Kernels, Mode
 from shoal.kernels.cpu import CpuKernels, instruction_sets
-from shoal.kernels.quantize import group_size, product, quantize, quantize_rows, weight_bytes
+from shoal.kernels.quantize import (
+    group_size,
+    mixed,
+    product,
+    quantize,
+    quantize_heads,
+    quantize_rows,
+    run_of,
+    weight_bytes,
+)  # fmt: skip
 from shoal.kernels.ref import RefKernels
 from shoal.nn.arch import read_config
 from shoal.nn.calibrate import calibrate
@@ -98,6 +107,38 @@ def test_rounded_activations_are_within_half_a_step(size: tuple[int, int, int], 
     meant = (numbers * scale[..., None]).flatten(1)[:, : x.shape[1]]
     step = scale.repeat_interleave(group, dim=1)[:, : x.shape[1]]
     assert bool(((meant - x.float()).abs() <= 0.5001 * step).all())
+
+
+@settings(deadline=None)
+@given(st.integers(1, 300), st.floats(1e-6, 1e6), st.integers(0, 1000))
+def test_rounded_heads_are_within_half_a_step_and_depend_on_their_token_alone(width: int, by: float, seed: int) -> None:
+    heads = [(noise(9, 2, width, seed=seed + half) * by).bfloat16() for half in range(2)]
+    stored = quantize_heads(*heads)
+    for x, numbers, scale in zip((mixed(heads[0]), heads[1].float()), stored[::2], stored[1::2], strict=True):
+        assert numbers.dtype == torch.int8 and int(numbers.min()) >= -127
+        assert bool(((numbers * scale[..., None] - x).abs() <= 0.5001 * scale[..., None]).all())
+    alone = quantize_heads(*(x[4:5] for x in heads))
+    assert all(torch.equal(one[0], all_of_them[4]) for one, all_of_them in zip(alone, stored, strict=True))
+
+
+@pytest.mark.parametrize("width", [1, 31, 48, 64, 128, 256])
+def test_products_of_mixed_heads_are_those_of_the_heads(width: int) -> None:
+    a, b = noise(20, width).double(), noise(20, width, seed=1).double()
+    found = (mixed(a).double() * mixed(b).double()).sum(1) / run_of(width)
+    torch.testing.assert_close(found, (a * b).sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_key_with_a_few_large_numbers_is_rounded_nearly_as_well_as_others() -> None:
+    """Two of 64 numbers are 100 times the others', as in models with large biases: alone they would set the step."""
+    query, key = noise(500, 1, 64, seed=1), noise(500, 1, 64)
+    key[..., 5] += 100
+    key[..., 37] -= 80
+    key = key.bfloat16().float()
+    numbers, scale, _, _ = quantize_heads(key, key)
+    query[..., [5, 37]] = 0  # what is left of a product when the large numbers meet small ones
+    exact, found = (query * key).sum(-1), (mixed(query) * numbers).sum(-1) * scale / 64
+    _, plain_scale = quantize_rows(key.flatten(0, 1), 64)
+    assert (found - exact).std() < 0.3 * plain_scale.mean() * 12**-0.5 * 64**0.5
 
 
 @settings(deadline=None, max_examples=50)
@@ -210,6 +251,36 @@ def test_a_quantised_model_answers_nearly_as_before_and_alike_in_any_company(
         expected = generate(plain, [prompt], 1)[0][1]
         error = (logits[0] - expected[0]).norm() / expected[0].norm()
         assert error < (0.1 if mode == "int8" else 0.4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_model_with_rounded_keys_and_values_answers_nearly_as_before(
+    kernels: Kernels, name: str, tmp_path: Path
+) -> None:
+    save_model(name, tmp_path)
+    config = read_config(tmp_path)
+    prompts = [[(7 * i * n) % 199 for i in range(n)] for n in (3, 40, 270)]
+    plain, rounded = (
+        generate(Decoder(config, load_weights(tmp_path, config, torch.bfloat16), kernels, dtype), prompts, 2)
+        for dtype in (torch.bfloat16, torch.int8)
+    )
+    for (_, expected), (_, found) in zip(plain, rounded, strict=True):
+        assert 0 < (found[0] - expected[0]).norm() / expected[0].norm() < 0.05
+
+
+def test_keys_and_values_of_8_bits_leave_room_for_more_blocks(tmp_path: Path) -> None:
+    """A block of llama's narrow heads, which are filled up to 32 numbers: two bytes of each become one and a scale."""
+    save_model("llama", tmp_path)
+    blocks = {}
+    for kv, size in (("auto", 2 * 32), ("int8", 32 + 4)):
+        built = build_engine(
+            EngineConfig(model=str(tmp_path), weights="bf16", kv=kv, memory_bytes=10**6, block_size=16)
+        )
+        assert built.facts.memory.block == 2 * 3 * 16 * 2 * size
+        assert built.facts.kv == ("bf16" if kv == "auto" else "int8")
+        blocks[kv] = built.facts.memory.num_blocks
+        built.close()
+    assert blocks["int8"] > 1.7 * blocks["auto"]
 
 
 @pytest.mark.parametrize("mode", QUANTIZED)

@@ -354,6 +354,7 @@ def test_a_built_engine_knows_what_it_stands_on(folder: Path) -> None:
         ({"policy": "shoal.core.types:Request"}, "not a Policy"),
         ({"device": "cuda:97"}, "not there"),
         ({"memory_bytes": 10**18}, "lower --memory"),
+        ({"kv": "int8"}, "16-bit activations only: give --weights bf16 too"),
     ],
 )
 def test_a_wrong_setting_is_refused_before_or_while_building(folder: Path, values: dict[str, Any], words: str) -> None:

@@ -28,6 +28,7 @@ MANIFEST = Manifest(
     template="55" * 32,
     parameters={"max_tokens": 16, "temperature": 0.0},
     weight_mode="bf16",
+    kv_mode="bf16",
     instruction_set="avx2",
     versions={"shoal": "0.1.0"},
 )

@@ -36,7 +36,15 @@ def test_a_value_of_the_wrong_type_is_refused(name: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"block_size": 24}, {"block_size": 0}, {"step_tokens": 0}, {"weights": "int3"}, {"device": "tpu"}, {"context": 0}],
+    [
+        {"block_size": 24},
+        {"block_size": 0},
+        {"step_tokens": 0},
+        {"weights": "int3"},
+        {"kv": "fp8"},
+        {"device": "tpu"},
+        {"context": 0},
+    ],
 )
 def test_a_value_out_of_range_is_refused(values: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=next(iter(values))):

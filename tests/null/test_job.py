@@ -120,6 +120,7 @@ def test_another_job_is_refused_by_name(job) -> None:
         ({"body": {"temperature": 0.5}}, "parameters body temperature was absent, is 0.5"),
         ({"order": Order.FINISH}, "order was plan, is finish"),
         ({"weights": "fp32"}, "weight_mode was bf16, is fp32"),
+        ({"kv": "int8"}, "kv_mode was bf16, is int8"),
         ({"prompt": "{text}"}, "parameters prompt was absent, is {text}"),
         ({"model": str(MINNOW)}, "parameters model was minnow, is "),
     ]:

@@ -27,6 +27,7 @@ OTHERS: dict[str, object] = {
     "template": "dd" * 32,
     "parameters": {"max_tokens": 16, "temperature": 0.7},
     "weight_mode": "int8",
+    "kv_mode": "int8",
     "instruction_set": "avx512",
     "versions": {"shoal": "0.2.0"},
     "adapters": {"poet": "ee" * 32},

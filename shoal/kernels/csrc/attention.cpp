@@ -23,6 +23,9 @@ namespace {
 
 constexpr int64_t BLOCK = 48;           // rows of a task
 constexpr int64_t AHEAD_BYTES = 16384;  // how long before they are read keys and values are fetched
+// Where keys and values are whole numbers of 8 bits, keys are mixed before they are rounded, and queries with them. So are queries and weights of 16, as multiples of a scale of their
+// row: a sum of 512 products of a query's numbers and a key's, or of 256 of weights and values, is exact in 32 bits.
+constexpr float QUERY_LEVELS = 32767.f, WEIGHT_LEVELS = 32767.f;
 
 // Where the parts of a divided segment meet, by token and head (FREE_ORDER): how many have ended, -1 while one of them
 // adds its own; and how many there are.
@@ -63,6 +66,9 @@ struct Room {
   float *tops;      // [LANES][LANES], largest scores, then sums of weights, by row and lane
   float *out;       // [BLOCK][padded]
   word *last_unit;  // values of the last unit, with zeros where nobody has written yet
+  bf16 *whole;      // [LANES][padded], queries of a register tile as whole numbers
+  float *peaks;     // [LANES][LANES], largest products of a weight and its value's scale, by row and lane
+  float query_scale[BLOCK], weight_scale[LANES];  // of whole numbers
   float weight[BLOCK + LANES], largest[BLOCK + LANES];
   float old[LANES], fresh[LANES];                         // of a register tile
   int64_t position[BLOCK];
@@ -82,17 +88,20 @@ struct Extent {
   int64_t start, from, to, open, shut;
 };
 
-template <bool WIDE>
+template <Kind KIND>
 void give(const Call &call, Room &room) {
   const int64_t q = (BLOCK * call.steps + LANES) * 4, scores = ROWS * SCORES * 4;
-  const int64_t weights = WIDE ? 0 : ROWS * WEIGHTS<WIDE> * 4;
+  const int64_t weights = KIND == Kind::fp32 ? 0 : ROWS * WEIGHTS<KIND> * 4;
   const int64_t tops = LANES * LANES * 4, out = BLOCK * call.padded * 4, unit = call.unit_words * 4;
-  char *memory = (char *)scratch(q + scores + weights + tops + out + unit);
+  const int64_t whole = KIND == Kind::int8 ? LANES * call.padded * 2 : 0, peaks = KIND == Kind::int8 ? tops : 0;
+  char *memory = (char *)scratch(q + scores + weights + tops + out + unit + whole + peaks);
   room.scores = (float *)memory, memory += scores;
-  room.weights = (word *)(WIDE ? (char *)room.scores : memory), memory += weights;
+  room.weights = (word *)(KIND == Kind::fp32 ? (char *)room.scores : memory), memory += weights;
   room.tops = (float *)memory, memory += tops;
+  room.peaks = (float *)memory, memory += peaks;
   room.out = (float *)memory, memory += out;
   room.last_unit = (word *)memory, memory += unit;
+  room.whole = (bf16 *)memory, memory += whole;
   room.q = (word *)memory;
 }
 
@@ -188,11 +197,11 @@ const word *const *take(const Call &call, Feed &feed, int64_t wanted) {
 }
 
 // Queries of a register tile's rows, by step.
-template <bool WIDE>
+template <Kind KIND>
 void gather(const Call &call, const char *const *rows, int64_t count, word *to) {
   const char *at[LANES];
   for (int64_t r = 0; r < LANES; r++) at[r] = rows[r < count ? r : count - 1];
-  const int64_t whole = call.width / PER_WORD<WIDE>;
+  const int64_t whole = call.width / PER_WORD<KIND>;
   int64_t k = 0;
   for (; k + LANES <= whole; k += LANES) {
     transpose(at, count, to + k * count);
@@ -200,11 +209,11 @@ void gather(const Call &call, const char *const *rows, int64_t count, word *to) 
   }
   for (int64_t r = 0; r < count; r++) {
     for (int64_t i = k; i < whole; i++) __builtin_memcpy(to + i * count + r, at[r] + (i - k) * 4, 4);
-    if (!WIDE && call.width % 2) to[whole * count + r] = *(const bf16 *)(at[r] + (whole - k) * 4);
+    if (KIND != Kind::fp32 && call.width % 2) to[whole * count + r] = *(const bf16 *)(at[r] + (whole - k) * 4);
   }
 }
 
-template <bool WIDE>
+template <Kind KIND>
 void begin_task(const Call &call, const Task &task, Room &room) {
   const int64_t tiles = (task.rows + ROWS - 1) / ROWS;
   int64_t token = 0, head = 0;
@@ -213,7 +222,15 @@ void begin_task(const Call &call, const Task &task, Room &room) {
     const char *rows[LANES];
     for (; r < end; r++) {
       locate(call, task, r, token, head);
-      rows[r - first] = (const char *)call.q + (token * call.stride + head * call.width) * (WIDE ? 4 : 2);
+      typedef typename Number<KIND>::type T;
+      const T *row = (const T *)call.q + token * call.stride + head * call.width;
+      if constexpr (KIND == Kind::int8) {
+        bf16 *to = room.whole + (r - first) * call.padded;
+        float wide[WIDEST];
+        widen(row, call.width, wide), mix_runs(wide, call.width), row = to;
+        room.query_scale[r] = quantise(wide, call.width, QUERY_LEVELS, (int16_t *)to) / (float)run_of(call.width);
+      }
+      rows[r - first] = (const char *)row;
       room.position[r] = call.work.position[token];
       float *out = room.out + r * call.padded;
       if (task.segment->resume) {
@@ -225,7 +242,7 @@ void begin_task(const Call &call, const Task &task, Room &room) {
         room.weight[r] = 0, room.largest[r] = -__builtin_inff();
       }
     }
-    gather<WIDE>(call, rows, end - first, room.q + first * call.steps);
+    gather<KIND>(call, rows, end - first, room.q + first * call.steps);
   }
 }
 
@@ -249,7 +266,7 @@ bool meet(const Call &call, int64_t place, float *out, float &weight, float &lar
   return last;
 }
 
-template <bool WIDE>
+template <Kind KIND>
 void end_task(const Call &call, const Task &task, Room &room) {
   for (int64_t r = 0; r < task.rows; r++) {
     int64_t token, head;
@@ -263,7 +280,7 @@ void end_task(const Call &call, const Task &task, Room &room) {
       state[call.padded] = room.weight[r], state[call.padded + 1] = room.largest[r];
       continue;
     }
-    typedef typename Number<WIDE>::type T;
+    typedef typename Number<KIND>::type T;
     T *to = (T *)call.out + (token * call.heads + head) * call.width;
     for (int64_t i = 0; i < call.width; i += LANES, to += LANES) {
       const vf mean = load(out + i) / room.weight[r];
@@ -301,34 +318,89 @@ INLINE void finish_scores(const Call &call, const Extent &extent, bool capped, f
 }
 
 // Scores to weights, 2 to the power of score * factor + shift, and their sum by lane: even and odd units, then both.
-template <bool WIDE>
+template <Kind KIND>
 INLINE vf weigh(const float *scores, word *weights, const Extent &extent, vf factor, vf shift) {
   vf even = {}, odd = {};
-  typename Number<WIDE>::type *to = (typename Number<WIDE>::type *)weights;
+  typename Number<KIND>::type *to = (typename Number<KIND>::type *)weights;
   for (int64_t u = extent.from; u < extent.to; u += 2) {
-    const vf a = power_of_two<WIDE>(fma(load(scores + u * UNIT), factor, shift));
-    const vf b = power_of_two<WIDE>(fma(load(scores + u * UNIT + UNIT), factor, shift));
+    const vf a = power_of_two<KIND == Kind::fp32>(fma(load(scores + u * UNIT), factor, shift));
+    const vf b = power_of_two<KIND == Kind::fp32>(fma(load(scores + u * UNIT + UNIT), factor, shift));
     even += a, odd += b;
     store(to + u * UNIT, a), store(to + u * UNIT + UNIT, b);
   }
   return even + odd;
 }
 
-// The last unit of values with zeros from position `count` on: 0 times what lies there might be NaN.
-template <bool WIDE>
+// The same where values are whole numbers: their scales go into the weights, which stay where the scores were until
+// their largest one is known. It is taken into `peaks` by lane.
+INLINE vf weigh_values(float *scores, const word *const *values, const Extent &extent, vf factor, vf shift,
+                       float *peaks) {
+  vf even = {}, odd = {}, peak = {};
+  for (int64_t u = extent.from; u < extent.to; u += 2) {
+    float *at = scores + u * UNIT;
+    const vf a = power_of_two<false>(fma(load(at), factor, shift));
+    const vf b = power_of_two<false>(fma(load(at + UNIT), factor, shift));
+    const vf c = a * load((const float *)values[u]), d = b * load((const float *)values[u + 1]);
+    even += a, odd += b;
+    peak = larger(larger(peak, c), d);
+    store(at, c), store(at + UNIT, d);
+  }
+  store(peaks, peak);
+  return even + odd;
+}
+
+// Weights with scales to whole numbers of 16 bits.
+INLINE void round_weights(const float *scores, word *weights, const Extent &extent, vf inverse) {
+  typedef int16_t wholes __attribute__((vector_size(32), may_alias));
+  for (int64_t u = extent.from; u < extent.to + extent.to % 2; u++) {
+    const vi bits = (vi)fma(load(scores + u * UNIT), inverse, splat(12582912.f));  // ends in the nearest whole number
+    *(wholes *)((int16_t *)weights + u * UNIT) = __builtin_convertvector(bits, wholes);
+  }
+}
+
+// The last unit of values with zeros from position `count` on: 0 times what lies there might be NaN. Of whole numbers
+// that is so of the scales alone.
+template <Kind KIND>
 const word *without_rest(const Call &call, Room &room, const word *values, int64_t count) {
-  constexpr int64_t STEPS = UNIT / PER_WORD<WIDE>;
+  constexpr int64_t STEPS = UNIT / PER_WORD<KIND>;
+  if (KIND == Kind::int8) {
+    __builtin_memcpy(room.last_unit, values, call.unit_words * 4);
+    __builtin_memset(room.last_unit + count, 0, (UNIT - count) * 4);
+    return room.last_unit;
+  }
   for (int64_t i = 0; i < call.unit_words; i += PANEL) {
-    const int64_t position = i / PANEL % STEPS * PER_WORD<WIDE>;
-    const word seen = position >= count ? 0u : !WIDE && position + 1 >= count ? 0xffffu : ~0u;
+    const int64_t position = i / PANEL % STEPS * PER_WORD<KIND>;
+    const word seen = position >= count ? 0u : KIND == Kind::bf16 && position + 1 >= count ? 0xffffu : ~0u;
     for (int64_t j = 0; j < PANEL; j++) room.last_unit[i + j] = values[i + j] & seen;
   }
   return room.last_unit;
 }
 
+// Weights of `rows` rows from scores, the sums of their lanes in `tops`, and of whole numbers their scales.
+template <Kind KIND>
+INLINE void weigh_rows(const Extent &extent, const word *const *values, vf factor, const float *shift, int64_t rows,
+                       Room &room) {
+  if constexpr (KIND != Kind::int8) {
+    for (int64_t i = 0; i < rows; i++)
+      store(room.tops + i * LANES, weigh<KIND>(room.scores + i * SCORES, room.weights + i * WEIGHTS<KIND>, extent,
+                                               factor, splat(shift[i])));
+    return;
+  }
+  for (int64_t i = 0; i < rows; i++)
+    store(room.tops + i * LANES, weigh_values(room.scores + i * SCORES, values, extent, factor, splat(shift[i]),
+                                              room.peaks + i * LANES));
+  const vf peak = reduce_rows<larger>(room.peaks);
+  float inverse[LANES];
+  store(room.weight_scale, peak / splat(WEIGHT_LEVELS));
+  store(inverse, splat(WEIGHT_LEVELS) / larger(peak, splat(1e-30f)));
+  for (int64_t i = 0; i < rows; i++)
+    round_weights(room.scores + i * SCORES, room.weights + i * WEIGHTS<KIND>, extent, splat(inverse[i]));
+}
+
 // Scores of `rows` rows from r on to weights, and to new states but for `out`, with what `mix` needs to renew that.
-template <bool WIDE>
-void weigh_and_fold(const Call &call, const Extent &extent, int64_t r, int64_t rows, Room &room) {
+template <Kind KIND>
+void weigh_and_fold(const Call &call, const Extent &extent, const word *const *values, int64_t r, int64_t rows,
+                    Room &room) {
   const bool capped = call.outward != 0.f;
   if (capped || extent.open > extent.from || extent.shut < extent.to)
     for (int64_t i = 0; i < rows; i++)
@@ -337,11 +409,7 @@ void weigh_and_fold(const Call &call, const Extent &extent, int64_t r, int64_t r
   const vf top = reduce_rows<larger>(room.tops) * factor;
   float shift[LANES];
   store(shift, top == none ? (vf){} : -top);
-  for (int64_t i = 0; i < rows; i++) {
-    const float *scores = room.scores + i * SCORES;
-    store(room.tops + i * LANES,
-          weigh<WIDE>(scores, room.weights + i * WEIGHTS<WIDE>, extent, factor, splat(shift[i])));
-  }
+  weigh_rows<KIND>(extent, values, factor, shift, rows, room);
   const vf mass = reduce_rows<add>(room.tops);
   const vf before = load(room.largest + r), after = larger(before, top), base = after == none ? (vf){} : after;
   const vf old = power_of_two<true>(before - base), fresh = power_of_two<true>(top - base);
@@ -353,7 +421,7 @@ void weigh_and_fold(const Call &call, const Extent &extent, int64_t r, int64_t r
 
 // Rows `r` to `r + rows` of a task, one register tile, through the units of a position tile. `feed` is null if another
 // register tile has fetched what lies ahead.
-template <bool WIDE>
+template <Kind KIND>
 void run_tile(const Call &call, const Extent &extent, const word *const *keys, const word *const *values, int64_t r,
               int64_t rows, Feed *feed, Room &room) {
   for (int64_t i = 0; i < rows; i++) store(room.tops + i * LANES, splat(-__builtin_inff()));
@@ -361,51 +429,54 @@ void run_tile(const Call &call, const Extent &extent, const word *const *keys, c
     count = rows <= FEW && u + 4 <= extent.to ? 4 : 2;
     const bool whole = u >= extent.open && u < extent.shut && call.outward == 0.f;
     const word *const *ahead = feed ? take(call, *feed, count) : nullptr;
-    (count == 4 ? SCORE_FEW<WIDE>[ahead != nullptr] : SCORE<WIDE>[ahead != nullptr])[rows - 1](
-        room.q + r * call.steps, keys + u, call.steps, room.scores + u * UNIT, whole ? room.tops : nullptr, ahead);
+    (count == 4 ? SCORE_FEW<KIND>[ahead != nullptr] : SCORE<KIND>[ahead != nullptr])[rows - 1](
+        room.q + r * call.steps, keys + u, call.steps, room.query_scale + r, room.scores + u * UNIT,
+        whole ? room.tops : nullptr, ahead);
   }
-  weigh_and_fold<WIDE>(call, extent, r, rows, room);
+  weigh_and_fold<KIND>(call, extent, values, r, rows, room);
   const int64_t from = extent.from, units = extent.to - from;
   const word *const *ahead = feed ? take(call, *feed, units) : nullptr;
-  const int64_t panels = call.padded / PANEL, panel_words = PANEL * UNIT / PER_WORD<WIDE>;
+  const int64_t panels = call.padded / PANEL, panel_words = PANEL * UNIT * number_bytes(KIND) / 4;
   for (int64_t d = 0, count; d < panels; d += count) {
     count = rows <= FEW && d + 2 <= panels ? 2 : 1;
     const word *chunks[UNITS];  // as much of the units ahead as is read of these, in the order of addresses
     for (int64_t u = 0; u < units && ahead; u++) {
       const int64_t at = d * units + u * count;
-      chunks[u] = ahead[at / panels] + at % panels * panel_words;
+      chunks[u] = ahead[at / panels] + HEAD<KIND> + at % panels * panel_words;
     }
-    (count == 2 ? MIX_FEW<WIDE>[ahead != nullptr] : MIX<WIDE>[ahead != nullptr])[rows - 1](
-        room.weights + from * UNIT / PER_WORD<WIDE>, values + from, units, d * panel_words, room.old, room.fresh,
-        room.out + r * call.padded + d * PANEL, call.padded, chunks);
+    (count == 2 ? MIX_FEW<KIND>[ahead != nullptr] : MIX<KIND>[ahead != nullptr])[rows - 1](
+        room.weights + from * UNIT / PER_WORD<KIND>, values + from, units, d * panel_words, room.weight_scale, room.old,
+        room.fresh, room.out + r * call.padded + d * PANEL, call.padded, chunks);
   }
 }
 
-template <bool WIDE>
+template <Kind KIND>
 void run_task(const Call &call, const Task &task, Feed &feed, Room &room) {
   const word *keys[UNITS], *values[UNITS];
-  begin_task<WIDE>(call, task, room);
+  begin_task<KIND>(call, task, room);
   for (int64_t tile = task.begin; tile < task.end; tile++) {
     const Extent extent = find_extent(call, task, tile);
     find_units(call, task, extent, keys, values);
     const int64_t seen = task.high + 1 - extent.start, tiles = (task.rows + ROWS - 1) / ROWS;
-    if (seen < extent.to * UNIT)
-      values[extent.to - 1] = without_rest<WIDE>(call, room, values[extent.to - 1], seen % UNIT);
+    if (seen < extent.to * UNIT) {
+      values[extent.to - 1] = without_rest<KIND>(call, room, values[extent.to - 1], seen % UNIT);
+      if (extent.to % 2) values[extent.to] = values[extent.to - 1];
+    }
     for (int64_t i = 0, r = 0; i < tiles; i++) {
       const int64_t end = task.rows * (i + 1) / tiles;
-      run_tile<WIDE>(call, extent, keys, values, r, end - r, i ? nullptr : &feed, room);
+      run_tile<KIND>(call, extent, keys, values, r, end - r, i ? nullptr : &feed, room);
       r = end;
     }
   }
-  end_task<WIDE>(call, task, room);
+  end_task<KIND>(call, task, room);
 }
 
 // Tasks of the segments from <= s < to, taken from a common counter. The next one is taken before the present one is
 // done: its first units are fetched meanwhile.
-template <bool WIDE>
+template <Kind KIND>
 void run_tasks(const Call &call, int64_t &counter, int64_t from, int64_t to) {
   Room room;
-  give<WIDE>(call, room);
+  give<KIND>(call, room);
   Task tasks[2];
   Feed feed = {};
   bool some = false;
@@ -417,7 +488,7 @@ void run_tasks(const Call &call, int64_t &counter, int64_t from, int64_t to) {
     if (some) {
       if (!feed.task) feed.task = more ? &next : nullptr, feed.tile = next.begin;
       else feed.next = more ? &next : nullptr;
-      run_task<WIDE>(call, task, feed, room);
+      run_task<KIND>(call, task, feed, room);
     } else if (more) {
       feed.task = &next, feed.tile = next.begin;
       take(call, feed, ahead_units(call));
@@ -462,7 +533,7 @@ char *divide(Call &call) {
   return memory;
 }
 
-template <bool WIDE>
+template <Kind KIND>
 void run(Call &call) {
   char *memory = FREE_ORDER ? divide(call) : nullptr;
   const Work &work = call.work;
@@ -476,7 +547,7 @@ void run(Call &call) {
   for (int64_t level = 0, from = 0; level < work.num_levels; level++) {
     const int64_t to = work.level_ends[level];
     int64_t counter = first[from];
-    together(first[to] - counter > 1, [&](bool) { run_tasks<WIDE>(call, counter, from, to); });
+    together(first[to] - counter > 1, [&](bool) { run_tasks<KIND>(call, counter, from, to); });
     from = to;
   }
   free(first);
@@ -488,12 +559,13 @@ void run(Call &call) {
 void attention(const Work &work, const Pages &pages, const void *q, int64_t stride, int64_t query_heads, float scale,
                int64_t window, float softcap, float *states, void *out) {
   if (!work.num_tokens) return;
-  const int64_t per_word = pages.wide ? 1 : 2, padded = (pages.width + PANEL - 1) / PANEL * PANEL;
-  Call call = {work, pages, q, stride, query_heads, query_heads / pages.kv_heads, pages.width, padded,
-               (pages.width + per_word - 1) / per_word, padded * UNIT / per_word, window, scale * LOG2E, 0.f, 0.f,
+  const int64_t per_word = pages.kind == Kind::fp32 ? 1 : 2;
+  Call call = {work, pages, q, stride, query_heads, query_heads / pages.kv_heads, pages.width, padded_width(pages),
+               (pages.width + per_word - 1) / per_word, unit_bytes(pages) / 4, window, scale * LOG2E, 0.f, 0.f,
                states, out, nullptr, nullptr, 0};
   if (softcap != 0.f) call.factor = 1.f, call.inward = scale / softcap, call.outward = softcap * LOG2E;
-  pages.wide ? run<true>(call) : run<false>(call);
+  if (pages.kind == Kind::fp32) return run<Kind::fp32>(call);
+  pages.kind == Kind::int8 ? run<Kind::int8>(call) : run<Kind::bf16>(call);
 }
 
 }  // namespace SHOAL_SET

@@ -3,6 +3,7 @@
 // keys, weights by values. Knows the layout of units (pages.cpp); must not know pages, segments or heads.
 // Included by attention.cpp alone, which is compiled once per instruction set.
 #include "ops.h"
+#include "units.h"
 #include "vec.h"
 
 namespace shoal {
@@ -27,44 +28,39 @@ constexpr int64_t ROWS = 4, FEW = 2;
 #define EACH_COUNT(f, ...) {f<__VA_ARGS__, 1>, f<__VA_ARGS__, 2>, f<__VA_ARGS__, 3>, f<__VA_ARGS__, 4>}
 #endif
 
-// A word is a float, or two neighbouring bf16. Words of queries and weights from row to row are multiplied by words of
-// keys and values from lane to lane.
+// A word is a float, two neighbouring bf16, or two whole numbers of 16 bits. Words of queries and weights from row to
+// row are multiplied by words of keys and values from lane to lane; those of 8 bits become words as they are read.
 typedef uint32_t word;
 
-template <bool WIDE>
+// Of activations, which is also that of the results, and of weights in the words that are multiplied.
+template <Kind KIND>
 struct Number {
-  typedef float type;
-};
-template <>
-struct Number<false> {
   typedef bf16 type;
 };
+template <>
+struct Number<Kind::fp32> {
+  typedef float type;
+};
 
-template <bool WIDE>
-constexpr int64_t PER_WORD = WIDE ? 1 : 2;
+template <Kind KIND>
+constexpr int64_t PER_WORD = KIND == Kind::fp32 ? 1 : 2;
+template <Kind KIND>
+constexpr int64_t LANE_BYTES = PER_WORD<KIND> * number_bytes(KIND);  // in memory, of what becomes a word
+template <Kind KIND>
+constexpr int64_t HEAD = head_bytes(KIND) / 4;  // words of a unit before its numbers
 
-template <bool WIDE>
-constexpr int64_t WEIGHTS = SCORES / PER_WORD<WIDE>;  // words from row to row
+template <Kind KIND>
+constexpr int64_t WEIGHTS = SCORES / PER_WORD<KIND>;  // words from row to row
 
-// A register of floats, and how many of them are 16 lanes. Register tiles are written in these: the compiler keeps
-// wider vectors in memory.
+constexpr int REGISTER = LANES / PARTS;
+typedef uint32_t part_words __attribute__((vector_size(64 / PARTS)));
+typedef uint32_t part_words_any __attribute__((vector_size(64 / PARTS), aligned(4), may_alias));
+
+INLINE part fma_of(part a, part b, part c) {
 #if defined(__AVX512F__)
-constexpr int SPLIT = 1;
-#elif defined(__AVX2__)
-constexpr int SPLIT = 2;
-#else
-constexpr int SPLIT = 4;
-#endif
-constexpr int REGISTER = LANES / SPLIT;
-typedef float reg __attribute__((vector_size(64 / SPLIT)));
-typedef uint32_t reg_bits __attribute__((vector_size(64 / SPLIT)));
-typedef uint32_t reg_bits_any __attribute__((vector_size(64 / SPLIT), aligned(4), may_alias));
-
-INLINE reg fma_of(reg a, reg b, reg c) {
-#if defined(__AVX512F__)
-  return (reg)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  return (part)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
-  return (reg)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  return (part)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
 #endif
@@ -76,31 +72,72 @@ constexpr bool PAIRS = true;
 #else
 constexpr bool PAIRS = false;
 #endif
-template <bool WIDE>
+template <Kind KIND>
 struct Operand {
-  reg_bits first, second;
-  explicit Operand(reg_bits x) : first(x), second(x) {
-    if (!WIDE && !PAIRS) first = x << 16, second = x & 0xffff0000u;
+  part_words first, second;
+  explicit Operand(part_words x) : first(x), second(x) {
+    if (KIND == Kind::bf16 && !PAIRS) first = x << 16, second = x & 0xffff0000u;
   }
 };
 
-template <bool WIDE>
-INLINE reg step(reg total, const Operand<WIDE> &b, const Operand<WIDE> &a) {
-#ifdef __AVX512BF16__
-  if (!WIDE) return (reg)_mm512_dpbf16_ps((__m512)total, (__m512bh)b.first, (__m512bh)a.first);
+// A register of words from memory, where one of 8 bits takes half the room.
+template <Kind KIND>
+INLINE part_words words_at(const char *p) {
+  if constexpr (KIND == Kind::int8) {
+#if defined(__AVX512BW__)  // the compiler would widen the halves apart
+    return (part_words)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__AVX2__)
+    return (part_words)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+#else
+    typedef int8_t narrow __attribute__((vector_size(32 / PARTS), aligned(1), may_alias));
+    typedef int16_t wide __attribute__((vector_size(64 / PARTS)));
+    return (part_words)__builtin_convertvector(*(const narrow *)p, wide);
 #endif
-  total = fma_of((reg)b.first, (reg)a.first, total);
-  return WIDE ? total : fma_of((reg)b.second, (reg)a.second, total);
+  }
+  return *(const part_words_any *)p;
+}
+
+// total[i] + a[2i] * b[2i] + a[2i+1] * b[2i+1] over pairs of 16-bit numbers, exact.
+INLINE part_words dot_pairs_of_whole(part_words total, part_words a, part_words b) {
+#if defined(__AVX512VNNI__)
+  return (part_words)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return total + (part_words)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return total + (part_words)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  const part_bits low = ((part_bits)(a << 16) >> 16) * ((part_bits)(b << 16) >> 16);
+  return total + (part_words)(low + ((part_bits)a >> 16) * ((part_bits)b >> 16));
+#endif
+}
+
+template <Kind KIND>
+INLINE part step(part total, const Operand<KIND> &b, const Operand<KIND> &a) {
+  if constexpr (KIND == Kind::int8) return (part)dot_pairs_of_whole((part_words)total, b.first, a.first);
+#ifdef __AVX512BF16__
+  if (KIND == Kind::bf16) return (part)_mm512_dpbf16_ps((__m512)total, (__m512bh)b.first, (__m512bh)a.first);
+#endif
+  total = fma_of((part)b.first, (part)a.first, total);
+  return KIND == Kind::fp32 ? total : fma_of((part)b.second, (part)a.second, total);
+}
+
+// A sum of products of whole numbers, which is exact until here, as what it stands for. Without the first line the
+// compiler would keep sums in memory throughout the loop before.
+INLINE part scaled(part total, part scale) {
+#if defined(__x86_64__)
+  asm volatile("" : "+v"(total));
+#endif
+  return __builtin_convertvector((part_bits)total, part) * scale;
 }
 
 // 2 to the power of x, for x <= 0 and little more. The polynomials are least relative errors of 2**f on [0, 1) (3e-6
-// where weights are rounded to bf16, else 2e-9 before rounding) among those that are exactly 1 at 0.
-template <bool WIDE>
+// where weights are rounded to 16 bits, else 2e-9 before rounding) among those that are exactly 1 at 0.
+template <bool EXACT>
 INLINE vf power_of_two(vf x) {
 #ifdef __AVX512F__
   const vf f = (vf)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x), and 0 for -infinity
   vf p;
-  if (WIDE) {
+  if (EXACT) {
     p = fma(splat(2.16129149e-4f), f, splat(1.24679470e-3f));
     p = fma(p, f, splat(9.67545155e-3f));
     p = fma(p, f, splat(5.54852821e-2f));
@@ -114,25 +151,24 @@ INLINE vf power_of_two(vf x) {
   p = fma(p, f, splat(1.f));
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);  // p * 2**floor(x)
 #else
-  reg part[SPLIT];
-  __builtin_memcpy(part, &x, sizeof part);
+  part piece[PARTS];
+  __builtin_memcpy(piece, &x, sizeof piece);
 #pragma GCC unroll 4
-  for (int i = 0; i < SPLIT; i++) {
-    typedef int32_t whole_reg __attribute__((vector_size(64 / SPLIT)));
-    const whole_reg below = (whole_reg)(part[i] + 126.f) >> 31;  // all bits of the lanes below -126
-    const reg t = (reg)((whole_reg)part[i] & ~below);             // 0 in those
-    const reg whole = (t + 12582912.f) - 12582912.f, f = t - whole, zero = {};  // to the nearest whole number
-    reg p = zero + 1.535336188e-4f;  // the coefficients of `exponential`
+  for (int i = 0; i < PARTS; i++) {
+    const part_bits below = (part_bits)(piece[i] + 126.f) >> 31;  // all bits of the lanes below -126
+    const part t = (part)((part_bits)piece[i] & ~below);          // 0 in those
+    const part whole = (t + 12582912.f) - 12582912.f, f = t - whole, zero = {};  // to the nearest whole number
+    part p = zero + 1.535336188e-4f;  // the coefficients of `exponential`
     p = fma_of(p, f, zero + 1.339887440e-3f);
     p = fma_of(p, f, zero + 9.618437357e-3f);
     p = fma_of(p, f, zero + 5.550332471e-2f);
     p = fma_of(p, f, zero + 2.402264791e-1f);
     p = fma_of(p, f, zero + 6.931472028e-1f);
     p = fma_of(p, f, zero + 1.f);
-    const whole_reg power = __builtin_convertvector(whole, whole_reg) << 23;
-    part[i] = (reg)(((whole_reg)p + power) & ~below);
+    const part_bits power = __builtin_convertvector(whole, part_bits) << 23;
+    piece[i] = (part)(((part_bits)p + power) & ~below);
   }
-  __builtin_memcpy(&x, part, sizeof part);
+  __builtin_memcpy(&x, piece, sizeof piece);
   return x;
 #endif
 }
@@ -209,42 +245,51 @@ INLINE void transpose(const char *const *rows, int64_t count, word *to) {
 }
 
 // m rows of queries, packed by step, by the positions of C key units. `tops`, unless null, takes in the largest scores
-// by lane. `ahead`: as many units, to be fetched line after line.
-template <bool WIDE, bool AHEAD, int C, int m>
-__attribute__((noinline)) void score(const word *q, const word *const *keys, int64_t steps, float *scores, float *tops,
-                                     const word *const *ahead) {
-  constexpr int W = SPLIT == 1 ? C : SPLIT, ONCE = W / SPLIT;  // registers, units at once
-  const int64_t turn = (steps + C - 1) / C;
+// by lane. `ahead`: as many units, to be fetched line after line, the first of which are fetched already where they are
+// scales. `scales`: of the queries, where they are whole numbers.
+template <Kind KIND, bool AHEAD, int C, int m>
+__attribute__((noinline)) void score(const word *q, const word *const *keys, int64_t steps, const float *scales,
+                                     float *scores, float *tops, const word *const *ahead) {
+  constexpr int W = PARTS == 1 ? C : PARTS, ONCE = W / PARTS;  // registers, units at once
+  constexpr int64_t LINE = 4 / LANE_BYTES<KIND>;                // steps that are a line of a unit
+  const int64_t turn = (steps + C * LINE - 1) / (C * LINE) * LINE;
   for (int from = 0; from < C; from += ONCE) {
     const word *unit[ONCE], *next = nullptr, *a = q;
 #pragma GCC unroll 16
     for (int c = 0; c < ONCE; c++) unit[c] = keys[from + c];
-    reg total[m][W];
+    part total[m][W];
 #pragma GCC unroll 16
     for (int r = 0; r < m; r++)
 #pragma GCC unroll 4
-      for (int c = 0; c < W; c++) total[r][c] = (reg){};
+      for (int c = 0; c < W; c++) total[r][c] = (part){};
     for (int64_t k = 0, until = 0; k < steps; k++, a += m) {
-      if (AHEAD && from == 0) {
-        if (k == until) next = *ahead++, until += turn;
+      if (AHEAD && from == 0 && k % LINE == 0) {
+        if (k == until) next = *ahead++ + HEAD<KIND>, until += turn;
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++, next += LANES) __builtin_prefetch(next, 0, 3);
       }
-      reg_bits x[W];
+      part_words x[W];
 #pragma GCC unroll 4
-      for (int c = 0; c < W; c++) x[c] = *(const reg_bits_any *)(unit[c / SPLIT] + k * LANES + c % SPLIT * REGISTER);
+      for (int c = 0; c < W; c++)
+        x[c] = words_at<KIND>((const char *)(unit[c / PARTS] + HEAD<KIND>) +
+                              (k * LANES + c % PARTS * REGISTER) * LANE_BYTES<KIND>);
 #pragma GCC unroll 16
       for (int r = 0; r < m; r++) {
-        const Operand<WIDE> w(a[r] - (reg_bits){});
+        const Operand<KIND> w(a[r] - (part_words){});
 #pragma GCC unroll 4
-        for (int c = 0; c < W; c++) total[r][c] = step<WIDE>(total[r][c], Operand<WIDE>(x[c]), w);
+        for (int c = 0; c < W; c++) total[r][c] = step<KIND>(total[r][c], Operand<KIND>(x[c]), w);
       }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < m; r++)
 #pragma GCC unroll 4
-      for (int c = 0; c < W; c++)
-        __builtin_memcpy(scores + r * SCORES + from * UNIT + c * REGISTER, &total[r][c], sizeof(reg));
+      for (int c = 0; c < W; c++) {
+        if constexpr (KIND == Kind::int8) {
+          const part scale = (part) * (const part_words_any *)(unit[c / PARTS] + c % PARTS * REGISTER);
+          total[r][c] = scaled(total[r][c], scale * scales[r]);
+        }
+        __builtin_memcpy(scores + r * SCORES + from * UNIT + c * REGISTER, &total[r][c], sizeof(part));
+      }
   }
   if (!tops) return;
 #pragma GCC unroll 16
@@ -256,40 +301,42 @@ __attribute__((noinline)) void score(const word *q, const word *const *keys, int
   }
 }
 
-// out = out * old + (m rows of weights by 16 C numbers of the values of each unit, `offset` words into it) * fresh.
-// `ahead`: for each unit an address from which as much as is read of it is to be fetched.
-template <bool WIDE, bool AHEAD, int C, int m>
+// out = out * old + (m rows of weights by 16 C numbers of the values of each unit, `offset` words into them) * fresh.
+// `ahead`: for each unit an address from which as much as is read of it is to be fetched. `scales`: of the weights, where
+// they are whole numbers.
+template <Kind KIND, bool AHEAD, int C, int m>
 __attribute__((noinline)) void mix(const word *weights, const word *const *values, int64_t units, int64_t offset,
-                                   const float *old, const float *fresh, float *out, int64_t padded,
-                                   const word *const *ahead) {
-  constexpr int W = SPLIT == 1 ? C : SPLIT, ONCE = W / SPLIT;  // registers, vectors of 16 numbers at once
-  constexpr int64_t STEPS = UNIT / PER_WORD<WIDE>;
+                                   const float *scales, const float *old, const float *fresh, float *out,
+                                   int64_t padded, const word *const *ahead) {
+  constexpr int W = PARTS == 1 ? C : PARTS, ONCE = W / PARTS;  // registers, vectors of 16 numbers at once
+  constexpr int64_t STEPS = UNIT / PER_WORD<KIND>, BYTES = LANE_BYTES<KIND>;
   for (int from = 0; from < C; from += ONCE) {
     const word *a = weights;
-    reg total[m][W];
+    part total[m][W];
 #pragma GCC unroll 16
     for (int r = 0; r < m; r++)
 #pragma GCC unroll 4
-      for (int c = 0; c < W; c++) total[r][c] = (reg){};
+      for (int c = 0; c < W; c++) total[r][c] = (part){};
     for (int64_t u = 0; u < units; u++) {
-      const word *v = values[u] + offset + from / 2 * (STEPS * PANEL) + from % 2 * LANES;
+      const char *v = (const char *)(values[u] + HEAD<KIND> + offset);
+      v += (from / 2 * STEPS * PANEL + from % 2 * LANES) * BYTES;
       const word *next = AHEAD ? ahead[u] : nullptr;
-      for (int64_t k = 0; k < STEPS; k++, a++, v += PANEL) {
+      for (int64_t k = 0; k < STEPS; k++, a++, v += PANEL * BYTES) {
         if (AHEAD && from == 0) {
 #pragma GCC unroll 4
-          for (int c = 0; c < C; c++, next += LANES) __builtin_prefetch(next, 0, 3);
+          for (int c = 0; c < C * BYTES / 4; c++, next += LANES) __builtin_prefetch(next, 0, 3);
         }
-        reg_bits x[W];
+        part_words x[W];
 #pragma GCC unroll 4
         for (int c = 0; c < W; c++) {
-          const int64_t panel = c / SPLIT / 2, half = c / SPLIT % 2;
-          x[c] = *(const reg_bits_any *)(v + panel * STEPS * PANEL + half * LANES + c % SPLIT * REGISTER);
+          const int64_t panel = c / PARTS / 2, half = c / PARTS % 2;
+          x[c] = words_at<KIND>(v + (panel * STEPS * PANEL + half * LANES + c % PARTS * REGISTER) * BYTES);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < m; r++) {
-          const Operand<WIDE> w(a[r * WEIGHTS<WIDE>] - (reg_bits){});
+          const Operand<KIND> w(a[r * WEIGHTS<KIND>] - (part_words){});
 #pragma GCC unroll 4
-          for (int c = 0; c < W; c++) total[r][c] = step<WIDE>(total[r][c], Operand<WIDE>(x[c]), w);
+          for (int c = 0; c < W; c++) total[r][c] = step<KIND>(total[r][c], Operand<KIND>(x[c]), w);
         }
       }
     }
@@ -299,27 +346,28 @@ __attribute__((noinline)) void mix(const word *weights, const word *const *value
 #pragma GCC unroll 4
       for (int c = 0; c < W; c++) {
         float *o = out + r * padded + from * LANES + c * REGISTER;
-        reg state;
+        part state;
         __builtin_memcpy(&state, o, sizeof state);
-        state = fma_of(total[r][c], fresh[r] - (reg){}, state * old[r]);
+        if constexpr (KIND == Kind::int8) total[r][c] = scaled(total[r][c], scales[r] - (part){});
+        state = fma_of(total[r][c], fresh[r] - (part){}, state * old[r]);
         __builtin_memcpy(o, &state, sizeof state);
       }
     }
   }
 }
 
-typedef void (*Score)(const word *, const word *const *, int64_t, float *, float *, const word *const *);
-typedef void (*Mix)(const word *, const word *const *, int64_t, int64_t, const float *, const float *, float *, int64_t,
-                    const word *const *);
+typedef void (*Score)(const word *, const word *const *, int64_t, const float *, float *, float *, const word *const *);
+typedef void (*Mix)(const word *, const word *const *, int64_t, int64_t, const float *, const float *, const float *,
+                    float *, int64_t, const word *const *);
 
-template <bool WIDE>
-constexpr Score SCORE[2][ROWS] = {EACH_COUNT(score, WIDE, false, 2), EACH_COUNT(score, WIDE, true, 2)};
-template <bool WIDE>
-constexpr Mix MIX[2][ROWS] = {EACH_COUNT(mix, WIDE, false, 2), EACH_COUNT(mix, WIDE, true, 2)};
-template <bool WIDE>
-constexpr Score SCORE_FEW[2][FEW] = {EACH_FEW(score, WIDE, false, 4), EACH_FEW(score, WIDE, true, 4)};
-template <bool WIDE>
-constexpr Mix MIX_FEW[2][FEW] = {EACH_FEW(mix, WIDE, false, 4), EACH_FEW(mix, WIDE, true, 4)};
+template <Kind KIND>
+constexpr Score SCORE[2][ROWS] = {EACH_COUNT(score, KIND, false, 2), EACH_COUNT(score, KIND, true, 2)};
+template <Kind KIND>
+constexpr Mix MIX[2][ROWS] = {EACH_COUNT(mix, KIND, false, 2), EACH_COUNT(mix, KIND, true, 2)};
+template <Kind KIND>
+constexpr Score SCORE_FEW[2][FEW] = {EACH_FEW(score, KIND, false, 4), EACH_FEW(score, KIND, true, 4)};
+template <Kind KIND>
+constexpr Mix MIX_FEW[2][FEW] = {EACH_FEW(mix, KIND, false, 4), EACH_FEW(mix, KIND, true, 4)};
 
 }  // namespace
 }  // namespace SHOAL_SET

@@ -7,9 +7,14 @@
 //   keys    bf16 [E / 2][16 positions][2]         fp32 [E][16 positions]
 //   values  bf16 [E / 32][8 pairs of positions][32][2]   fp32 [E / 32][16 positions][32]
 //
+// In int8, numbers lie as in bf16, and before those of a unit are its positions' scales, float [16]. A head is rounded
+// to 127ths of its largest number, keys after they are mixed (units.h). Where a key or a value is not finite the key's scale is NaN, so that whoever sees the
+// position gets a NaN; such a value is all zeros, as those who do not see the position multiply it by 0.
+//
 // Keys beyond the width are zeros. Values beyond it are whatever they are, and end in numbers that nobody reads.
 #include "ops.h"
 #include "threads.h"
+#include "units.h"
 #include "vec.h"
 
 namespace shoal {
@@ -19,7 +24,7 @@ namespace {
 constexpr int64_t WORTH_THREADS = 1 << 15;  // numbers
 
 template <class T>
-constexpr int64_t PAIRED = sizeof(T) == 2 ? 2 : 1;  // numbers of a 32-bit word
+constexpr int64_t PAIRED = sizeof(T) == 4 ? 1 : 2;  // numbers that are multiplied together
 
 // The order is that of `sum`, which goes through memory.
 INLINE float sum_of(vf v) {
@@ -76,13 +81,13 @@ void prepare(T *x, int64_t heads, int64_t width, const Kernels::Heads &how, cons
   }
 }
 
-// One head's key at lane `lane` of a unit. A word holds the numbers that are multiplied together.
+// One head's key at lane `lane` of a unit.
 template <class T>
 void store_key(const T *x, T *unit, int64_t lane, int64_t width, int64_t padded) {
   constexpr int64_t N = PAIRED<T>;
   unit += lane * N;
   int64_t i = 0;
-  for (; i + N <= width; i += N, unit += UNIT * N) __builtin_memcpy(unit, x + i, 4);
+  for (; i + N <= width; i += N, unit += UNIT * N) __builtin_memcpy(unit, x + i, N * sizeof(T));
   for (; i < padded; i += N, unit += UNIT * N)
     for (int64_t j = 0; j < N; j++) unit[j] = i + j < width ? x[i + j] : (T)0;
 }
@@ -97,20 +102,46 @@ void store_value(const T *x, T *unit, int64_t lane, int64_t width) {
   }
 }
 
+// One head's key and value at lane `lane` of units.
+template <class T>
+void store_head(const T *key, const T *value, char *keys, char *values, int64_t lane, const Pages &pages) {
+  store_key(key, (T *)keys, lane, pages.width, padded_width(pages));
+  store_value(value, (T *)values, lane, pages.width);
+}
+
+void store_rounded(const bf16 *key, const bf16 *value, char *keys, char *values, int64_t lane, const Pages &pages) {
+  float wide[WIDEST];
+  int8_t numbers[WIDEST], more[WIDEST];
+  widen(key, pages.width, wide), mix_runs(wide, pages.width);
+  float key_scale = quantise(wide, pages.width, 127.f, numbers);
+  widen(value, pages.width, wide);
+  float value_scale = quantise(wide, pages.width, 127.f, more);
+  if (value_scale != value_scale) key_scale = value_scale, value_scale = 0.f;
+  __builtin_memcpy(keys + lane * 4, &key_scale, 4), __builtin_memcpy(values + lane * 4, &value_scale, 4);
+  const int64_t head = head_bytes(Kind::int8);
+  store_head(numbers, more, keys + head, values + head, lane, pages);
+}
+
 template <class T>
 void place_all(T *qkv, const Kernels::Heads &how, const Pages &pages, const int64_t *position, const int64_t *slot,
                int64_t tokens) {
-  const int64_t width = pages.width, padded = (width + PANEL - 1) / PANEL * PANEL, heads = pages.kv_heads;
-  const int64_t block = pages.page_size * padded, row = (how.query_heads + 2 * heads) * width;
+  const int64_t width = pages.width, heads = pages.kv_heads, row = (how.query_heads + 2 * heads) * width;
+  const int64_t unit = unit_bytes(pages), units = pages.page_size / UNIT;
   for_each(tokens, tokens * row > WORTH_THREADS, [&](int64_t t) {
     T *query = qkv + t * row, *key = query + how.query_heads * width, *value = key + heads * width;
     prepare(query, how.query_heads, width, how, how.query_norm, position[t]);
     prepare(key, heads, width, how, how.key_norm, position[t]);
-    const int64_t page = slot[t] / pages.page_size, offset = slot[t] % pages.page_size;
-    const int64_t first = page * heads * block + offset / UNIT * UNIT * padded, lane = offset % UNIT;
-    for (int64_t h = 0; h < heads; h++) {
-      store_key(key + h * width, (T *)pages.keys + first + h * block, lane, width, padded);
-      store_value(value + h * width, (T *)pages.values + first + h * block, lane, width);
+    const int64_t page = slot[t] / pages.page_size, offset = slot[t] % pages.page_size, lane = offset % UNIT;
+    for (int64_t h = 0; h < heads; h++, key += width, value += width) {
+      const int64_t at = ((page * heads + h) * units + offset / UNIT) * unit;
+      char *const keys = (char *)pages.keys + at, *const values = (char *)pages.values + at;
+      if constexpr (sizeof(T) == sizeof(bf16)) {
+        if (pages.kind == Kind::int8) {
+          store_rounded(key, value, keys, values, lane, pages);
+          continue;
+        }
+      }
+      store_head(key, value, keys, values, lane, pages);
     }
   });
 }
@@ -136,18 +167,23 @@ void copy_values(const T *from, T *to, int64_t count, int64_t padded) {
 
 template <class T>
 void move_all(const Pages &pages, const int64_t *moves, int64_t count) {
-  const int64_t padded = (pages.width + PANEL - 1) / PANEL * PANEL, block = pages.page_size * padded;
-  T *const keys = (T *)pages.keys, *const values = (T *)pages.values;
-  for_each(pages.kv_heads, count * block * pages.kv_heads > WORTH_THREADS, [&](int64_t h) {
+  const int64_t padded = padded_width(pages), unit = unit_bytes(pages), head = head_bytes(pages.kind);
+  const int64_t block = pages.page_size / UNIT * unit;
+  char *const keys = (char *)pages.keys, *const values = (char *)pages.values;
+  for_each(pages.kv_heads, count * pages.page_size * padded * pages.kv_heads > WORTH_THREADS, [&](int64_t h) {
     for (int64_t i = 0; i < count; i++) {
       const int64_t from = (moves[3 * i] * pages.kv_heads + h) * block, tokens = moves[3 * i + 2];
       const int64_t to = (moves[3 * i + 1] * pages.kv_heads + h) * block;
       if (from == to) continue;
-      const int64_t whole = tokens / UNIT * UNIT * padded;
-      __builtin_memcpy(keys + to, keys + from, whole * sizeof(T));
-      __builtin_memcpy(values + to, values + from, whole * sizeof(T));
-      copy_keys(keys + from + whole, keys + to + whole, tokens % UNIT, padded);
-      copy_values(values + from + whole, values + to + whole, tokens % UNIT, padded);
+      const int64_t whole = tokens / UNIT * unit, rest = tokens % UNIT;
+      __builtin_memcpy(keys + to, keys + from, whole);
+      __builtin_memcpy(values + to, values + from, whole);
+      if (!rest) continue;
+      const int64_t last = from + whole, end = to + whole, scales = head ? rest * 4 : 0;
+      __builtin_memcpy(keys + end, keys + last, scales);
+      __builtin_memcpy(values + end, values + last, scales);
+      copy_keys((const T *)(keys + last + head), (T *)(keys + end + head), rest, padded);
+      copy_values((const T *)(values + last + head), (T *)(values + end + head), rest, padded);
     }
   });
 }
@@ -156,13 +192,13 @@ void move_all(const Pages &pages, const int64_t *moves, int64_t count) {
 
 void place(void *qkv, const Kernels::Heads &how, const Pages &pages, const int64_t *position, const int64_t *slot,
            int64_t tokens) {
-  if (pages.wide) return place_all((float *)qkv, how, pages, position, slot, tokens);
+  if (pages.kind == Kind::fp32) return place_all((float *)qkv, how, pages, position, slot, tokens);
   place_all((bf16 *)qkv, how, pages, position, slot, tokens);
 }
 
 void move(const Pages &pages, const int64_t *moves, int64_t count) {
-  if (pages.wide) return move_all<float>(pages, moves, count);
-  move_all<bf16>(pages, moves, count);
+  if (pages.kind == Kind::fp32) return move_all<float>(pages, moves, count);
+  pages.kind == Kind::int8 ? move_all<int8_t>(pages, moves, count) : move_all<bf16>(pages, moves, count);
 }
 
 }  // namespace SHOAL_SET

@@ -22,7 +22,8 @@ typedef float vf_any __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t vu_any __attribute__((vector_size(64), aligned(1)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 
-// What one register holds. The compiler takes a comparison of vectors wider than that apart into single numbers.
+// What one register holds. The compiler takes a comparison of vectors wider than that apart into single numbers, and
+// keeps register tiles of them in memory.
 #if defined(__AVX512F__)
 constexpr int PARTS = 1;
 #elif defined(__AVX2__)

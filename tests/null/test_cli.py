@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_cache import fill
 from typer.core import TyperOption
 
 import shoal.cli
@@ -64,6 +65,8 @@ FLAGS = {
     "restart": (True, True),
     "overwrite": (True, True),
     "openai": (True, True),
+    "cache": ("answers", Path("answers")),
+    "verify": ("0.5%", 0.005),
     "quiet": (True, True),
 }
 
@@ -99,6 +102,14 @@ def test_adapters_may_be_a_list_or_names_with_folders(text: str, asked: list[Job
     assert call(*base, "--adapter", "a=x", "--adapter", "b=y") == 3
     assert call(*base, "--adapter", "a") == 2
     assert [options.adapter for options in asked] == [{"a": "x", "b": "y"}] * 2
+
+
+def test_a_cache_says_what_it_holds_and_can_be_made_smaller(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(tmp_path, 8)
+    assert call("cache", str(tmp_path)) == 0 and capsys.readouterr().out.startswith("8 answers, ")
+    assert call("cache", str(tmp_path), "--keep", "0") == 0 and capsys.readouterr().out.startswith("0 answers, 0 B")
+    assert call("cache", str(tmp_path / "none")) == 2 and "there is no cache" in capsys.readouterr().err
+    assert call("run", "-i", "a", "-o", "b", "--verify", "one") == 2 and "write 1%" in capsys.readouterr().err
 
 
 def test_the_command_line_wins(asked: list[JobOptions], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -104,11 +104,12 @@ class WholeJob:
 
 
 def line(number: int) -> str:
-    """A row, or one of the lines that are none."""
+    """A row, or one of the lines that are none. From the eleventh on a row asks for what an earlier one asks for."""
     if number % 5 == 3:
         return '{"custom_id": "broken'
     if number % 7 == 6:
         return ""
-    content = f"Question {number} about {'the same thing ' * (number % 3)}"
-    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2 + number % 3, "n": 1 + number % 2}
+    kind = number % 10
+    content = f"Question {kind} about {'the same thing ' * (kind % 3)}"
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2 + kind % 3, "n": 1 + kind % 2}
     return json.dumps({"custom_id": f"r{number}", "method": "POST", "url": "/v1/chat/completions", "body": body})

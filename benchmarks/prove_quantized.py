@@ -145,7 +145,7 @@ def open_decoder(name: str, kernels: Kernels, chats: list[list[int]], rounded_kv
     weights = load_weights(EMBEDDED, config, dtype, mode)
     if chats:
         weights.folding = calibrate(config, load_weights(EMBEDDED, config, dtype), kernels, chats, mode)
-    return Decoder(config, weights, kernels, torch.int8 if rounded_kv else None)
+    return Decoder(config, weights, kernels, kv_dtype=torch.int8 if rounded_kv else None)
 
 
 def calibration_rows() -> list[list[int]]:

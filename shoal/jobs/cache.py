@@ -199,12 +199,25 @@ class AnswerCache:
             self._database = None
 
 
+def _settle_journal(database: sqlite3.Connection, kind: str) -> None:
+    """Have the database kept in this way. SQLite does not wait for others here, as it does everywhere else."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            database.execute(f"PRAGMA journal_mode={kind}").fetchone()
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+
+
 def _connect(folder: Path) -> sqlite3.Connection:
     database = sqlite3.connect(folder / NAME, timeout=PATIENCE, isolation_level=None)
     database.text_factory = bytes  # a value that has become a text is damaged, and no error of the database
     network = on_network(folder, read_mounts())
     # A write-ahead log needs memory shared between processes, which network file systems do not give.
-    database.execute("PRAGMA journal_mode=" + ("DELETE" if network else "WAL")).fetchone()
+    _settle_journal(database, "DELETE" if network else "WAL")
     database.execute("PRAGMA synchronous=NORMAL")  # a power cut may cost the last entries, and no more
     database.execute(_TABLES)
     return database

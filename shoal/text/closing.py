@@ -67,7 +67,7 @@ class Closer:
         self._first = np.array([word[0] if word else 0 for word in vocabulary.tokens])
         self._wordy = np.array([word[:1].isalnum() for word in vocabulary.tokens])
         self._mask = vocabulary.bits(())
-        self._bytes = memoryview(self._mask).cast("B")
+        self._bytes = self._mask.data.cast("B")
 
     def way(self, matcher: LLMatcher, json: bool, produced: Sequence[int], most: int) -> list[int] | None:
         """At most so many tokens after which the text may end; None when no such way was found.

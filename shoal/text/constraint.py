@@ -32,7 +32,7 @@ _SILENT = frozenset(
 _VALUES = frozenset(("enum", "const", "default", "examples"))  # what stands in them is no schema
 
 
-def json_schema(schema: object, compact: bool = False, whitespace: str | None = None) -> Constraint:
+def json_schema(schema: Any, compact: bool = False, whitespace: str | None = None) -> Constraint:
     """JSON that a schema describes, between its words nothing when `compact`, or what the pattern `whitespace` matches.
 
     Objects have their properties in the order of the schema, so that order is part of what is asked. RowError for
@@ -97,7 +97,7 @@ def library_grammar(constraint: Constraint) -> str:
         match constraint.kind:
             case "json":
                 # A keyword that cannot be kept is an error, whatever the schema itself says about that.
-                rules = {"lenient": False, "coerce_one_of": False}
+                rules: Any = {"lenient": False, "coerce_one_of": False}
                 return LLMatcher.grammar_from_json_schema(text, {"whitespace_pattern": WHITESPACE}, rules)
             case "regex":
                 return LLMatcher.grammar_from_regex(text)

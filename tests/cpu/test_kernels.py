@@ -246,7 +246,7 @@ def test_a_row_has_the_same_bits_in_any_company(name: str, dtype: str, kernels: 
     model = save_model(name, tmp_path)
     config = read_config(tmp_path)
     kept = KEPT[dtype] if dtype not in DTYPES else None
-    decoder = Decoder(config, load_weights(tmp_path, config, DTYPES.get(dtype, torch.bfloat16)), kernels, kept)
+    decoder = Decoder(config, load_weights(tmp_path, config, DTYPES.get(dtype, torch.bfloat16)), kernels, kv_dtype=kept)
     dice = random.Random(3)
     prompts = [[dice.randrange(model.config.vocab_size) for _ in range(n)] for n in (3, 40, 250, 290)]
     together = generate(decoder, prompts, 7)

@@ -261,7 +261,7 @@ def test_a_model_with_rounded_keys_and_values_answers_nearly_as_before(
     config = read_config(tmp_path)
     prompts = [[(7 * i * n) % 199 for i in range(n)] for n in (3, 40, 270)]
     plain, rounded = (
-        generate(Decoder(config, load_weights(tmp_path, config, torch.bfloat16), kernels, dtype), prompts, 2)
+        generate(Decoder(config, load_weights(tmp_path, config, torch.bfloat16), kernels, kv_dtype=dtype), prompts, 2)
         for dtype in (torch.bfloat16, torch.int8)
     )
     for (_, expected), (_, found) in zip(plain, rounded, strict=True):

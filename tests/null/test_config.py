@@ -81,6 +81,7 @@ def test_the_public_face_is_what_is_meant_and_costs_no_torch() -> None:
         [sys.executable, "-c", script], check=True, capture_output=True, text=True
     ).stdout.split("\n")[:2]
     public = ["LLM", "CompletionOutput", "EngineConfig", "Logprob", "RequestOutput", "SamplingParams", "ShoalError"]
+    public.append("StructuredOutputsParams")
     assert names == f"{[*public, 'run']} False"
     assert late == "True"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -105,6 +105,12 @@ def test_every_prompt_of_a_row_has_its_own_key() -> None:
     assert tight[0] == tight[1]
 
 
+def test_another_adapter_is_another_question_and_another_name_for_the_model_is_not() -> None:
+    encoder = row_encoder(JobSettings(model="base", adapters=("fish", "bird")))
+    found = [asks(encoder, **named)[0] for named in ({}, {"model": "base"}, {"model": "fish"}, {"model": "bird"})]
+    assert found[0] == found[1] and len(set(found)) == 3
+
+
 def test_rows_that_their_place_decides_have_no_key() -> None:
     encoder = row_encoder(JobSettings(chat=True))
     rows = [b'{"messages": [{"role": "user", "content": "hello"}]}'] * 2

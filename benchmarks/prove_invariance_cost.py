@@ -176,7 +176,8 @@ def main() -> int:
     print(numbers["rows_by_company"])
     for name, held in holds.items():
         print(f"{name}: {'holds' if held else 'DOES NOT HOLD'}")
-    write_result("invariance_cost", {**numbers, "holds": holds, "shown": all(holds.values())})
+    whole = asked.scale == 1.0 and asked.rounds >= 5
+    write_result("invariance_cost", {**numbers, "holds": holds, "shown": whole and all(holds.values())})
     return 0 if all(holds.values()) else 1
 
 

@@ -23,8 +23,10 @@ namespace {
 
 constexpr int64_t BLOCK = 48;           // rows of a task
 constexpr int64_t AHEAD_BYTES = 16384;  // how long before they are read keys and values are fetched
-// Where keys and values are whole numbers of 8 bits, keys are mixed before they are rounded, and queries with them. So are queries and weights of 16, as multiples of a scale of their
-// row: a sum of 512 products of a query's numbers and a key's, or of 256 of weights and values, is exact in 32 bits.
+
+// Where keys and values are whole numbers of 8 bits, queries and weights are whole numbers of 16, as multiples of a
+// scale of their row: a sum of 512 products of a query's numbers and a key's, or of 256 of weights and values, is exact
+// in 32 bits. Keys are mixed before they are rounded, and queries with them.
 constexpr float QUERY_LEVELS = 32767.f, WEIGHT_LEVELS = 32767.f;
 
 // Where the parts of a divided segment meet, by token and head (FREE_ORDER): how many have ended, -1 while one of them

@@ -30,8 +30,8 @@ from shoal.text.tokenizer import Tokenizer
 
 EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "i8mm")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-ARITHMETIC = ("kernels", "nn", "runtime")  # packages that decide a token
-LIBRARIES = ("torch", "numpy", "tokenizers", "jinja2")
+ARITHMETIC = ("kernels", "nn", "runtime", "text")  # packages that decide a token
+LIBRARIES = ("torch", "numpy", "tokenizers", "jinja2", "llguidance")
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,9 @@ OTHER = [
     {"prompt_logprobs": 0},
     {"prompt_logprobs": 1},
     {"cache_salt": "mine"},
+    {"structured_outputs": {"regex": "a+"}},
+    {"structured_outputs": {"choice": ["a", "b"]}},
+    {"structured_outputs": {"choice": ["b", "a"]}},
     {"url": "completions", "prompt": "hello"},
 ]
 

@@ -57,30 +57,32 @@ class Masks:
         self._follower: Follower | None = None
         self._compiling = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shoal-compile")
         self._following = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shoal-masks")
-        self._rows: dict[int, Future[Followed]] = {}  # by ticket
+        self._begun: dict[int, Future[Followed]] = {}  # by ticket
+        self._rows: dict[int, Followed] = {}  # those whose masks have been taken
         self._advance: Future[None] | None = None  # the work on tokens given last
 
     def start(self, start: Start) -> None:
         """Begin to follow a ticket whose request has a constraint; nothing for others."""
         if start.request.constraint is not None:
-            self._rows[start.ticket] = self._compiling.submit(self._begin, start, start.request.constraint)
+            self._begun[start.ticket] = self._compiling.submit(self._begin, start, start.request.constraint)
 
     def drop(self, ticket: int) -> None:
         """Forget a ticket; one that was never followed is no error."""
+        self._begun.pop(ticket, None)
         self._rows.pop(ticket, None)
-
-    def __contains__(self, ticket: int) -> bool:
-        return ticket in self._rows
 
     def take(self, tickets: Sequence[int]) -> list[Followed]:
         """The rows of these tickets as they stand after all their tokens. Waits for what is not there yet."""
         if self._advance is not None:
             self._advance.result()
-        return [self._rows[ticket].result() for ticket in tickets]
+        for ticket in tickets:
+            if ticket not in self._rows:
+                self._rows[ticket] = self._begun[ticket].result()
+        return [self._rows[ticket] for ticket in tickets]
 
     def give(self, tokens: dict[int, int]) -> None:
         """These tickets, whose rows have been taken, have produced a token each."""
-        rows = [(self._rows[ticket].result(), token) for ticket, token in tokens.items()]
+        rows = [(self._rows[ticket], token) for ticket, token in tokens.items()]
         before = self._advance
         self._advance = self._following.submit(self._go_on, rows, before)
 

@@ -68,6 +68,7 @@ class Closer:
         self._wordy = np.array([word[:1].isalnum() for word in vocabulary.tokens])
         self._mask = vocabulary.bits(())
         self._bytes = self._mask.data.cast("B")
+        self._address = self._mask.ctypes.data
 
     def way(self, matcher: LLMatcher, json: bool, produced: Sequence[int], most: int) -> list[int] | None:
         """At most so many tokens after which the text may end; None when no such way was found.
@@ -79,7 +80,7 @@ class Closer:
         before: Bits | None = None  # what was possible one token ago in the same string
         used = np.zeros(256, dtype=np.int64)  # how often a token with that first byte was taken in the same string
         while not matcher.is_error():
-            matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+            matcher.unsafe_compute_mask_ptr(self._address, self._mask.nbytes)
             if self._may_end():
                 return way
             if len(way) >= most:

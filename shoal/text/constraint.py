@@ -38,17 +38,16 @@ def json_schema(schema: Any, compact: bool = False, whitespace: str | None = Non
     Objects have their properties in the order of the schema, so that order is part of what is asked. RowError for
     what is no schema.
     """
-    if schema is True:
-        schema = {}
-    if not isinstance(schema, dict):
+    if schema is not True and not isinstance(schema, dict):
         raise _refused("a JSON schema must be an object (or true)")
-    if any(draft in str(schema.get("$schema", "")) for draft in _OLD_DRAFTS):
-        schema = _without_silent(schema)
+    found: dict[str, Any] = dict(schema) if isinstance(schema, dict) else {}
+    if any(draft in str(found.get("$schema", "")) for draft in _OLD_DRAFTS):
+        found = _without_silent(found)
     if compact or whitespace is not None:
-        own = schema.get("x-guidance")
+        own = found.get("x-guidance")
         between = {"whitespace_flexible": not compact, "whitespace_pattern": None if compact else whitespace}
-        schema = {**schema, "x-guidance": {**(own if isinstance(own, dict) else {}), **between}}
-    return _limited("json", msgspec.json.encode(schema).decode())
+        found = {**found, "x-guidance": {**(own if isinstance(own, dict) else {}), **between}}
+    return _limited("json", msgspec.json.encode(found).decode())
 
 
 def regex(pattern: str) -> Constraint:

@@ -93,7 +93,8 @@ class Grammars:
             if row.ending is None and token not in stop:
                 row.matcher.consume_token(token)
             self._take(row, token, self._of_begin)
-        self._fill(row, np.empty_like(self._end))
+        room_W = np.empty_like(self._end)
+        self._fill(row, room_W, room_W.ctypes.data)
         return row
 
     def advance(self, rows: Sequence[tuple[Matching, int]]) -> None:
@@ -102,13 +103,14 @@ class Grammars:
         Row by row, so that a parser is in the cache when it is asked: the library's own threads take twice as long.
         """
         room_KW = np.empty((len(rows), len(self._end)), dtype=np.int32)
-        for (row, token), room_W in zip(rows, room_KW, strict=True):
+        address, size = room_KW.ctypes.data, self._end.nbytes
+        for k, (row, token) in enumerate(rows):
             if row.bits is None or row.problem:
                 continue
             if row.ending is None and token not in row.stop:
                 row.matcher.consume_token(token)  # type: ignore[union-attr]  # a row without one has a problem
             self._take(row, token, self._of_advance)
-            self._fill(row, room_W)
+            self._fill(row, room_KW[k], address + k * size)
 
     def _compile(self, constraint: Constraint) -> _Compiled:
         from llguidance import LLMatcher
@@ -150,15 +152,15 @@ class Grammars:
             row.ending = way[::-1]
         row.look_at = len(row.tokens) + spare // 5
 
-    def _fill(self, row: Matching, room_W: Bits) -> None:
-        """The bits of the row's next token, in that memory where they are its own."""
+    def _fill(self, row: Matching, room_W: Bits, address: int) -> None:
+        """The bits of the row's next token, in that memory, which begins at that address, where they are its own."""
         if len(row.tokens) >= row.limit or (row.tokens and row.tokens[-1] in row.stop):
             row.bits = None
         elif row.ending is not None:
             row.bits = self.vocabulary.bits(row.ending[-1:]) if row.ending else self._end
         else:
             assert row.matcher is not None
-            row.matcher.unsafe_compute_mask_ptr(room_W.ctypes.data, room_W.nbytes)
+            row.matcher.unsafe_compute_mask_ptr(address, self._end.nbytes)
             if row.matcher.is_error():
                 row.problem = f"the answer cannot be kept to its constraint: {_first_line(row.matcher.get_error())}"
                 row.bits = None

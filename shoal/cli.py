@@ -219,13 +219,14 @@ def cache(
 def bench(
     what: Annotated[list[str] | None, typer.Argument(help="W1 W2 W3 W4, or kernels; all workloads without it.")] = None,
     model: Model = "",
-    weights: Weights = "auto",
+    weights: Annotated[str, typer.Option(help="auto, bf16, int8, int4, ..., or several by turns: bf16,int8.")] = "auto",
     scale: Annotated[float, typer.Option(help="Share of each workload's rows.")] = 1.0,
     threads: Threads = None,
     runs: Annotated[int, typer.Option(help="Timed runs of each workload; the median counts.")] = 5,
     json: Annotated[Path | None, typer.Option(help="Write all numbers here.")] = None,
-    peer: Annotated[str, typer.Option(help="Alternate with vllm,openvino,llamacpp, where they are installed.")] = "",
-    peer_arguments: Annotated[str, typer.Option(help="More words for the peers' runners.")] = "",
+    peer: Annotated[
+        str, typer.Option(help='Alternate with vllm,openvino,llamacpp; "vllm:--mnbt 8192" has words for its runner.')
+    ] = "",
     memory: Memory = None,
     step_tokens: StepTokens = None,
 ) -> None:
@@ -236,13 +237,12 @@ def bench(
         options = BenchOptions(
             what=tuple(what or ()),
             model=model,
-            weights=weights,
+            weights=tuple(filter(None, weights.split(","))),
             scale=scale,
             threads=threads,
             runs=runs,
             json=json,
             peers=tuple(filter(None, peer.split(","))),
-            peer_arguments=peer_arguments,
             memory=None if memory is None else parse_bytes(memory),
             step_tokens=step_tokens,
         )

@@ -7,8 +7,8 @@ short still leaves what it has measured.
 from __future__ import annotations
 
 import json
-from contextlib import closing
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,7 +46,7 @@ def run_bench(options: BenchOptions) -> int:
 
 
 def _kernels(options: BenchOptions, limits: Limits, record: Record) -> None:
-    mode = "bf16" if options.weights == "auto" else options.weights
+    (mode,) = ("bf16",) if options.weights == ("auto",) else options.weights
     if mode not in ARITHMETIC:
         raise UsageError(f"weights is {mode!r}; it must be one of {', '.join(ARITHMETIC)}")
     record["settings"], record["kernels"], record["steps"] = {"weights": mode}, [], []
@@ -64,24 +64,28 @@ def _workloads(options: BenchOptions, limits: Limits, record: Record) -> None:
     config = _config(options)
     folder = resolve_model(config.model)
     model = read_config(folder)
-    mode = weight_mode(config.weights, folder)
+    modes = [weight_mode(each, folder) for each in options.weights]
     workloads = [make(name, model.vocab_size, options.scale) for name in options.what or WORKLOADS]
-    record["settings"] = {**config.to_mapping(), "weights": mode, "scale": options.scale, "runs": options.runs}
+    record["settings"] = {**config.to_mapping(), "weights": modes[0], "scale": options.scale, "runs": options.runs}
     seconds = [first_token_seconds(config, workloads[0].prompt_tokens) for _ in range(3)]
     record["start_to_first_token"] = seconds
     print(f"start to first token: {median(seconds):.2f} s", flush=True)
-    with closing(Ours(config, workloads)) as ours:
-        record["load_seconds"] = ours.built.facts.load_seconds
-        record["kernels"] = ours.built.facts.kernels
-        with started(options.peers, folder, workloads, options.runs, options.cores, options.peer_arguments) as peers:
-            print(_HEADER, flush=True)
-            for workload in workloads:
-                least = floors.floor(workload, floors.costs(model, mode), limits)
-                record["workloads"][workload.name] = found = _by_turns(workload, options.runs, least, ours, peers)
-                record["peak_memory"] = machine.peak_memory()
-                print(_lines(workload.name, found), flush=True)
-                _write(options.json, record)
-            record["peers"] = {peer.name: peer.finish() for peer in peers}
+    with ExitStack() as stack:
+        engines: dict[str, Ours] = {}
+        for mode in modes:
+            engines[mode] = Ours(replace(config, weights=mode), workloads)
+            stack.callback(engines[mode].close)
+        facts = engines[modes[0]].built.facts
+        record["load_seconds"], record["kernels"] = facts.load_seconds, facts.kernels
+        peers = stack.enter_context(started(options.peers, folder, workloads, options.runs, options.cores))
+        print(_HEADER, flush=True)
+        for workload in workloads:
+            least = {mode: floors.floor(workload, floors.costs(model, mode), limits) for mode in modes}
+            record["workloads"][workload.name] = found = _by_turns(workload, options.runs, least, engines, peers)
+            record["peak_memory"] = machine.peak_memory()  # of all the modes together
+            print(_lines(workload.name, found), flush=True)
+            _write(options.json, record)
+        record["peers"] = {peer.name: peer.finish() for peer in peers}
     print(f"peak memory {(record['peak_memory'] or 0) / 2**30:.2f} GiB", flush=True)
     after = measure()  # shows whether the machine has changed meanwhile
     record["limits_after"] = asdict(after)
@@ -89,24 +93,37 @@ def _workloads(options: BenchOptions, limits: Limits, record: Record) -> None:
     _write(options.json, record)
 
 
-def _by_turns(workload: Workload, rounds: int, least: floors.Floor, ours: Ours, peers: list[Peer]) -> Record:
-    """Each round one run of ours and one of every peer; then a watched one of ours."""
-    runs: list[Run] = []
+def _by_turns(
+    workload: Workload, rounds: int, least: dict[str, floors.Floor], engines: dict[str, Ours], peers: list[Peer]
+) -> Record:
+    """Each round one run of ours in every mode and one of every peer; then a watched one of ours in every mode.
+
+    The record is the first mode's; the others and the peers are in it, each with how it compares."""
+    runs: dict[str, list[Run]] = {mode: [] for mode in engines}
     theirs: dict[str, list[PeerRun]] = {peer.name: [] for peer in peers}
     for _ in range(rounds):
         if peers:
             machine.wait_quiet()  # as the peers' runners do
-        runs.append(ours.run(workload))
+        for mode, ours in engines.items():
+            runs[mode].append(ours.run(workload))
         for peer in peers:
             theirs[peer.name].append(peer.run())
-    found = _ours_record(workload, least, runs, ours.watch(workload))
+    each_mode = [
+        _ours_record(workload, least[mode], runs[mode], ours.watch(workload)) for mode, ours in engines.items()
+    ]
+    found = each_mode[0]
+    found["modes"] = {
+        mode: {**each, "times_as_fast": found["wall"] / each["wall"]}
+        for mode, each in zip(engines, each_mode, strict=True)
+        if each is not found
+    }
     found["peers"] = {name: _peer_record(found, each) for name, each in theirs.items()}
     return found
 
 
 def _config(options: BenchOptions) -> EngineConfig:
     given = {
-        "model": options.model, "weights": options.weights, "threads": options.cores, "memory_bytes": options.memory,
+        "model": options.model, "weights": options.weights[0], "threads": options.cores, "memory_bytes": options.memory,
         "step_tokens": options.step_tokens,
     }  # fmt: skip
     return EngineConfig.from_mapping({name: value for name, value in given.items() if value is not None})
@@ -157,15 +174,9 @@ _HEADER = "     wall s   cpu s  tok/s in     out  floor s  over  linear  head  a
 
 
 def _lines(name: str, found: Record) -> str:
-    where = {part: f"{100 * share:.1f}%" for part, share in found["where"].items()}
-    others = [run["span"]["others"] for run in found["runs"] if run["span"]["others"] is not None]
-    busy = f"{median(others):.2f}" if others else "?"
-    lines = [
-        f"{name} {found['wall']:9.2f} {found['cpu']:7.2f} {found['tokens_in_per_second']:9.0f} "
-        f"{found['tokens_out_per_second']:7.0f} {found['floor']['seconds']:8.2f} {found['over_floor']:5.2f} "
-        f"{where['linear']:>7} {where['head']:>5} {where['attention']:>10} {where['rest']:>5} {where['python']:>7} "
-        f"{busy:>7}"
-    ]
+    lines = [_line(name, found)]
+    for mode, each in found["modes"].items():
+        lines += [_line("  ", each), f"   {mode}: {each['times_as_fast']:.2f} x as fast"]
     for peer, theirs in found["peers"].items():
         cpu = f"{theirs['cpu']:.2f}" if theirs["cpu"] is not None else "?"
         over = f"{theirs['cpu_over_ours']:.2f}" if theirs["cpu_over_ours"] is not None else "?"
@@ -174,6 +185,18 @@ def _lines(name: str, found: Record) -> str:
             f"{theirs['wall_over_ours']:.2f} x our wall, {over} x our cpu"
         )
     return "\n".join(lines)
+
+
+def _line(name: str, found: Record) -> str:
+    where = {part: f"{100 * share:.1f}%" for part, share in found["where"].items()}
+    others = [run["span"]["others"] for run in found["runs"] if run["span"]["others"] is not None]
+    busy = f"{median(others):.2f}" if others else "?"
+    return (
+        f"{name} {found['wall']:9.2f} {found['cpu']:7.2f} {found['tokens_in_per_second']:9.0f} "
+        f"{found['tokens_out_per_second']:7.0f} {found['floor']['seconds']:8.2f} {found['over_floor']:5.2f} "
+        f"{where['linear']:>7} {where['head']:>5} {where['attention']:>10} {where['rest']:>5} {where['python']:>7} "
+        f"{busy:>7}"
+    )
 
 
 def _write(path: Path | None, record: Record) -> None:

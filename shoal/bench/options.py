@@ -19,13 +19,12 @@ class BenchOptions:
 
     what: tuple[str, ...] = ()  # workloads; or "kernels" alone; () is all workloads
     model: str = ""  # as in EngineConfig
-    weights: str = "auto"
+    weights: tuple[str, ...] = ("auto",)  # the first is the one that everything else is compared with
     scale: float = 1.0
     threads: int | None = None  # None: one for each core
     runs: int = 5
     json: Path | None = None
-    peers: tuple[str, ...] = ()
-    peer_arguments: str = ""  # more words for every peer's runner
+    peers: tuple[str, ...] = ()  # each a name, or name:words with more words for its runner
     memory: int | None = None
     step_tokens: int | None = None
 
@@ -33,7 +32,7 @@ class BenchOptions:
         """UsageError for what cannot be."""
         if self.runs < 1 or self.scale <= 0:
             raise UsageError("bench needs at least one run, and a scale above 0")
-        unknown = sorted(set(self.peers) - set(PEERS))
+        unknown = sorted({each.partition(":")[0] for each in self.peers} - set(PEERS))
         if unknown:
             raise UsageError(f"unknown peer {unknown[0]!r}; known are {', '.join(PEERS)}")
         strange = sorted(set(self.what) - {*WORKLOADS, KERNELS})
@@ -41,6 +40,8 @@ class BenchOptions:
             raise UsageError(f"cannot measure {strange[0]!r}; known are {', '.join((*WORKLOADS, KERNELS))}")
         if KERNELS in self.what and len(self.what) > 1:
             raise UsageError("bench kernels stands alone: name workloads in a run of their own")
+        if not self.weights or (KERNELS in self.what and len(self.weights) > 1):
+            raise UsageError("bench needs one mode of weights; only workloads take several, as bf16,int8")
 
     @property
     def cores(self) -> int:

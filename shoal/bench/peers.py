@@ -57,19 +57,20 @@ class _Command:
 
 @contextmanager
 def started(
-    names: Sequence[str], model: Path, workloads: Sequence[Workload], runs: int, cores: int, arguments: str
+    asked: Sequence[str], model: Path, workloads: Sequence[Workload], runs: int, cores: int
 ) -> Iterator[list[Peer]]:
     """These peers, started one after the other, each asleep once it has loaded; none outlives the block.
 
+    A peer is asked for by its name, or as `name:words` with more words for its runner, which are its settings.
     UsageError for one that is not here.
     """
-    commands = [(name, _command(name, model, cores, os.environ)) for name in names]  # all, before any is started
+    commands = [(each, _command(each.partition(":")[0], model, cores, os.environ)) for each in asked]  # before a start
     with ExitStack() as stack:
         before = signal.signal(signal.SIGTERM, _leave)
         stack.callback(signal.signal, signal.SIGTERM, before)
         peers: list[Peer] = []
-        for name, command in commands:
-            peers.append(Peer(name, command, workloads, runs, shlex.split(arguments)))
+        for each, command in commands:
+            peers.append(Peer(each, command, workloads, runs, shlex.split(each.partition(":")[2])))
             stack.callback(peers[-1].close)
             peers[-1].load()
         yield peers

@@ -96,10 +96,11 @@ def test_unknown_workloads_and_small_vocabularies_are_refused() -> None:
 def test_the_floor_is_that_of_the_study() -> None:
     """Less what the study did not know: of the last layer most prompt positions need keys and values alone."""
     study = [18.9, 17.3, 9.1, 13.8]
-    found = [floor(make(name, 32000), QWEN, LIMITS).seconds for name in WORKLOADS]
     whole = [floor(make(name, 32000), replace(QWEN, last=0), LIMITS) for name in WORKLOADS]
-    for ours, theirs, part in zip(found, study, whole, strict=True):
-        assert theirs - 0.1 - part.prefill / 24 < ours < theirs - 0.03
+    assert [each.seconds for each in whole] == pytest.approx(study, abs=0.1)
+    found = [floor(make(name, 32000), QWEN, LIMITS).seconds for name in WORKLOADS]
+    for ours, theirs in zip(found, whole, strict=True):
+        assert theirs.seconds - theirs.prefill / 24 < ours < theirs.seconds
 
 
 def test_costs_count_what_a_checkpoint_holds() -> None:
@@ -220,7 +221,7 @@ def test_every_kernel_and_step_is_measured(
     monkeypatch.setattr(steps, "BATCHES", (1, 3))
     monkeypatch.setattr(steps, "_LARGE", (5, 300, 40))
     path = tmp_path / "kernels.json"
-    assert command.run_bench(BenchOptions(what=("kernels",), weights=mode, threads=1, json=path)) == 0
+    assert command.run_bench(BenchOptions(what=("kernels",), weights=(mode,), threads=1, json=path)) == 0
     record = json.loads(path.read_text())
     assert [kernel["name"].split(",")[0] for kernel in record["kernels"]] == [
         *[f"{mode} linear qkv 48 x 32"] * 3, *[f"{mode} linear gate up 64 x 32"] * 3,
@@ -314,7 +315,7 @@ def state(process: int) -> str:
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
 def test_a_peer_sleeps_while_it_is_not_its_turn(pretend: list[Workload]) -> None:
-    with peers.started(["openvino"], EMBEDDED, pretend, 2, 1, "") as (peer,):
+    with peers.started(["openvino"], EMBEDDED, pretend, 2, 1) as (peer,):
         for _ in range(4):
             assert state(peer._process.pid) == "T"
             assert peer.run() == peers.PeerRun(0.5, 0.75, 0.25)
@@ -325,7 +326,7 @@ def test_a_peer_sleeps_while_it_is_not_its_turn(pretend: list[Workload]) -> None
 def test_a_peer_with_other_lengths_is_refused_and_ended(pretend: list[Workload]) -> None:
     with (
         pytest.raises(peers.PeerFailed, match="tokens"),
-        peers.started(["openvino"], EMBEDDED, pretend, 2, 1, "--less 1") as (peer,),
+        peers.started(["openvino:--less 1"], EMBEDDED, pretend, 2, 1) as (peer,),
     ):
         peer.run()
     assert peer._process.poll() is not None
@@ -339,7 +340,7 @@ import sys, time
 from pathlib import Path
 from shoal.bench import peers
 from shoal.bench.workloads import make
-with peers.started(["openvino"], Path("."), [make("W3", 400, 0.05)], 2, 1, "") as (peer,):
+with peers.started(["openvino"], Path("."), [make("W3", 400, 0.05)], 2, 1) as (peer,):
     print(peer._process.pid, flush=True)
     time.sleep(60)
 """
@@ -359,7 +360,7 @@ with peers.started(["openvino"], Path("."), [make("W3", 400, 0.05)], 2, 1, "") a
 def test_a_peer_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SHOAL_PEER_VLLM", raising=False)
     with pytest.raises(UsageError, match="SHOAL_PEER_VLLM"):
-        peers.started(["vllm"], EMBEDDED, [], 1, 1, "").__enter__()
+        peers.started(["vllm"], EMBEDDED, [], 1, 1).__enter__()
     with pytest.raises(UsageError, match="sglang"):
         BenchOptions(peers=("sglang",))
 
@@ -373,7 +374,8 @@ def test_a_run_prints_and_writes_what_it_measured(
     monkeypatch.setattr(command, "measure", lambda: LIMITS)
     monkeypatch.setattr(command, "first_token_seconds", lambda *_: 1.0)
     path = tmp_path / "deep" / "bench.json"
-    options = BenchOptions(what=("W3",), runs=2, threads=1, json=path, peers=("openvino",), memory=64 << 20)
+    asked = {"what": ("W3",), "runs": 2, "threads": 1, "json": path, "memory": 64 << 20}
+    options = BenchOptions(**asked, weights=("fp32", "int8"), peers=("openvino", "openvino:--threads 2"))
     monkeypatch.setattr(command, "make", lambda name, vocab, scale: pretend[0])
     assert command.run_bench(options) == 0
     record: dict[str, Any] = json.loads(path.read_text())
@@ -381,7 +383,10 @@ def test_a_run_prints_and_writes_what_it_measured(
     assert found["over_floor"] == found["wall"] / found["floor"]["seconds"]
     assert sum(found["where"].values()) == pytest.approx(1.0)
     assert len(found["runs"]) == 2 and len(found["peers"]["openvino"]["runs"]) == 2
-    assert found["peers"]["openvino"]["wall_over_ours"] == 0.5 / found["wall"]
-    assert record["peers"]["openvino"]["peak_rss_gb"] == 2.0 and record["peak_memory"] > 0
+    assert [each["wall_over_ours"] for each in found["peers"].values()] == [0.5 / found["wall"]] * 2
+    other = found["modes"]["int8"]
+    assert found["modes"].keys() == {"int8"} and other["times_as_fast"] == found["wall"] / other["wall"]
+    assert record["settings"]["weights"] == "fp32" and len(other["runs"]) == 2
+    assert record["peers"]["openvino:--threads 2"]["peak_rss_gb"] == 2.0 and record["peak_memory"] > 0
     printed = capsys.readouterr().out
     assert "W3" in printed and "openvino: 0.50 s wall" in printed

@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -71,11 +72,13 @@ def run(command: list[str], package: Path, tokens: int, **variables: str) -> dic
     """`inside` in a process that has the installed package, and no program but its own interpreter in reach."""
     script = package.parent / "inside.py"
     shutil.copy(__file__, script)
-    environment = {"PATH": str(package.parent / "nothing"), "PYTHONPATH": f"{package}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    # -S: a checkout installed as editable would be found before PYTHONPATH.
+    places = [str(package), str(ROOT), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    environment = {"PATH": str(package.parent / "nothing"), "PYTHONPATH": ":".join(places), "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
     done = subprocess.run(
-        [*command, sys.executable, str(script), "--inside", "--tokens", str(tokens)], cwd=package.parent, text=True,
-        env={**environment, **variables}, stdout=subprocess.PIPE, check=True,
+        [*command, sys.executable, "-S", str(script), "--inside", "--tokens", str(tokens)], cwd=package.parent,
+        env={**environment, **variables}, stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert Path(found.pop("package")).is_relative_to(package), "another installation of the package was loaded"

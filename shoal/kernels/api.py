@@ -38,7 +38,7 @@ class Batch:
 
 Activation = Literal["silu", "gelu"]
 
-Mode = Literal["plain", "int8", "int4", "int4-a16"]
+Mode = Literal["plain", "int8", "int8-a16", "int4", "int4-a16"]
 """How a weight is kept and multiplied: as it comes, or quantised (quantize.py says exactly how)."""
 
 

@@ -26,7 +26,9 @@ _PAGE_KINDS = {**_KINDS, torch.int8: _cpu.Kind.INT8}
 _DRAW_TYPES = [
     torch.int64, torch.int64, torch.float32, torch.float32, torch.int64, torch.float64, torch.float32
 ]  # fmt: skip
-_QUANTIZED = {"int8": _cpu.Kind.INT8, "int4": _cpu.Kind.INT4, "int4-a16": _cpu.Kind.INT4_A16}
+_QUANTIZED = {
+    "int8": _cpu.Kind.INT8, "int8-a16": _cpu.Kind.INT8_A16, "int4": _cpu.Kind.INT4, "int4-a16": _cpu.Kind.INT4_A16,
+}  # fmt: skip
 _GATES = {"silu": _cpu.Gate.SILU, "gelu": _cpu.Gate.GELU}
 
 

@@ -15,6 +15,7 @@ from shoal.nn.adapter import Adapter
 from shoal.nn.arch import ModelConfig
 from shoal.nn.deltas import Deltas
 from shoal.nn.layers import Layer, Norm, StepState
+from shoal.nn.linear import load_head
 from shoal.nn.rope import make_table
 from shoal.nn.weights import Weights
 
@@ -40,7 +41,10 @@ class Decoder:
         ]
         self.deltas = Deltas(kernels, config, adapters, [layer.linears for layer in self.layers])
         self.norm = Norm(kernels, weights, "norm", config.norm_eps)
-        self.head = kernels.pack(self.embedding_VD if config.tied else weights.take("lm_head.weight"))
+        if config.tied and weights.head_mode == "plain":
+            self.head = kernels.pack(self.embedding_VD)
+        else:
+            self.head = load_head(kernels, weights, "embed_tokens" if config.tied else "lm_head")
 
     def new_kv(self, num_pages: int, page_size: int) -> KV:
         """Pages for this model's keys and values."""

@@ -72,7 +72,8 @@ void bind_linear(nb::module_ &m) {
       .value("BF16", Kind::bf16)
       .value("INT8", Kind::int8)
       .value("INT4", Kind::int4)
-      .value("INT4_A16", Kind::int4_a16);
+      .value("INT4_A16", Kind::int4_a16)
+      .value("INT8_A16", Kind::int8_a16);
   nb::enum_<Gate>(m, "Gate").value("NONE", Gate::none).value("SILU", Gate::silu).value("GELU", Gate::gelu);
   nb::class_<Linear>(m, "Linear")
       .def(

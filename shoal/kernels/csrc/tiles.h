@@ -258,8 +258,9 @@ using TileFunction = void (*)(const Stretch &);
 #endif
 
 // By kind, then by rows - 1.
-const TileFunction TILES[5][MOST] = {SHOAL_TILES(tile, Floats), SHOAL_TILES(tile, Pairs), SHOAL_TILES(tile, Bytes),
-                                     SHOAL_TILES(tile_groups, Nibbles), SHOAL_TILES(tile_groups, NibblePairs)};
+const TileFunction TILES[6][MOST] = {SHOAL_TILES(tile, Floats), SHOAL_TILES(tile, Pairs), SHOAL_TILES(tile, Bytes),
+                                     SHOAL_TILES(tile_groups, Nibbles), SHOAL_TILES(tile_groups, NibblePairs),
+                                     SHOAL_TILES(tile, Bytes)};
 
 }  // namespace
 }  // namespace shoal

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from shoal.kernels import _cpu
-from shoal.kernels.api import KV, Activation, Batch, Delta, Draws, Heads, Mode, Scores
+from shoal.kernels.api import KV, Activation, Batch, Delta, Draws, Heads, LayerParts, Mode, Scores
 from shoal.kernels.cpu_deltas import Grouped, PackedDeltas
+from shoal.kernels.cpu_layers import PackedLinear, PreparedHeads, PreparedLayer, prepare_layer
 from shoal.kernels.quantize import WIDEST, Quantized, pieces, quantize
 
 UNIT = 16  # positions: a page holds whole units
@@ -48,28 +49,6 @@ def choose(environment: Mapping[str, str]) -> str:
     return wanted or here[0]
 
 
-@dataclass(frozen=True, slots=True)
-class PackedLinear:
-    """A weight in panels, with the tensors whose addresses the extension holds."""
-
-    narrow: _cpu.Linear  # gives the dtype of its input
-    wide: _cpu.Linear  # gives float32; of a gated layer the sums, panels of gate and rest in turn
-    gated: bool
-    dtype: torch.dtype  # of its input
-    inputs: int
-    outputs: int
-    owned: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedHeads:
-    """A layer's heads, with the tensors whose addresses the extension holds."""
-
-    heads: _cpu.Heads
-    about: Heads
-    owned: tuple[Tensor, ...]
-
-
 class UnitKV:
     """Keys and values in pages of units of 16 positions, one tensor of bytes for each layer."""
 
@@ -85,11 +64,19 @@ class UnitKV:
 
 @dataclass(slots=True)
 class SharedPlan:
-    """What the extension found in a step's page tables, and memory for what runs hand on."""
+    """What the extension found in a step's page tables, and memory for what runs and parts of a layer hand on."""
 
     plan: _cpu.Plan
     num_tokens: int
     states: Tensor | None = field(default=None)
+    memory: Tensor | None = field(default=None)
+
+    def states_for(self, num_heads: int, width: int) -> int:
+        """The address of the states of runs, of so many heads of that width."""
+        if self.states is None:
+            numbers = self.num_tokens * num_heads * (width + -width % PANEL + 2) if self.plan.num_levels > 1 else 0
+            self.states = torch.empty(numbers)
+        return self.states.data_ptr()
 
 
 class CpuKernels:
@@ -278,15 +265,28 @@ class CpuKernels:
         tokens, num_heads, width = q_THE.shape
         assert tokens == plan.num_tokens and q_THE.stride()[1:] == (width, 1), (q_THE.shape, q_THE.stride())
         assert q_THE.dtype == kv.activations and scale > 0, (q_THE.dtype, kv.activations, scale)
-        if plan.states is None:
-            numbers = tokens * num_heads * (width + -width % PANEL + 2) if plan.plan.num_levels > 1 else 0
-            plan.states = torch.empty(numbers)
         out_THE = torch.empty((tokens, num_heads, width), dtype=q_THE.dtype)
         self._table.attention(
             plan.plan, kv.pages[layer], q_THE.data_ptr(), q_THE.stride(0), num_heads, scale, window, softcap,
-            plan.states.data_ptr(), out_THE.data_ptr(),
+            plan.states_for(num_heads, width), out_THE.data_ptr(),
         )  # fmt: skip
         return out_THE
+
+    def prepare_layer(self, parts: LayerParts) -> PreparedLayer:
+        return prepare_layer(self._table, parts)
+
+    def layer(self, x_TD: Tensor, prepared: object, kv: KV, layer: int, batch: Batch, plan: object) -> Tensor:
+        assert isinstance(prepared, PreparedLayer) and isinstance(kv, UnitKV) and isinstance(plan, SharedPlan)
+        tokens, heads = len(x_TD), prepared.about.about
+        assert x_TD.shape == (plan.num_tokens, prepared.width) and x_TD.is_contiguous(), (x_TD.shape, prepared)
+        assert x_TD.dtype == kv.activations, (x_TD.dtype, kv.activations)
+        if plan.memory is None:
+            plan.memory = torch.empty(prepared.layer.memory(tokens), dtype=torch.uint8)
+        prepared.layer(
+            plan.plan, kv.pages[layer], x_TD.data_ptr(), tokens, batch.pos_T.data_ptr(), batch.slot_T.data_ptr(),
+            plan.memory.data_ptr(), plan.states_for(heads.num_heads, heads.head_dim),
+        )  # fmt: skip
+        return x_TD
 
     def largest(self, x_RV: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = x_RV.shape

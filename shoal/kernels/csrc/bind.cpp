@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "layer.h"
 #include "plan.h"
 #include "threads.h"
 
@@ -170,6 +171,30 @@ void bind_attention(nb::module_ &m) {
       .def_prop_ro("order", [](const Plan &plan) { return plan.order; });
 }
 
+void bind_layer(nb::module_ &m) {
+  nb::class_<Layer>(m, "Layer")
+      .def(
+          "__init__",
+          [](Layer *self, const Table &t, const std::vector<uintptr_t> &norms, float eps, const Linear &qkv,
+             const Linear &out, const Linear &gate_up, const Linear &down, const Kernels::Heads &heads, float scale,
+             int64_t window, float softcap, float factor) {
+            new (self) Layer{t.kernels, at<const float>(norms.at(0)), at<const float>(norms.at(1)),
+                             at<const float>(norms.at(2)), at<const float>(norms.at(3)), eps, qkv.weight, out.weight,
+                             gate_up.weight, down.weight, heads, scale, window, softcap, factor};
+          },
+          "table"_a, "norms"_a, "eps"_a, "qkv"_a, "out"_a, "gate_up"_a, "down"_a, "heads"_a, "scale"_a, "window"_a,
+          "softcap"_a, "factor"_a)
+      .def("memory", &Layer::memory, "tokens"_a, "Bytes that a call needs.")
+      .def(
+          "__call__",
+          [](const Layer &self, const Plan &plan, const Pages &pages, uintptr_t x, int64_t tokens, uintptr_t position,
+             uintptr_t slot, uintptr_t memory, uintptr_t states) {
+            self.run(plan.work(), pages, at(x), tokens, at<const int64_t>(position), at<const int64_t>(slot),
+                     at<char>(memory), at<float>(states));
+          },
+          release());
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -180,6 +205,7 @@ NB_MODULE(_cpu, m) {
   bind_linear(m);
   bind_deltas(m);
   bind_attention(m);
+  bind_layer(m);
   nb::class_<Table>(m, "Table")
       .def(nb::init<const std::string &>(), "name"_a)
       .def_prop_ro("name", [](const Table &t) { return std::string(t.kernels->name); })

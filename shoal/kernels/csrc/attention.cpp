@@ -153,11 +153,11 @@ Extent find_extent(const Call &call, const Task &task, int64_t tile) {
 // Addresses of the units from <= u < to, and once more the last one if their number is odd.
 void find_units(const Call &call, const Task &task, const Extent &extent, const word **keys, const word **values) {
   const int32_t *row = call.work.table + task.segment->row * call.work.row_length;
-  const int64_t size = call.pages.page_size;
+  const int64_t size = call.pages.page_size, per_page = size / UNIT;  // of what divides a tile: powers of two
+  const int64_t first = extent.start / size, shift = __builtin_ctzll(per_page);
   for (int64_t u = extent.from; u < extent.to; u++) {
-    const int64_t position = extent.start + u * UNIT, page = position / size, unit = position % size / UNIT;
-    const int64_t offset =
-        ((row[page] * call.pages.kv_heads + task.head) * (size / UNIT) + unit) * call.unit_words;
+    const int64_t offset = block_at(call.pages, row[first + (u >> shift)], task.head) / 4 +
+                           (u & (per_page - 1)) * call.unit_words;
     keys[u] = (const word *)call.pages.keys + offset;
     values[u] = (const word *)call.pages.values + offset;
   }

@@ -2,7 +2,8 @@
 // to a head before it is stored; must not know sequences or who reads the pages.
 //
 // Per (page, head) there is a block of page_size * E numbers for keys and one for values, E being the width rounded up
-// to 32. It is made of units of 16 positions, each laid out as the multiplications of attention.cpp want it:
+// to 32; all blocks of a head, in the order of the pages, come before those of the next. A block is made of units of 16
+// positions, each laid out as the multiplications of attention.cpp want it:
 //
 //   keys    bf16 [E / 2][16 positions][2]         fp32 [E][16 positions]
 //   values  bf16 [E / 32][8 pairs of positions][32][2]   fp32 [E / 32][16 positions][32]

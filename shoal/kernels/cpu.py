@@ -6,6 +6,7 @@ of the package.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -62,6 +63,13 @@ class UnitKV:
         self.activations = torch.bfloat16 if dtype == torch.int8 else dtype
 
 
+def _aligned(size: int) -> Tensor:
+    """Bytes that begin where a page of the system's memory does: a block of 4 KB is then in one of them, not in two."""
+    memory = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
+    start = -memory.data_ptr() % mmap.PAGESIZE
+    return memory[start : start + size]
+
+
 @dataclass(slots=True)
 class SharedPlan:
     """What the extension found in a step's page tables, and memory for what runs and parts of a layer hand on."""
@@ -107,10 +115,10 @@ class CpuKernels:
             raise ValueError(f"heads of {head_dim} numbers cannot be kept as int8: {WIDEST} are the most")
         half = num_pages * self.kv_bytes(page_size, num_kv_heads, head_dim, dtype) // 2
         # Not zeroed: memory is then taken from the system page by page, as it is first written.
-        memory = torch.empty((num_layers, 2, half), dtype=torch.uint8)
+        memory = _aligned(num_layers * 2 * half).view(num_layers, 2, half)
         pages = [
             _cpu.Pages(
-                memory[layer, 0].data_ptr(), memory[layer, 1].data_ptr(), page_size, num_kv_heads, head_dim,
+                memory[layer, 0].data_ptr(), memory[layer, 1].data_ptr(), num_pages, page_size, num_kv_heads, head_dim,
                 _PAGE_KINDS[dtype],
             )
             for layer in range(num_layers)

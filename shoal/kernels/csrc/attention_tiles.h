@@ -18,7 +18,7 @@ constexpr int64_t ROWS = 12;  // of a register tile: 24 registers of sums
 #define EACH_COUNT(f, ...) \
   {f<__VA_ARGS__, 1>, f<__VA_ARGS__, 2>, f<__VA_ARGS__, 3>, f<__VA_ARGS__, 4>,  f<__VA_ARGS__, 5>,  f<__VA_ARGS__, 6>, \
    f<__VA_ARGS__, 7>, f<__VA_ARGS__, 8>, f<__VA_ARGS__, 9>, f<__VA_ARGS__, 10>, f<__VA_ARGS__, 11>, f<__VA_ARGS__, 12>}
-constexpr int64_t FEW = 7;  // rows of which a register tile can be twice as wide
+constexpr int64_t FEW = 7;  // rows of which a register tile of values can be twice as wide
 #define EACH_FEW(f, ...)                                                                                          \
   {f<__VA_ARGS__, 1>, f<__VA_ARGS__, 2>, f<__VA_ARGS__, 3>, f<__VA_ARGS__, 4>, f<__VA_ARGS__, 5>, f<__VA_ARGS__, 6>, \
    f<__VA_ARGS__, 7>}
@@ -364,8 +364,6 @@ template <Kind KIND>
 constexpr Score SCORE[2][ROWS] = {EACH_COUNT(score, KIND, false, 2), EACH_COUNT(score, KIND, true, 2)};
 template <Kind KIND>
 constexpr Mix MIX[2][ROWS] = {EACH_COUNT(mix, KIND, false, 2), EACH_COUNT(mix, KIND, true, 2)};
-template <Kind KIND>
-constexpr Score SCORE_FEW[2][FEW] = {EACH_FEW(score, KIND, false, 4), EACH_FEW(score, KIND, true, 4)};
 template <Kind KIND>
 constexpr Mix MIX_FEW[2][FEW] = {EACH_FEW(mix, KIND, false, 4), EACH_FEW(mix, KIND, true, 4)};
 

@@ -140,10 +140,11 @@ void bind_deltas(nb::module_ &m) {
 void bind_attention(nb::module_ &m) {
   nb::class_<Pages>(m, "Pages").def(
       "__init__",
-      [](Pages *self, uintptr_t keys, uintptr_t values, int64_t page_size, int64_t kv_heads, int64_t width, Kind kind) {
-        new (self) Pages{at(keys), at(values), page_size, kv_heads, width, kind};
+      [](Pages *self, uintptr_t keys, uintptr_t values, int64_t num_pages, int64_t page_size, int64_t kv_heads,
+         int64_t width, Kind kind) {
+        new (self) Pages{at(keys), at(values), num_pages, page_size, kv_heads, width, kind};
       },
-      "keys"_a, "values"_a, "page_size"_a, "kv_heads"_a, "width"_a, "kind"_a);
+      "keys"_a, "values"_a, "num_pages"_a, "page_size"_a, "kv_heads"_a, "width"_a, "kind"_a);
   nb::class_<Kernels::Heads>(m, "Heads").def(
       "__init__",
       [](Kernels::Heads *self, int64_t query_heads, int64_t rotated, uintptr_t cosine, uintptr_t sine,

@@ -52,10 +52,10 @@ struct Adapted {
   int64_t groups;
 };
 
-// Where keys and values of one layer lie: [pages][kv_heads] blocks (pages.cpp has their layout).
+// Where keys and values of one layer lie: [kv_heads][num_pages] blocks (pages.cpp has their layout).
 struct Pages {
   void *keys, *values;
-  int64_t page_size, kv_heads, width;  // page_size is a multiple of UNIT, width counts numbers of a head
+  int64_t num_pages, page_size, kv_heads, width;  // page_size is a multiple of UNIT, width counts numbers of a head
   Kind kind;  // fp32, bf16, or int8 for activations of bf16: a scale for each position's key and value, width <= 512
 };
 

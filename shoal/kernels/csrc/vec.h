@@ -8,6 +8,8 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include "arm.h"
 #endif
 
 namespace shoal {
@@ -47,6 +49,12 @@ INLINE vf load(const float *p) { return *(const vf_any *)p; }
 INLINE vf load(const uint16_t *p) {
 #ifdef __AVX512F__  // the compiler takes four instructions for what is one
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#elif defined(__ARM_NEON)
+  float32x4_t wide[PARTS];
+  arm_widen(p, wide), arm_widen(p + 8, wide + 2);
+  vf v;
+  __builtin_memcpy(&v, wide, 64);
+  return v;
 #else
   return (vf)(__builtin_convertvector(*(const vh_any *)p, vu) << 16);
 #endif
@@ -73,6 +81,10 @@ INLINE void store(uint16_t *p, vf v) {
 #ifdef __AVX512BF16__
   __m256bh h = _mm512_cvtneps_pbh((__m512)v);
   __builtin_memcpy(p, &h, 32);
+#elif defined(__ARM_NEON)
+  float32x4_t wide[PARTS];
+  __builtin_memcpy(wide, &v, 64);
+  arm_narrow(p, wide), arm_narrow(p + 8, wide + 2);
 #else
   vu bits = (vu)v;
   vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -95,6 +107,12 @@ INLINE vf fma(vf a, vf b, vf c) {
   for (int i = 0; i < 2; i++) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
   __builtin_memcpy(&c, z, 64);
   return c;
+#elif defined(__ARM_NEON)
+  float32x4_t x[PARTS], y[PARTS], z[PARTS];
+  __builtin_memcpy(x, &a, 64), __builtin_memcpy(y, &b, 64), __builtin_memcpy(z, &c, 64);
+  for (int i = 0; i < PARTS; i++) z[i] = vfmaq_f32(z[i], x[i], y[i]);
+  __builtin_memcpy(&c, z, 64);
+  return c;
 #else
   return a * b + c;
 #endif
@@ -104,6 +122,13 @@ INLINE vf fma(vf a, vf b, vf c) {
 INLINE vf dot_pairs(vf total, vu a, vu b) {
 #ifdef __AVX512BF16__
   return (vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
+#elif defined(__ARM_NEON)
+  uint32x4_t x[PARTS], y[PARTS];
+  float32x4_t z[PARTS];
+  __builtin_memcpy(x, &a, 64), __builtin_memcpy(y, &b, 64), __builtin_memcpy(z, &total, 64);
+  for (int i = 0; i < PARTS; i++) z[i] = arm_pairs(z[i], x[i], y[i]);
+  __builtin_memcpy(&total, z, 64);
+  return total;
 #else
   total = fma((vf)(a << 16), (vf)(b << 16), total);
   return fma((vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u), total);
@@ -114,6 +139,13 @@ INLINE vf dot_pairs(vf total, vu a, vu b) {
 INLINE vi dot_bytes(vi total, vu a, vu b) {
 #ifdef __AVX512VNNI__
   return (vi)_mm512_dpbusd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
+#elif defined(__ARM_NEON)
+  uint32x4_t x[PARTS], y[PARTS];
+  int32x4_t z[PARTS];
+  __builtin_memcpy(x, &a, 64), __builtin_memcpy(y, &b, 64), __builtin_memcpy(z, &total, 64);
+  for (int i = 0; i < PARTS; i++) z[i] = arm_fours<false>(z[i], x[i], y[i]);
+  __builtin_memcpy(&total, z, 64);
+  return total;
 #else
   for (int j = 0; j < 4; j++) total += (vi)((a >> (8 * j)) & 255) * (((vi)(b << (24 - 8 * j))) >> 24);
   return total;

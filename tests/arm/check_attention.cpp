@@ -1,5 +1,7 @@
-// Attention over pages against plain loops in double, the same tokens in steps of several kinds. Knows sequences, keys and
-// values; must not know how pages are laid out.
+// Attention over pages against plain loops in double, the same tokens in steps of several kinds. Knows sequences, keys
+// and values; must not know how pages are laid out.
+#include <algorithm>
+
 #include "check.h"
 #include "plan.h"
 
@@ -99,11 +101,13 @@ class Case {
       const char *at = (const char *)qkv.at(first[s] * row);
       q.bytes.insert(q.bytes.end(), at, at + step.fresh[s] * row * q.size());
     }
-    const shoal::Plan plan(start.data(), length.data(), rows.data(), (int64_t)which.size(), row_length, PAGE, pages, share);
+    const shoal::Plan plan(start.data(), length.data(), rows.data(), (int64_t)which.size(), row_length, PAGE, pages,
+                           share);
     const int64_t padded = (rules.width + 31) / 32 * 32;
     std::vector<float> states((size_t)(start.back() * heads * (padded + 2)), NAN);
     Numbers y(wide, start.back() * heads * rules.width, 255);
-    kernels.attention(plan.work(), cache, q.at(0), row, heads, scale(), rules.window, rules.softcap, states.data(), y.at(0));
+    kernels.attention(plan.work(), cache, q.at(0), row, heads, scale(), rules.window, rules.softcap, states.data(),
+                      y.at(0));
     return y;
   }
 

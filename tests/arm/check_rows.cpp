@@ -1,5 +1,5 @@
-// Norms, sums, heads that are normed and rotated, and largest numbers against plain loops. Knows what each must give; must
-// not know how rows are read.
+// Norms, sums, heads that are normed and rotated, and largest numbers against plain loops. Knows what each must give;
+// must not know how rows are read.
 #include "check.h"
 
 namespace check {
@@ -69,7 +69,8 @@ void heads(const shoal::Kernels &kernels, bool wide, bool whole, int64_t width, 
       for (int64_t i = 0; i < width; i++) {
         double wanted = h < 6 ? normed(i) : before[at + i], size = std::fabs(wanted);
         if (h < 6 && i < 2 * rotated) {
-          const int64_t pair = i < rotated ? i + rotated : i - rotated, of = position[(size_t)t] * rotated + i % rotated;
+          const int64_t pair = i < rotated ? i + rotated : i - rotated;
+          const int64_t of = position[(size_t)t] * rotated + i % rotated;
           const double other = normed(pair) * sine[of], own = wanted * cosine[of];
           wanted = i < rotated ? own - other : own + other, size = std::fabs(own) + std::fabs(other);
         }

@@ -45,12 +45,14 @@ void draws(const shoal::Kernels &kernels, const std::vector<float> &x, int64_t r
   for (int64_t i = 0; i < 4 * rows; i++) {
     row.push_back(i % rows), number.push_back(random.bits()), heat.push_back((float)(0.2 + 2 * random.uniform()));
     best.push_back(*std::max_element(x.begin() + row.back() * columns, x.begin() + (row.back() + 1) * columns));
-    top_k.push_back(i / rows % 2 ? 1 + random.below(40) : 0), top_p.push_back(i / rows > 1 ? 0.05 + 0.9 * random.uniform() : 1);
+    top_k.push_back(i / rows % 2 ? 1 + random.below(40) : 0);
+    top_p.push_back(i / rows > 1 ? 0.05 + 0.9 * random.uniform() : 1);
     min_p.push_back(i % 3 ? 0.f : 0.02f);
   }
   token.assign(row.size(), -1);
-  kernels.draw(x.data(), columns, {(int64_t)row.size(), row.data(), number.data(), best.data(), heat.data(), top_k.data(),
-                                   top_p.data(), min_p.data()}, token.data());
+  const shoal::Draws draws = {(int64_t)row.size(), row.data(),   number.data(), best.data(),
+                              heat.data(),         top_k.data(), top_p.data(),  min_p.data()};
+  kernels.draw(x.data(), columns, draws, token.data());
   for (size_t i = 0; i < row.size(); i++) {
     std::vector<float> z;
     for (int64_t v = 0; v < columns; v++) z.push_back((x[(size_t)(row[i] * columns + v)] - best[i]) / heat[i]);

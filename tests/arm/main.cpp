@@ -1,5 +1,5 @@
-// Checks every set of kernels that this machine can run against plain loops. Prints the sets, best first, then the worst
-// error of each check; exits with 1 where anything failed. Knows which checks there are, and none of their arithmetic.
+// Checks every set of kernels that this machine can run against plain loops. Prints the sets, best first, then the
+// worst error of each check; exits with 1 where anything failed. Knows which checks there are, and no arithmetic.
 #include "check.h"
 #include "sets.h"
 #include "threads.h"

@@ -1,4 +1,5 @@
-// Asks the processor, or the system where only that may ask. Each question is for all that CMakeLists.txt lets a set use.
+// Asks the processor, or the system where only that may ask. Each question is for all that CMakeLists.txt
+// lets a set use.
 #include "sets.h"
 
 #if defined(__aarch64__) && defined(__linux__)

@@ -122,13 +122,6 @@ INLINE vf fma(vf a, vf b, vf c) {
 INLINE vf dot_pairs(vf total, vu a, vu b) {
 #ifdef __AVX512BF16__
   return (vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
-#elif defined(__ARM_NEON)
-  uint32x4_t x[PARTS], y[PARTS];
-  float32x4_t z[PARTS];
-  __builtin_memcpy(x, &a, 64), __builtin_memcpy(y, &b, 64), __builtin_memcpy(z, &total, 64);
-  for (int i = 0; i < PARTS; i++) z[i] = arm_pairs(z[i], x[i], y[i]);
-  __builtin_memcpy(&total, z, 64);
-  return total;
 #else
   total = fma((vf)(a << 16), (vf)(b << 16), total);
   return fma((vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u), total);
@@ -139,13 +132,6 @@ INLINE vf dot_pairs(vf total, vu a, vu b) {
 INLINE vi dot_bytes(vi total, vu a, vu b) {
 #ifdef __AVX512VNNI__
   return (vi)_mm512_dpbusd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
-#elif defined(__ARM_NEON)
-  uint32x4_t x[PARTS], y[PARTS];
-  int32x4_t z[PARTS];
-  __builtin_memcpy(x, &a, 64), __builtin_memcpy(y, &b, 64), __builtin_memcpy(z, &total, 64);
-  for (int i = 0; i < PARTS; i++) z[i] = arm_fours<false>(z[i], x[i], y[i]);
-  __builtin_memcpy(&total, z, 64);
-  return total;
 #else
   for (int j = 0; j < 4; j++) total += (vi)((a >> (8 * j)) & 255) * (((vi)(b << (24 - 8 * j))) >> 24);
   return total;

@@ -1,4 +1,4 @@
-// The door between Python and the kernels: picks a table by instruction set and passes addresses through.
+// The door between Python and the kernels: picks a table by its name and passes addresses through.
 // It must not compute anything, nor know torch: pointers come as integers, and the interpreter lock is released.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "layer.h"
 #include "plan.h"
+#include "sets.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -17,21 +18,6 @@ using namespace nb::literals;
 using namespace shoal;
 
 namespace {
-
-// What this machine can run, best first.
-std::vector<const Kernels *> available() {
-  std::vector<const Kernels *> tables;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
-    tables.push_back(&kernels_avx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    tables.push_back(&kernels_avx2);
-#endif
-  tables.push_back(&kernels_scalar);
-  return tables;
-}
 
 std::vector<std::string> names() {
   std::vector<std::string> out;

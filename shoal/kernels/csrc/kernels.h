@@ -162,6 +162,8 @@ struct Kernels {
 extern const Kernels kernels_scalar;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512;
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon, kernels_neon_bf16;
 #endif
 
 }  // namespace shoal

@@ -70,7 +70,7 @@ def settle_interpreter() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
-    sys.setswitchinterval(50e-6)
+    sys.setswitchinterval(10e-6)
 
 
 def serve(backend: InProcess, connection: Connection, inbox: queue.SimpleQueue[object]) -> None:

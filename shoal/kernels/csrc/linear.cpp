@@ -152,11 +152,21 @@ INLINE vi_half upper(vi v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 
 INLINE vi_quarter lower(vi_half v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3); }
 INLINE vi_quarter upper(vi_half v) { return __builtin_shufflevector(v, v, 4, 5, 6, 7); }
 
-INLINE int32_t largest_of(vi v) {
-  const vi_half eight = lower(v) > upper(v) ? lower(v) : upper(v);
-  const vi_quarter four = lower(eight) > upper(eight) ? lower(eight) : upper(eight);
-  const int32_t a = four[0] > four[1] ? four[0] : four[1], b = four[2] > four[3] ? four[2] : four[3];
-  return a > b ? a : b;
+// The largest magnitude of some bf16 numbers, as its bits: they are in the order of the numbers, and NaN is above all.
+INLINE uint16_t largest_of(const uint16_t *x, int64_t count) {
+  typedef uint16_t shorts __attribute__((vector_size(4 * REGISTER)));
+  typedef uint16_t shorts_any __attribute__((vector_size(4 * REGISTER), aligned(2)));
+  shorts top = {};
+  int64_t i = 0;
+  for (; i + 2 * REGISTER <= count; i += 2 * REGISTER) {
+    const shorts bits = *(const shorts_any *)(x + i) & 0x7fff;
+    top = bits > top ? bits : top;
+  }
+  uint16_t largest = 0, each[2 * REGISTER];
+  __builtin_memcpy(each, &top, sizeof(each));
+  for (int j = 0; j < 2 * REGISTER; j++) largest = each[j] > largest ? each[j] : largest;
+  for (; i < count; i++) largest = (x[i] & 0x7fff) > largest ? x[i] & 0x7fff : largest;
+  return largest;
 }
 
 INLINE int32_t sum_of(vi v) {
@@ -169,15 +179,9 @@ INLINE int32_t sum_of(vi v) {
 struct Rounded {
   Rounded(const uint16_t *x, int64_t count, float levels) : x(x), whole(count / LANES * LANES) {
     if (whole < count) __builtin_memcpy(rest, x + whole, (count - whole) * 2);
-    vi top = {};
-    for (int64_t i = 0; i < count; i += LANES) {
-      const vi bits = (vi)absolute(load(i < whole ? x + i : rest));  // as integers, NaN is the largest
-      top = bits > top ? bits : top;
-    }
-    const int32_t most = largest_of(top);
-    float largest;
-    __builtin_memcpy(&largest, &most, 4);
-    finite = most < 0x7f800000;
+    const uint16_t most = largest_of(x, count);
+    const float largest = load_one(&most);
+    finite = most < 0x7f80;
     const bool zero = largest < 1e-30f;
     by = finite && !zero ? levels / largest : 0.f;
     scale = zero ? 0.f : largest / levels;

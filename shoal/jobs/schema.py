@@ -5,7 +5,6 @@ It must not know the model: no tokens, no context length, no vocabulary.
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Annotated, Any, Literal
 
@@ -14,7 +13,8 @@ import numpy as np
 
 from shoal.core.errors import RowError
 from shoal.core.types import Constraint
-from shoal.jobs.body import FIELDS, UNSUPPORTED, ChatBody, CompletionBody, Message
+from shoal.jobs.body import FIELDS, ChatBody, CompletionBody, Message
+from shoal.jobs.complain import UNKNOWN, explain, not_json, unsupported
 from shoal.jobs.constrain import wanted
 from shoal.jobs.prompt import DEFAULT_PROMPT
 from shoal.jobs.settings import JobSettings
@@ -122,16 +122,8 @@ _failed_row = msgspec.json.Decoder(_FailedRow)
 _row = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _text = msgspec.json.Decoder(str)
 
-_PATH = re.compile(r"^(?P<what>.*?)(?: - at (?P<path>.*))?$", re.DOTALL)
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(.*)`")
-_ADVICE = {
-    ".role": "this version reads the roles system, developer, user and assistant",
-    ".type": "this version reads parts of text only",
-}
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 def parse_line(raw: bytes | None, settings: JobSettings) -> RowSpec:
@@ -152,7 +144,7 @@ def parse_line(raw: bytes | None, settings: JobSettings) -> RowSpec:
     except msgspec.ValidationError as error:
         raise explain(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _not_json(raw, error) from None
+        raise not_json(raw, error) from None
 
 
 def _check_depth(raw: bytes) -> None:
@@ -198,7 +190,7 @@ def _request_row(raw: bytes, settings: JobSettings, line: int | None = None) -> 
 
 def _lenient_envelope(raw: bytes, error: msgspec.ValidationError) -> _Envelope:
     """Fields beside the known ones are a user's own notes, unless they belong into the body."""
-    unknown = _UNKNOWN.match(str(error))
+    unknown = UNKNOWN.match(str(error))
     if unknown is None:
         raise error
     misplaced = sorted(set(_object.decode(raw)) & FIELDS - {"user", "metadata"})
@@ -292,7 +284,7 @@ def _check(row: RowSpec, settings: JobSettings) -> None:
         raise RowError(f"the model {body.model!r} does not exist; this job serves {served}", "model_not_found", "model")
     for name in ("stream", "use_beam_search"):
         if getattr(body, name):
-            raise _unsupported(name)
+            raise unsupported(name)
     if isinstance(body, ChatBody):
         _check_chat(row, body)
     else:
@@ -306,7 +298,7 @@ def _check(row: RowSpec, settings: JobSettings) -> None:
 
 def _check_chat(row: RowSpec, body: ChatBody) -> None:
     if body.echo:
-        raise _unsupported("echo")
+        raise unsupported("echo")
     if body.top_logprobs and not body.logprobs:
         raise RowError("top_logprobs needs logprobs: true", param="top_logprobs")
     if body.continue_final_message and body.add_generation_prompt:
@@ -345,47 +337,3 @@ def prompt_list(prompt: str | list[str | int | list[int]]) -> list[str | list[in
         return prompt  # type: ignore[return-value]  # no ints in it
     problem = "mixes texts and token ids" if kinds else "is empty"
     raise RowError(f"prompt {problem}: give a text, texts, token ids, or lists of token ids", param="prompt")
-
-
-def explain(error: msgspec.ValidationError, inside: str = "") -> RowError:
-    """A decoder's complaint as a message for the person who wrote the line; `inside` is where the object stands."""
-    match = _PATH.match(str(error))
-    assert match is not None, error
-    what, path = match["what"], (match["path"] or "").strip("`").replace("key` in `", "")
-    param = path.replace("$", "").lstrip(".")
-    unknown = _UNKNOWN.match(what)
-    if unknown is not None and unknown[1] in FIELDS:
-        return RowError(f"{unknown[1]!r} is not a field of this url: remove it", "unknown_field", unknown[1])
-    if unknown is not None:
-        near = difflib.get_close_matches(unknown[1], FIELDS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ", or correct its name"
-        where = ".".join(p for p in (inside, param) if p) or "the line"
-        return RowError(f"unknown field {unknown[1]!r} in {where}: remove it{hint}", "unknown_field", unknown[1])
-    if re.split(r"[.\[]", param)[-1 if param.startswith("messages") else 0] in UNSUPPORTED:
-        return _unsupported(param)
-    place = ".".join(p for p in (inside, param) if p) or "the line"
-    missing = _MISSING.match(what)
-    if missing is not None:
-        return RowError(f"{place}: {missing[1]!r} is missing: add it", "missing_field", missing[1])
-    advice = next((advice for end, advice in _ADVICE.items() if param.endswith(end)), "correct it")
-    return RowError(f"{place}: {what[0].lower()}{what[1:]}: {advice}", param=param or None)
-
-
-def _unsupported(name: str) -> RowError:
-    return RowError(
-        f"{name!r} is not supported by this version: remove it (the row is not answered, rather than answered wrongly)",
-        "not_supported",
-        name,
-    )
-
-
-def _not_json(raw: bytes, error: Exception) -> RowError:
-    if isinstance(error, UnicodeDecodeError):
-        return RowError(f"the line is not UTF-8 ({error.reason}): convert the file to UTF-8", "invalid_json_line")
-    if _SURROGATE.search(raw):
-        problem = "it may hold half of a surrogate pair (\\ud800 to \\udfff alone): write the character itself"
-    elif b"\0" in raw:
-        problem = "it holds NUL bytes: remove them"
-    else:
-        problem = "correct or remove the line"
-    return RowError(f"the line is not valid JSON ({error}): {problem}", "invalid_json_line")

@@ -10,14 +10,15 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 import numpy as np
 
 from shoal.core.errors import RowError
-from shoal.core.types import TOKEN, Constraint, Request, Sampling, Tokens, root_of
-from shoal.jobs.body import ChatBody, Message
+from shoal.core.types import TOKEN, Answer, Constraint, Request, Sampling, Tokens, root_of
+from shoal.jobs.body import ChatBody, EmbeddingBody, Message
+from shoal.jobs.embed import check_dimensions, check_kind, fit
 from shoal.jobs.keys import RequestKeys
 from shoal.jobs.schema import RowSpec, parse_line
 from shoal.jobs.settings import JobSettings
@@ -34,6 +35,9 @@ class TokenizerLike(Protocol):
 
     @property
     def hash(self) -> str: ...
+
+    @property
+    def num_after(self) -> int: ...
 
     def encode(self, text: str, special: bool = True) -> Tokens: ...
 
@@ -67,6 +71,7 @@ class Encoded(msgspec.Struct, frozen=True, gc=False):
     score_from: int  # as in Request
     key: int  # hash of its custom_id within this process; 0 for a plain row
     asks: list[bytes]  # a key for each prompt: equal keys have equal answers; empty where its place decides them
+    whole: bool = False  # each prompt is computed by itself from its first token to its last
 
 
 class RowEncoder:
@@ -88,6 +93,11 @@ class RowEncoder:
         model = (self.model.context, self.model.vocab_size)
         files = (self.tokenizer.hash, self.template.hash if self.template else "")
         return hashlib.sha256(repr((files, model, self.settings)).encode()).hexdigest()
+
+    @property
+    def order(self) -> Literal["prefix", "length"]:
+        """In which order rows are served best: nothing is shared in an encoder, and texts of one length go together."""
+        return "length" if self.model.vector else "prefix"
 
     def parse(self, raw: bytes | None) -> RowSpec:
         """The row of a line; raises RowError. None is a line that was too long to read."""
@@ -123,6 +133,10 @@ class RowEncoder:
         `index` is that of the first, `futures` has one for each: as in Request. Prompt tokens are scored once, for
         the first. Raises RowError only for a row that `encode` refuses too.
         """
+        if isinstance(row.body, EmbeddingBody):
+            future = futures[0] if futures is not None else None
+            id, nothing = f"{line}.{number}.0", Sampling(max_tokens=0)
+            return [Request(id, prompt, nothing, Answer.VECTOR, index=index, future=future)]
         sampling = self._sampling(line, row, number, len(prompt))
         constraint = self._constraint(row)
         top = row.score_top
@@ -161,6 +175,7 @@ class RowEncoder:
         """The texts to tokenize, and whether the tokenizer adds its special tokens. Token-id prompts are not here."""
         body = row.body
         special = body.add_special_tokens
+        check_kind(body, self.model.vector)
         if isinstance(body, ChatBody):
             return [self._render(body)], bool(special)
         return [prompt for prompt in row.prompts if isinstance(prompt, str)], special is not False
@@ -204,6 +219,8 @@ class RowEncoder:
         body = row.body
         if prompts is None:
             prompts = [self._given_tokens(p) for p in row.prompts if not isinstance(p, str)]
+        if isinstance(body, EmbeddingBody):
+            return self._to_embed(row, body, prompts)
         limit = row.max_tokens
         cut = body.truncate_prompt_tokens
         if cut is not None:
@@ -227,6 +244,17 @@ class RowEncoder:
             key=0 if row.custom_id is None else hash(row.custom_id) or 1,
             asks=self._keys.of(self, row, prompts, self.model.context),
         )
+
+    def _to_embed(self, row: RowSpec, body: EmbeddingBody, prompts: list[Tokens]) -> Encoded:
+        """A row of texts that become vectors."""
+        check_dimensions(body, self.model.vector)
+        prompts = fit(body, row.prompts, prompts, self.model.context, self.tokenizer.num_after)
+        for prompt in prompts:
+            self._check_length(len(prompt), 0, "input")
+            self._check_words(prompt, "input")
+        key = 0 if row.custom_id is None else hash(row.custom_id) or 1
+        asks = self._keys.of(self, row, prompts, self.model.context)
+        return Encoded(prompts, 1, 0, 0.0, "", -1, key, asks, whole=True)
 
     def _constraint(self, row: RowSpec) -> Constraint | None:
         """The row's constraint, the same object for rows that have the same; RowError if it cannot be kept."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from shoal.core.errors import RowError
 from shoal.core.types import Constraint
-from shoal.jobs.body import FIELDS, ChatBody, CompletionBody, Message
+from shoal.jobs.body import FIELDS, ChatBody, CompletionBody, EmbeddingBody, Message
 from shoal.jobs.complain import UNKNOWN, explain, not_json, unsupported
 from shoal.jobs.constrain import wanted
 from shoal.jobs.prompt import DEFAULT_PROMPT
@@ -25,9 +25,11 @@ SEQUENCE_LIMIT = 16_384  # prompts times n of one row: one line must not become 
 
 CHAT_URL = "/v1/chat/completions"
 COMPLETIONS_URL = "/v1/completions"
+EMBEDDINGS_URL = "/v1/embeddings"
 TEMPLATE_NAMES = frozenset("messages tools add_generation_prompt continue_final_message chat_template tokenize".split())
 
-Endpoint = Literal["chat", "completions", "plain"]
+Endpoint = Literal["chat", "completions", "embeddings", "plain"]
+AnyBody = ChatBody | CompletionBody | EmbeddingBody
 
 
 class RowSpec(msgspec.Struct, frozen=True):
@@ -35,7 +37,7 @@ class RowSpec(msgspec.Struct, frozen=True):
 
     custom_id: str | None  # None only for plain rows
     endpoint: Endpoint
-    body: ChatBody | CompletionBody
+    body: AnyBody
     request: bytes  # the request's own text: what ids are made from; for a retried line not the error line around it
     columns: dict[str, msgspec.Raw] | None = None  # of a plain row: each value as its line writes it
     line: int | None = None  # the line it had in the file where it first failed
@@ -47,13 +49,17 @@ class RowSpec(msgspec.Struct, frozen=True):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Prompts of a completion, texts or token ids; empty for a chat, whose one prompt the template makes."""
+        """What is given as texts or token ids, one by one; empty for a chat, whose one prompt the template makes."""
+        if isinstance(self.body, EmbeddingBody):
+            return prompt_list(self.body.input, "input")
         return prompt_list(self.body.prompt) if isinstance(self.body, CompletionBody) else []
 
     @property
     def max_tokens(self) -> int | None:
         """The row's own limit of tokens to produce; None if it gives none."""
         body = self.body
+        if isinstance(body, EmbeddingBody):
+            return 0
         if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
             return body.max_completion_tokens
         return body.max_tokens
@@ -117,6 +123,12 @@ _envelope = msgspec.json.Decoder(_Envelope)
 _loose_envelope = msgspec.json.Decoder(_LooseEnvelope)
 _chat = msgspec.json.Decoder(ChatBody)
 _completion = msgspec.json.Decoder(CompletionBody)
+_embedding = msgspec.json.Decoder(EmbeddingBody)
+_REQUESTS: dict[str, tuple[Endpoint, msgspec.json.Decoder[Any]]] = {
+    CHAT_URL: ("chat", _chat),
+    COMPLETIONS_URL: ("completions", _completion),
+    EMBEDDINGS_URL: ("embeddings", _embedding),
+}
 _object = msgspec.json.Decoder(dict[str, Any])
 _failed_row = msgspec.json.Decoder(_FailedRow)
 _row = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -177,13 +189,14 @@ def _request_row(raw: bytes, settings: JobSettings, line: int | None = None) -> 
         )
     url = _check_envelope(envelope)
     assert isinstance(envelope.body, msgspec.Raw)
-    parsed: ChatBody | CompletionBody
+    endpoint, decoder = _REQUESTS[url]
+    parsed: AnyBody
     try:
-        parsed = _chat.decode(envelope.body) if url == CHAT_URL else _completion.decode(envelope.body)
+        parsed = decoder.decode(envelope.body)
     except msgspec.ValidationError as error:
         raise explain(error, "body") from None
     body = settings.complete(parsed)
-    row = RowSpec(envelope.custom_id, "chat" if url == CHAT_URL else "completions", body, raw, None, line or None)
+    row = RowSpec(envelope.custom_id, endpoint, body, raw, None, line or None)
     _check(row, settings)
     return row
 
@@ -193,7 +206,7 @@ def _lenient_envelope(raw: bytes, error: msgspec.ValidationError) -> _Envelope:
     unknown = UNKNOWN.match(str(error))
     if unknown is None:
         raise error
-    misplaced = sorted(set(_object.decode(raw)) & FIELDS - {"user", "metadata"})
+    misplaced = sorted(set(_object.decode(raw)) & FIELDS - {"user", "metadata", "input"})
     if misplaced:
         name = misplaced[0]
         raise RowError(f"{name!r} stands beside body: move it into body", "unknown_field", name)
@@ -240,9 +253,9 @@ def _check_envelope(envelope: _Envelope) -> str:
             )
     if envelope.method != "POST":
         raise RowError(f"method is {envelope.method!r}: it must be 'POST'", "invalid_method", "method")
-    if envelope.url not in (CHAT_URL, COMPLETIONS_URL):
+    if envelope.url not in _REQUESTS:
         raise RowError(
-            f"url {envelope.url!r} is not supported by this version: use {CHAT_URL} or {COMPLETIONS_URL}",
+            f"url {envelope.url!r} is not supported by this version: use one of {', '.join(_REQUESTS)}",
             "url_not_supported",
             "url",
         )
@@ -285,6 +298,9 @@ def _check(row: RowSpec, settings: JobSettings) -> None:
     for name in ("stream", "use_beam_search"):
         if getattr(body, name):
             raise unsupported(name)
+    if isinstance(body, EmbeddingBody):
+        _check_embedding(row, body)
+        return
     if isinstance(body, ChatBody):
         _check_chat(row, body)
     else:
@@ -317,17 +333,27 @@ def _check_completion(row: RowSpec, body: CompletionBody) -> None:
         raise RowError(
             "best_of is not supported by this version: remove it, or set it to n", "not_supported", "best_of"
         )
-    prompts = prompt_list(body.prompt)
-    if len(prompts) * row.n > SEQUENCE_LIMIT:
+    _check_count(prompt_list(body.prompt), row.n, "prompt")
+
+
+def _check_embedding(row: RowSpec, body: EmbeddingBody) -> None:
+    for name in body.__struct_fields__:
+        if not body.has(name) and getattr(body, name) is not None:
+            raise RowError(f"{name!r} is not a field of this url: remove it", "unknown_field", name)
+    _check_count(row.prompts, 1, "input")
+
+
+def _check_count(prompts: list[str | list[int]], n: int, param: str) -> None:
+    if len(prompts) * n > SEQUENCE_LIMIT:
         raise RowError(
-            f"{len(prompts)} prompts times n={row.n} is more than {SEQUENCE_LIMIT} answers in one line: split the line",
+            f"{len(prompts)} prompts times n={n} is more than {SEQUENCE_LIMIT} answers in one line: split the line",
             "too_many_tasks",
-            "prompt",
+            param,
         )
 
 
-def prompt_list(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """The prompts of a completion one by one. Raises RowError for an empty list and for a mixture of kinds."""
+def prompt_list(prompt: str | list[str | int | list[int]], param: str = "prompt") -> list[str | list[int]]:
+    """Prompts (or inputs) one by one. Raises RowError for an empty list and for a mixture of kinds."""
     if isinstance(prompt, str):
         return [prompt]
     kinds = {type(item) for item in prompt}
@@ -336,4 +362,4 @@ def prompt_list(prompt: str | list[str | int | list[int]]) -> list[str | list[in
     if kinds == {str} or kinds == {list}:
         return prompt  # type: ignore[return-value]  # no ints in it
     problem = "mixes texts and token ids" if kinds else "is empty"
-    raise RowError(f"prompt {problem}: give a text, texts, token ids, or lists of token ids", param="prompt")
+    raise RowError(f"{param} {problem}: give a text, texts, token ids, or lists of token ids", param=param)

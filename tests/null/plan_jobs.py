@@ -37,6 +37,7 @@ class Encoded:
     max_tokens: int
     key: int
     asks: Sequence[bytes]
+    whole: bool = False
 
 
 @dataclass

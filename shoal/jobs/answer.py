@@ -147,7 +147,7 @@ class AnswerWriter:
             choices.append(choice)
         reply = self._frame(row, "chat.completion", mark, choices, _usage((answers,)))
         if body.prompt_logprobs is not None:
-            reply["prompt_logprobs"] = prompt_logprobs(answers.scores, body.prompt_logprobs, names)
+            reply["prompt_logprobs"] = prompt_logprobs(1, answers.scores, body.prompt_logprobs, names)
         if body.return_token_ids:
             reply["prompt_token_ids"] = list(answers.prompt)
         return reply
@@ -158,18 +158,21 @@ class AnswerWriter:
         choices: list[dict[str, Any]] = []
         for number, answer in enumerate(answers):
             before = self._echo(row, number, answer.prompt)
-            echoed = answer.prompt if row.echo else answer.prompt[:0]
+            first = row.score_from  # what stands before it was computed with its block, and is not asked for
+            scored = answer.scores[first - len(answer.prompt) :] if 0 < first < len(answer.prompt) else ()
+            unscored = answer.prompt[: max(first, 0)] if row.echo else answer.prompt[:0]
             for sample in answer.samples:
-                scores = [*answer.scores, *sample.logprobs] if row.echo else sample.logprobs
+                scores = [*scored, *sample.logprobs] if row.echo else sample.logprobs
+                shown = completion_logprobs(unscored, scores, row.logprobs, names) if row.logprobs >= 0 else None
                 choice: dict[str, Any] = {
                     "index": len(choices),
                     "text": before + sample.text,
-                    "logprobs": completion_logprobs(echoed, scores, row.logprobs, names) if row.logprobs >= 0 else None,
+                    "logprobs": shown,
                     "finish_reason": sample.finish,
                     "stop_reason": sample.stop_reason,
                 }
                 if body.prompt_logprobs is not None:
-                    choice["prompt_logprobs"] = prompt_logprobs(answer.scores, body.prompt_logprobs, names)
+                    choice["prompt_logprobs"] = prompt_logprobs(first, scored, body.prompt_logprobs, names)
                 if body.return_token_ids:
                     choice["prompt_token_ids"] = list(answer.prompt)
                     choice["token_ids"] = list(sample.tokens)

@@ -191,6 +191,7 @@ class CompletionBody(Body, frozen=True, forbid_unknown_fields=True, kw_only=True
     prompt: str | list[str | int | list[int]]
     logprobs: TopCount | None = None
     echo: bool | None = None
+    score_from: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None  # Shoal's own: what stands before is not scored
     best_of: int | None = None
     suffix: Annotated[str, Meta(max_length=0)] | None = None
 

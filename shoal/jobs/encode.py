@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 import numpy as np
 
+from shoal.core.config import BLOCK_SIZE
 from shoal.core.errors import RowError
 from shoal.core.types import TOKEN, Answer, Constraint, Request, Sampling, Tokens, root_of
 from shoal.jobs.body import ChatBody, EmbeddingBody, Message
@@ -139,14 +140,14 @@ class RowEncoder:
             return [Request(id, prompt, nothing, Answer.VECTOR, index=index, future=future)]
         sampling = self._sampling(line, row, number, len(prompt))
         constraint = self._constraint(row)
-        top = row.score_top
+        top, first = row.score_top, _computed_from(row.score_from)
         return [
             Request(
                 id=f"{line}.{number}.{sample}",
                 prompt=prompt,
                 sampling=dataclasses.replace(sampling, sample=sample) if sample else sampling,
                 constraint=constraint,
-                score_from=1 if top >= 0 and sample == 0 else -1,
+                score_from=first if sample == 0 else -1,
                 score_top=max(top, 0),
                 adapter=self.settings.adapter(row.body),
                 salt=row.body.cache_salt or "",
@@ -231,6 +232,11 @@ class RowEncoder:
             room = min(room, self.model.context - len(prompt))
             self._check_length(len(prompt), limit, "messages" if isinstance(body, ChatBody) else "prompt")
             self._check_words(prompt, "messages" if isinstance(body, ChatBody) else "prompt")
+            if row.score_from > max(1, len(prompt) - 1):
+                raise RowError(
+                    f"score_from {row.score_from} is not inside a prompt of {len(prompt)} tokens: lower it",
+                    param="score_from",
+                )
         self._check_ids(row)
         self._constraint(row)
         answer = room if limit is None else limit
@@ -240,7 +246,7 @@ class RowEncoder:
             max_tokens=answer,
             expect=float(answer) if body.ignore_eos and not body.stop and not body.stop_token_ids else None,
             root=root_of(self.settings.adapter(body), body.cache_salt or ""),
-            score_from=1 if row.score_top >= 0 else -1,
+            score_from=_computed_from(row.score_from),
             key=0 if row.custom_id is None else hash(row.custom_id) or 1,
             asks=self._keys.of(self, row, prompts, self.model.context),
         )
@@ -367,6 +373,12 @@ def _turn(message: Message) -> dict[str, str]:
         if value is not None:
             turn[name] = value
     return turn
+
+
+def _computed_from(score_from: int) -> int:
+    """The first position whose score is computed: where a block begins, for less than a block is never shared. The
+    scores before the one that the row asks for are left out of its answer."""
+    return 1 + (score_from - 1) // BLOCK_SIZE * BLOCK_SIZE if score_from >= 1 else -1
 
 
 def _first(own: float | None, default: float | None, neutral: float) -> float:

@@ -94,6 +94,13 @@ class RowSpec(msgspec.Struct, frozen=True):
         wanted = -1 if self.body.prompt_logprobs is None else self.body.prompt_logprobs
         return max(wanted, self.logprobs) if self.echo else wanted
 
+    @property
+    def score_from(self) -> int:
+        """The first position of a prompt that is scored; -1: none is. The very first token has nothing before it."""
+        if self.score_top < 0:
+            return -1
+        return (isinstance(self.body, CompletionBody) and self.body.score_from) or 1
+
 
 class _Failed(msgspec.Struct, frozen=True):
     request: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
@@ -333,6 +340,8 @@ def _check_completion(row: RowSpec, body: CompletionBody) -> None:
         raise RowError(
             "best_of is not supported by this version: remove it, or set it to n", "not_supported", "best_of"
         )
+    if body.score_from is not None and row.score_top < 0:
+        raise RowError("score_from needs prompt_logprobs, or echo with logprobs", param="score_from")
     _check_count(prompt_list(body.prompt), row.n, "prompt")
 
 

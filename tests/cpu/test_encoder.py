@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from array import array
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from encoders import minilm, reference, save_encoder, write_pooling
 
+import shoal
 from shoal.build import BuiltEngine, build_engine
 from shoal.core.config import EngineConfig
 from shoal.core.errors import ModelError, UsageError
@@ -154,3 +156,34 @@ def test_a_trained_encoder_has_the_vectors_of_transformers() -> None:
     prompts = [[101, *(luck.randrange(1000, 30_000) for _ in range(n)), 102] for n in (1, 3, 30, 31, 100, 254)]
     got = vectors(encode(build(folder), prompts))
     assert (got - reference(model, prompts)).abs().max() < 1e-5
+
+
+def test_a_job_over_a_trained_encoder_has_the_vectors_of_transformers(tmp_path: Path) -> None:
+    folder = minilm()
+    import transformers
+
+    words = "the river runs slowly past a small white house where nobody has lived for many years".split()
+    texts = [" ".join(words[:n]) for n in range(1, len(words))] + [" ".join(words * 40)]
+    rows = [
+        {"input": text, "encoding_format": kind, "truncate_prompt_tokens": -1}
+        for text in texts
+        for kind in ("float", "base64")
+    ]
+    rows += [{"input": texts}, {"input": " ".join(words * 40)}]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [{"custom_id": f"r{i}", "method": "POST", "url": "/v1/embeddings", "body": b} for i, b in enumerate(rows)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = shoal.run(source, out, model=str(folder), threads=1)
+    assert report.exit_code == 3 and report.problems() == []
+    failed = [json.loads(line) for line in (tmp_path / "out.errors.jsonl").read_text().splitlines()]
+    assert [line["custom_id"] for line in failed] == [f"r{len(rows) - 2}", f"r{len(rows) - 1}"]
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["custom_id"] for line in answers] == [f"r{i}" for i in range(len(rows) - 2)]
+    given = [line["response"]["body"]["data"][0]["embedding"] for line in answers]
+    packed = [list(array("f", base64.b64decode(each))) for each in given[1::2]]
+    assert given[::2] == packed
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).eval().float()
+    ids = tokenizer(texts, truncation=True, max_length=256)["input_ids"]
+    assert (torch.tensor(packed, dtype=torch.float64) - reference(model, ids)).abs().max() < 1e-5
+    assert report.tokens.prompt_computed == sum(map(len, ids))

@@ -80,7 +80,7 @@ def unpack(data: bytes) -> Kept:
     entry = _decoder.decode(data)
     tokens: Tokens = _numbers(TOKEN, entry.tokens)
     logprobs = [TokenScore(*score) for score in entry.logprobs]
-    vector = _numbers("f", entry.vector)
+    vector = _numbers("f", entry.vector) if entry.vector else ()
     sample = Sample(entry.text, tokens, entry.finish, entry.stop_reason, logprobs, vector)
     return Kept(sample, [TokenScore(*score) for score in entry.scores])
 

@@ -33,7 +33,7 @@ from shoal.sched.policy import Budget, Policy
 from shoal.sched.scheduler import Scheduler
 from shoal.text.checkpoint import kv_mode, resolve_model, weight_mode
 from shoal.text.grammar import Grammars
-from shoal.text.pooling import is_encoder, read_pooling
+from shoal.text.pooling import is_encoder, makes_vectors, read_pooling
 from shoal.text.tokenizer import Tokenizer
 
 _LEAST_TOKENS = 2048  # without --memory, the KV memory must hold a row of this length (or of the whole context)
@@ -93,6 +93,7 @@ def build_engine(
     if is_encoder(values):
         return _build_encoder(config, folder, make_encoder_config(values), began)
     model = make_config(values, config.context)
+    normalize = makes_vectors(folder) and read_pooling(folder, encoder=False).normalize
     mode = weight_mode(config.weights, folder)
     kv_name = kv_mode(config.kv, mode)
     kv_dtype = KV_DTYPES[kv_name]
@@ -107,7 +108,7 @@ def build_engine(
     def grammars() -> Grammars:
         return Grammars(tokenizer or Tokenizer.load(folder), model.vocab_size)
 
-    runner = ModelRunner(decoder, kernels, kv, model.vocab_size, tuple(config.adapters), Masks(grammars))
+    runner = ModelRunner(decoder, kernels, kv, model.vocab_size, tuple(config.adapters), Masks(grammars), normalize)
     scheduler = Scheduler(make_policy(config), memory.num_blocks, config.block_size, config.reuse)
     facts = EngineFacts(
         folder=folder, architecture=model.architecture, context=model.context, vocab_size=model.vocab_size,

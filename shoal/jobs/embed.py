@@ -9,11 +9,15 @@ from shoal.core.types import Tokens
 from shoal.jobs.body import EmbeddingBody
 
 
-def check_kind(body: object, width: int) -> None:
-    """Refuse a row that the model has no answer for; `width` is that of its vectors, 0 where it makes texts."""
+def check_kind(body: object, width: int, encoder: bool) -> None:
+    """Refuse a row that the model has no answer for; `width` is that of its vectors, 0 where it makes none."""
     if isinstance(body, EmbeddingBody) and not width:
-        raise RowError("this model makes texts and no embeddings: run the row with an encoder", "not_supported", "url")
-    if width and not isinstance(body, EmbeddingBody):
+        raise RowError(
+            "this model makes texts and no embeddings: run the row with an encoder, or a folder that has modules.json",
+            "not_supported",
+            "url",
+        )
+    if encoder and not isinstance(body, EmbeddingBody):
         raise RowError(
             "this model makes embeddings and no text: send texts to /v1/embeddings, or take another model",
             "not_supported",

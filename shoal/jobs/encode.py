@@ -72,7 +72,8 @@ class Encoded(msgspec.Struct, frozen=True, gc=False):
     score_from: int  # as in Request
     key: int  # hash of its custom_id within this process; 0 for a plain row
     asks: list[bytes]  # a key for each prompt: equal keys have equal answers; empty where its place decides them
-    whole: bool = False  # each prompt is computed by itself from its first token to its last
+    vector: bool = False  # its last position's hidden state is needed, though nothing is sampled from it
+    alone: bool = False  # its prompts take nothing from others
 
 
 class RowEncoder:
@@ -98,7 +99,7 @@ class RowEncoder:
     @property
     def order(self) -> Literal["prefix", "length"]:
         """In which order rows are served best: nothing is shared in an encoder, and texts of one length go together."""
-        return "length" if self.model.vector else "prefix"
+        return "length" if self.model.encoder else "prefix"
 
     def parse(self, raw: bytes | None) -> RowSpec:
         """The row of a line; raises RowError. None is a line that was too long to read."""
@@ -136,8 +137,9 @@ class RowEncoder:
         """
         if isinstance(row.body, EmbeddingBody):
             future = futures[0] if futures is not None else None
-            id, nothing = f"{line}.{number}.0", Sampling(max_tokens=0)
-            return [Request(id, prompt, nothing, Answer.VECTOR, index=index, future=future)]
+            id, adapter = f"{line}.{number}.0", self.settings.adapter(row.body)
+            nothing = Sampling(max_tokens=0)
+            return [Request(id, prompt, nothing, Answer.VECTOR, adapter=adapter, index=index, future=future)]
         sampling = self._sampling(line, row, number, len(prompt))
         constraint = self._constraint(row)
         top, first = row.score_top, _computed_from(row.score_from)
@@ -176,7 +178,7 @@ class RowEncoder:
         """The texts to tokenize, and whether the tokenizer adds its special tokens. Token-id prompts are not here."""
         body = row.body
         special = body.add_special_tokens
-        check_kind(body, self.model.vector)
+        check_kind(body, self.model.vector, self.model.encoder)
         if isinstance(body, ChatBody):
             return [self._render(body)], bool(special)
         return [prompt for prompt in row.prompts if isinstance(prompt, str)], special is not False
@@ -260,7 +262,8 @@ class RowEncoder:
             self._check_words(prompt, "input")
         key = 0 if row.custom_id is None else hash(row.custom_id) or 1
         asks = self._keys.of(self, row, prompts, self.model.context)
-        return Encoded(prompts, 1, 0, 0.0, "", -1, key, asks, whole=True)
+        root = root_of(self.settings.adapter(body), "")
+        return Encoded(prompts, 1, 0, 0.0, root, -1, key, asks, vector=True, alone=self.model.encoder)
 
     def _constraint(self, row: RowSpec) -> Constraint | None:
         """The row's constraint, the same object for rows that have the same; RowError if it cannot be kept."""

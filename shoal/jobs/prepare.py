@@ -139,7 +139,7 @@ def _manifest(
     ]
     hashes = hash_files(model, state / HASHES, files)
     if encoder.model.vector:
-        pooling = hash_files(read_pooling(folder).files, state / HASHES, files)
+        pooling = hash_files(read_pooling(folder, encoder.model.encoder).files, state / HASHES, files)
         hashes |= {f"pooling {name}": digest for name, digest in pooling.items()}
     template = encoder.template.hash if encoder.template is not None else ""
     weights = weight_mode(options.weights, folder)

@@ -43,8 +43,16 @@ def is_encoder(config: Mapping[str, object]) -> bool:
     return config.get("model_type") in ENCODERS
 
 
-def read_pooling(folder: Path) -> Pooling:
-    """What the folder's files say. ModelError for a folder without them, and for anything in them that is not known."""
+def makes_vectors(folder: Path) -> bool:
+    """Whether the folder says how its model's vectors are made. A decoder's may, and it still makes texts."""
+    return (folder / MODULES).is_file()
+
+
+def read_pooling(folder: Path, encoder: bool = True) -> Pooling:
+    """What the folder's files say. ModelError for a folder without them, and for anything in them that is not known.
+
+    Of a decoder only the last token has seen the whole text, and only its row is kept until the end.
+    """
     pooling, normalize = folder, False
     for module in _modules(folder):
         kind = str(module.get("type")).rpartition(".")[2]
@@ -66,7 +74,10 @@ def read_pooling(folder: Path) -> Pooling:
         raise ModelError(f"{folder / LIMITS}: do_lower_case is not supported where the tokenizer keeps capitals")
     if prompts.get("default_prompt_name") is not None:
         raise ModelError(f"{folder / PROMPTS}: a default prompt is not supported: put it before each text instead")
-    return Pooling(_kind(pooling / "config.json"), normalize, most, tuple(files))
+    kind = _kind(pooling / "config.json")
+    if not encoder and kind != "last":
+        raise ModelError(f"{pooling / 'config.json'}: over a decoder pooling is by lasttoken, and not by {kind}")
+    return Pooling(kind, normalize, most, tuple(files))
 
 
 def _modules(folder: Path) -> list[dict[str, Any]]:

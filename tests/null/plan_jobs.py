@@ -37,7 +37,8 @@ class Encoded:
     max_tokens: int
     key: int
     asks: Sequence[bytes]
-    whole: bool = False
+    vector: bool = False
+    alone: bool = False
 
 
 @dataclass

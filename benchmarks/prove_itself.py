@@ -121,7 +121,7 @@ FACTORS: Mapping[str, Sequence[Any]] = {
     "reuse": (True, False),
     "threads": (1, 2),
     "block": (16, 32),
-    "weights": ("bf16", "fp32", "int8", "int4", "int4-a16", "bf16+int8"),
+    "weights": ("bf16", "fp32", "int8", "int4", "int4-a16", "int4+head", "bf16/int8"),
 }
 """What must not change a line, the weights apart."""
 
@@ -250,7 +250,7 @@ def run(setting: Setting, made: Mapping[str, str], folder: Path, model: str, lon
     if setting.file == "shuffled":
         Random(4).shuffle(names)
     middle = len(names) // 2 if setting.file == "halves" else len(names)
-    outcome, (weights, _, kv) = Outcome(), setting.weights.partition("+")
+    outcome, (weights, _, kv) = Outcome(), setting.weights.partition("/")
     for number, part in enumerate(part for part in (names[:middle], names[middle:]) if part):
         source, out = folder / f"i{number}.jsonl", folder / f"o{number}.jsonl"
         source.write_text("".join(made[name] + "\n" for name in part))
@@ -275,7 +275,7 @@ def run(setting: Setting, made: Mapping[str, str], folder: Path, model: str, lon
 
 
 def engine_config(setting: Setting, model: str, longest: int) -> EngineConfig:
-    weights, _, kv = setting.weights.partition("+")
+    weights, _, kv = setting.weights.partition("/")
     config = EngineConfig(
         model=model, block_size=setting.block, step_tokens=setting.tokens, overlap=setting.overlap,
         reuse=setting.reuse, policy=setting.policy, threads=setting.threads, weights=weights,

@@ -4,7 +4,8 @@ Held-out chats with their right answers (as in tools/score_model.py) are read by
 arithmetic; all see the same tokens. Of the positions that choose an answer's tokens: the relative error of the logits
 (norm of the difference over the norm of fp32's), whether both would choose the same token, and the perplexity. Allowed
 are 1 % more perplexity for int8, 3 % for int4 with the better of its two roundings, and for bf16 2 % relative error,
-with the same token wherever fp32's lead is larger than the largest error of a logit. Keys and values as int8 beside
+with the same token wherever fp32's lead is larger than the largest error of a logit. With a head of int8 ("+head") as
+much is allowed as without, and the same mode without is its control. Keys and values as int8 beside
 bf16 weights are allowed 1 %, and stand beside bf16 once more: how often both would choose the same token.
 
 Errors over all positions stand beside them and are not judged: the model was never trained to predict what people
@@ -56,7 +57,13 @@ PAGE = 32
 STEP = 2048  # tokens of a step
 QUANTIZED = ("int8", "int4", "int4-a16")
 KV = "bf16, int8 keys and values"
-LOSS = {"int8": 0.01, "int4": 0.03, KV: 0.01}  # more perplexity than fp32's that is allowed
+LOSS = {
+    "int8": 0.01,
+    "int8+head": 0.01,
+    "int4": 0.03,
+    "int4+head": 0.03,
+    KV: 0.01,
+}  # more perplexity than fp32's that is allowed
 
 
 @dataclass(frozen=True)
@@ -141,10 +148,10 @@ def describe(found: dict[str, Any]) -> str:
 
 def open_decoder(name: str, kernels: Kernels, chats: list[list[int]], rounded_kv: bool = False) -> Decoder:
     """The model; with chats, its weights are scaled for what goes through them before they are rounded."""
-    config, (dtype, mode) = read_config(EMBEDDED), MODES[name]
-    weights = load_weights(EMBEDDED, config, dtype, mode)
+    config, kept = read_config(EMBEDDED), MODES[name]
+    weights = load_weights(EMBEDDED, config, *kept)
     if chats:
-        weights.folding = calibrate(config, load_weights(EMBEDDED, config, dtype), kernels, chats, mode)
+        weights.folding = calibrate(config, load_weights(EMBEDDED, config, kept.dtype), kernels, chats, kept.mode)
     return Decoder(config, weights, kernels, kv_dtype=torch.int8 if rounded_kv else None)
 
 

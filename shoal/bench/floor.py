@@ -16,13 +16,20 @@ import numpy.typing as npt
 
 from shoal.bench.limits import Limits
 from shoal.bench.workloads import Workload
+from shoal.kernels.api import Mode
 from shoal.nn.arch import ModelConfig
+from shoal.nn.weights import DTYPES, MODES
 
 Ints = npt.NDArray[np.int64]
 
 NO_WINDOW = 1 << 40
-_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5, "int4-a16": 0.5}  # of one weight of a linear layer
-ARITHMETIC = {"fp32": "fp32", "bf16": "bf16", "int8": "int8", "int4": "int8", "int4-a16": "bf16"}  # of products
+_BYTES: dict[Mode, float] = {"int8": 1.0, "int8-a16": 1.0, "int4": 0.5, "int4-a16": 0.5}  # of one quantised weight
+_PRODUCTS: dict[Mode, str] = {
+    "int8": "int8", "int8-a16": "bf16", "int4": "int8", "int4-a16": "bf16",
+}  # what their products cost; two of bytes as much as one of bf16  # fmt: skip
+PLAIN = {name: next(plain for plain, dtype in DTYPES.items() if dtype == mode.dtype) for name, mode in MODES.items()}
+ARITHMETIC = {name: _PRODUCTS.get(mode.mode, PLAIN[name]) for name, mode in MODES.items()}  # of the layers' products
+HEAD = {name: _PRODUCTS.get(mode.head, PLAIN[name]) for name, mode in MODES.items()}  # of the head's
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,27 +46,30 @@ class Costs:
     query_key: int  # operations of one query position on one key position in one layer
     windows: tuple[int, ...]  # of each layer; 0 sees all
     linear_arithmetic: str
-    other_arithmetic: str  # of head and attention
+    head_arithmetic: str
+    other_arithmetic: str  # of attention
 
 
 def costs(model: ModelConfig, mode: str) -> Costs:
-    """The costs of a model whose linear layers have the weights of `mode`; its head and its KV stay in 16 (or 32) bits.
+    """The costs of a model whose linear layers and head have the weights of `mode`; its KV stays in 16 (or 32) bits.
 
     Scales of quantised weights are not counted: the floor is a floor.
     """
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     layer = model.width * (2 * queries + 2 * keys + 3 * model.inner)
-    head, wide = model.vocab_size * model.width, 4 if mode == "fp32" else 2
+    head, kept = model.vocab_size * model.width, MODES[mode]
+    wide = kept.dtype.itemsize
     return Costs(
         linear=model.num_layers * layer,
         last=layer - model.width * (queries + 2 * keys),
         head=head,
-        weight_bytes=model.num_layers * layer * _BYTES[mode] + head * wide,
+        weight_bytes=model.num_layers * layer * _BYTES.get(kept.mode, wide) + head * _BYTES.get(kept.head, wide),
         position_bytes=2 * keys * wide,
         query_key=4 * queries,
         windows=tuple(layer.window for layer in model.layers),
         linear_arithmetic=ARITHMETIC[mode],
-        other_arithmetic="fp32" if mode == "fp32" else "bf16",
+        head_arithmetic=HEAD[mode],
+        other_arithmetic=PLAIN[mode],
     )
 
 
@@ -83,13 +93,13 @@ def floor(workload: Workload, model: Costs, limits: Limits) -> Floor:
     prompts, answer = _sorted(workload)
     length = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     overlap = np.array([0, *map(_overlap, prompts, prompts[1:])], dtype=np.int64)
-    linear, other = limits.rate(model.linear_arithmetic), limits.rate(model.other_arithmetic)
+    linear, head, other = map(limits.rate, (model.linear_arithmetic, model.head_arithmetic, model.other_arithmetic))
 
     def work(contexts: Ints, wanted: Ints) -> float:
         layers = [(contexts, window) for window in model.windows[:-1]] + [(wanted, model.windows[-1])]
         pairs = sum(int(np.minimum(seen, window or NO_WINDOW).sum()) for seen, window in layers)
         weights = (model.linear - model.last) * len(contexts) + model.last * len(wanted)
-        return 2 * weights / linear + (model.query_key * pairs + 2 * model.head * len(wanted)) / other
+        return 2 * weights / linear + model.query_key * pairs / other + 2 * model.head * len(wanted) / head
 
     positions = np.concatenate([np.arange(a, b) + 1 for a, b in zip(overlap, length, strict=True)])
     prefill, decode, bound = work(positions, length), 0.0, 0

@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 
-from shoal.bench.floor import ARITHMETIC
+from shoal.bench.floor import ARITHMETIC, HEAD
 from shoal.bench.limits import Limits
 from shoal.kernels import Batch, Kernels, load
 from shoal.kernels.api import Heads
@@ -74,7 +74,7 @@ def run(limits: Limits, mode: str) -> Iterator[Measured]:
     for name, outputs, inputs in _SHAPES:
         yield from _linear(limits, kernels, mode, name, outputs, inputs)
     yield from _head(limits, kernels, mode)
-    dtype, _ = MODES[mode]
+    dtype = MODES[mode].dtype
     for heads in _HEADS:
         for kept in (dtype,) if mode == "fp32" else (dtype, torch.int8):
             yield from _attention(limits, kernels, kept, *heads)
@@ -90,7 +90,7 @@ def random(*shape: int, scale: float = 0.02, dtype: torch.dtype = torch.bfloat16
 
 
 def _linear(limits: Limits, kernels: Kernels, mode: str, name: str, outputs: int, inputs: int) -> Iterator[Measured]:
-    dtype, kept = MODES[mode]
+    dtype, kept, _ = MODES[mode]
     weight = random(outputs, inputs, dtype=dtype)
     size = dtype.itemsize * outputs * inputs if kept == "plain" else weight_bytes(kept, outputs, inputs)
     # As in a model, where a layer's weights are long out of the caches when they are needed again.
@@ -108,13 +108,13 @@ def _linear(limits: Limits, kernels: Kernels, mode: str, name: str, outputs: int
 
 
 def _head(limits: Limits, kernels: Kernels, mode: str) -> Iterator[Measured]:
-    dtype, _ = MODES[mode]
-    packed, size = kernels.pack(random(VOCAB, WIDTH, dtype=dtype)), dtype.itemsize * VOCAB * WIDTH
+    dtype, _, kept = MODES[mode]
+    packed = kernels.pack(random(VOCAB, WIDTH, dtype=dtype), mode=kept)
+    size = dtype.itemsize * VOCAB * WIDTH if kept == "plain" else weight_bytes(kept, VOCAB, WIDTH)
     for rows in ROWS[:-2]:
         x = random(rows, WIDTH, scale=1.0, dtype=dtype)
         label = f"head {VOCAB} x {WIDTH}, {rows} rows"
-        arithmetic = "fp32" if mode == "fp32" else "bf16"
-        yield measure(limits, arithmetic, label, 2.0 * rows * VOCAB * WIDTH, size, [partial(kernels.logits, x, packed)])
+        yield measure(limits, HEAD[mode], label, 2.0 * rows * VOCAB * WIDTH, size, [partial(kernels.logits, x, packed)])
 
 
 # -- attention -----------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class _RandomWeights:
     """A checkpoint that is nowhere."""
 
     def __init__(self, config: ModelConfig, mode: str) -> None:
-        self.dtype, self.mode = MODES[mode]
+        self.dtype, self.mode, self.head_mode = MODES[mode]
         self._shapes = expected_shapes(config)
 
     def __contains__(self, name: str) -> bool:
@@ -77,6 +77,9 @@ class _RandomWeights:
         return random(*self._shapes[name], dtype=self.dtype)
 
     def layer_weight(self, name: str) -> torch.Tensor:
+        return self.take(f"{name}.weight")
+
+    def head(self, name: str) -> torch.Tensor:
         return self.take(f"{name}.weight")
 
     def layer_bias(self, name: str) -> torch.Tensor:
@@ -154,7 +157,8 @@ def _decodes(
     produced = len(prompts) * _STEPS
     context = len(prompts[0]) + _STEPS
     work = 2 * model.linear / limits.peak[model.linear_arithmetic]
-    work += (2 * model.head + model.query_key * context * len(model.windows)) / limits.peak[model.other_arithmetic]
+    work += 2 * model.head / limits.peak[model.head_arithmetic]
+    work += model.query_key * context * len(model.windows) / limits.peak[model.other_arithmetic]
     size = model.weight_bytes + model.position_bytes * len(model.windows) * (distinct + produced)
     least = max(len(prompts) * work, size / limits.bandwidth)
     return Decodes(len(prompts), context, seconds, least / seconds, parts)

@@ -19,7 +19,8 @@ _PART_OF = {  # the others: rest
     "linear": "linear", "gated": "linear", "gated_with": "linear", "add_deltas": "linear", "logits": "head",
     "attention": "attention",
 }  # fmt: skip
-_NOT_OF_A_STEP = ("new_kv", "kv_bytes", "pack", "pack_gated", "pack_deltas", "prepare_heads")
+_NOT_OF_A_STEP = ("new_kv", "kv_bytes", "pack", "pack_gated", "pack_deltas", "prepare_heads", "prepare_layer")
+_WHOLE = "layer"  # many parts in one call: while watched they are called one by one
 
 
 @dataclass(slots=True)
@@ -46,15 +47,20 @@ def watched(kernels: Kernels) -> Iterator[Watch]:
     names = [
         name
         for name in dir(type(kernels))
-        if not name.startswith("_") and name not in _NOT_OF_A_STEP and callable(getattr(kernels, name))
+        if not name.startswith("_") and name not in (*_NOT_OF_A_STEP, _WHOLE) and callable(getattr(kernels, name))
     ]
     for name in names:
         setattr(kernels, name, _timed(watch, name, getattr(kernels, name)))
+    setattr(kernels, _WHOLE, _not_now)
     try:
         yield watch
     finally:
-        for name in names:
+        for name in (*names, _WHOLE):
             delattr(kernels, name)
+
+
+def _not_now(*_: object) -> None:
+    """No layer as a whole."""
 
 
 def _timed(watch: Watch, name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from shoal.core.errors import UsageError
 
 BLOCK_SIZE = 32  # tokens in a KV block: small enough to share, large enough to read in a row
-WEIGHTS = ("auto", "fp32", "bf16", "int8", "int4", "int4-a16")
+WEIGHTS = ("auto", "fp32", "bf16", "int8", "int8+head", "int4", "int4+head", "int4-a16")
 KV = ("auto", "int8")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _TYPES: dict[str, tuple[type, ...]] = {

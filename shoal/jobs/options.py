@@ -95,7 +95,7 @@ class JobOptions:
     memory: int | None = None  # bytes for keys and values; None: what the machine has to spare
     step_tokens: int | None = None  # at most so many tokens in one step; None: the engine's default
     device: str = "cpu"  # cpu, cuda or cuda:N
-    weights: str = "auto"  # fp32, bf16, or quantised as int8, int4, int4-a16; auto takes the checkpoint's
+    weights: str = "auto"  # one of core/config's WEIGHTS; auto takes the checkpoint's
     kv: str = "auto"  # how keys and values are kept: as they come, or rounded to int8
     threads: int | None = None  # of the kernels; None: OMP_NUM_THREADS or the number of cores
     seed: int = 0  # decides the seed of rows that bring none

@@ -38,7 +38,7 @@ class Batch:
 
 Activation = Literal["silu", "gelu"]
 
-Mode = Literal["plain", "int8", "int4", "int4-a16"]
+Mode = Literal["plain", "int8", "int8-a16", "int4", "int4-a16"]
 """How a weight is kept and multiplied: as it comes, or quantised (quantize.py says exactly how)."""
 
 
@@ -72,6 +72,23 @@ class Delta:
 
     down_HK: Tensor
     ups: tuple[Up, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParts:
+    """A decoder layer: attention, then feed-forward, each added to the stream with a factor."""
+
+    norms: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # before and after each; float32 [D]
+    eps: float
+    qkv: object  # packed
+    heads: object  # prepared
+    out: object
+    gate_up: object  # packed with its gate
+    down: object
+    scale: float  # of scores
+    window: int
+    softcap: float
+    factor: float
 
 
 WEIGHT_BITS = 40  # weights are multiples of 2**-40 of the best token's; 2**22 of them cannot overflow 63 bits
@@ -239,6 +256,17 @@ class Kernels(Protocol):
         query head h reads key/value head h // (H / G). The step's own keys and values must have been written.
         Positions are counted in tiles of 256 from 0; a tile's partial uses its own maximum and partials are folded
         left to right. Memory beyond a sequence's length is never multiplied, whatever is in it.
+        """
+        ...
+
+    def prepare_layer(self, parts: LayerParts) -> object | None:
+        """Take over a whole layer for `layer`; None: there is no better way than one call after the other."""
+        ...
+
+    def layer(self, x_TD: Tensor, prepared: object, kv: KV, layer: int, batch: Batch, plan: object) -> Tensor | None:
+        """Return the stream after a layer, the bits that its parts would give; None: call the parts this time.
+
+        The memory of x may be used for the result, and is as it was where there is none.
         """
         ...
 

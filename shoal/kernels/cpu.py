@@ -6,6 +6,7 @@ of the package.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from shoal.kernels import _cpu
-from shoal.kernels.api import KV, Activation, Batch, Delta, Draws, Heads, Mode, Scores
+from shoal.kernels.api import KV, Activation, Batch, Delta, Draws, Heads, LayerParts, Mode, Scores
 from shoal.kernels.cpu_deltas import Grouped, PackedDeltas
+from shoal.kernels.cpu_layers import PackedLinear, PreparedHeads, PreparedLayer, prepare_layer
 from shoal.kernels.cpu_within import attend_within
 from shoal.kernels.quantize import WIDEST, Quantized, pieces, quantize
 
@@ -27,7 +29,9 @@ _PAGE_KINDS = {**_KINDS, torch.int8: _cpu.Kind.INT8}
 _DRAW_TYPES = [
     torch.int64, torch.int64, torch.float32, torch.float32, torch.int64, torch.float64, torch.float32
 ]  # fmt: skip
-_QUANTIZED = {"int8": _cpu.Kind.INT8, "int4": _cpu.Kind.INT4, "int4-a16": _cpu.Kind.INT4_A16}
+_QUANTIZED = {
+    "int8": _cpu.Kind.INT8, "int8-a16": _cpu.Kind.INT8_A16, "int4": _cpu.Kind.INT4, "int4-a16": _cpu.Kind.INT4_A16,
+}  # fmt: skip
 _GATES = {"silu": _cpu.Gate.SILU, "gelu": _cpu.Gate.GELU}
 
 
@@ -47,28 +51,6 @@ def choose(environment: Mapping[str, str]) -> str:
     return wanted or here[0]
 
 
-@dataclass(frozen=True, slots=True)
-class PackedLinear:
-    """A weight in panels, with the tensors whose addresses the extension holds."""
-
-    narrow: _cpu.Linear  # gives the dtype of its input
-    wide: _cpu.Linear  # gives float32; of a gated layer the sums, panels of gate and rest in turn
-    gated: bool
-    dtype: torch.dtype  # of its input
-    inputs: int
-    outputs: int
-    owned: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedHeads:
-    """A layer's heads, with the tensors whose addresses the extension holds."""
-
-    heads: _cpu.Heads
-    about: Heads
-    owned: tuple[Tensor, ...]
-
-
 class UnitKV:
     """Keys and values in pages of units of 16 positions, one tensor of bytes for each layer."""
 
@@ -82,13 +64,28 @@ class UnitKV:
         self.activations = torch.bfloat16 if dtype == torch.int8 else dtype
 
 
+def _aligned(size: int) -> Tensor:
+    """Bytes that begin where a page of the system's memory does: a block of 4 KB is then in one of them, not in two."""
+    memory = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
+    start = -memory.data_ptr() % mmap.PAGESIZE
+    return memory[start : start + size]
+
+
 @dataclass(slots=True)
 class SharedPlan:
-    """What the extension found in a step's page tables, and memory for what runs hand on."""
+    """What the extension found in a step's page tables, and memory for what runs and parts of a layer hand on."""
 
     plan: _cpu.Plan
     num_tokens: int
     states: Tensor | None = field(default=None)
+    memory: Tensor | None = field(default=None)
+
+    def states_for(self, num_heads: int, width: int) -> int:
+        """The address of the states of runs, of so many heads of that width."""
+        if self.states is None:
+            numbers = self.num_tokens * num_heads * (width + -width % PANEL + 2) if self.plan.num_levels > 1 else 0
+            self.states = torch.empty(numbers)
+        return self.states.data_ptr()
 
 
 class CpuKernels:
@@ -119,10 +116,10 @@ class CpuKernels:
             raise ValueError(f"heads of {head_dim} numbers cannot be kept as int8: {WIDEST} are the most")
         half = num_pages * self.kv_bytes(page_size, num_kv_heads, head_dim, dtype) // 2
         # Not zeroed: memory is then taken from the system page by page, as it is first written.
-        memory = torch.empty((num_layers, 2, half), dtype=torch.uint8)
+        memory = _aligned(num_layers * 2 * half).view(num_layers, 2, half)
         pages = [
             _cpu.Pages(
-                memory[layer, 0].data_ptr(), memory[layer, 1].data_ptr(), page_size, num_kv_heads, head_dim,
+                memory[layer, 0].data_ptr(), memory[layer, 1].data_ptr(), num_pages, page_size, num_kv_heads, head_dim,
                 _PAGE_KINDS[dtype],
             )
             for layer in range(num_layers)
@@ -294,15 +291,28 @@ class CpuKernels:
         tokens, num_heads, width = q_THE.shape
         assert tokens == plan.num_tokens and q_THE.stride()[1:] == (width, 1), (q_THE.shape, q_THE.stride())
         assert q_THE.dtype == kv.activations and scale > 0, (q_THE.dtype, kv.activations, scale)
-        if plan.states is None:
-            numbers = tokens * num_heads * (width + -width % PANEL + 2) if plan.plan.num_levels > 1 else 0
-            plan.states = torch.empty(numbers)
         out_THE = torch.empty((tokens, num_heads, width), dtype=q_THE.dtype)
         self._table.attention(
             plan.plan, kv.pages[layer], q_THE.data_ptr(), q_THE.stride(0), num_heads, scale, window, softcap,
-            plan.states.data_ptr(), out_THE.data_ptr(),
+            plan.states_for(num_heads, width), out_THE.data_ptr(),
         )  # fmt: skip
         return out_THE
+
+    def prepare_layer(self, parts: LayerParts) -> PreparedLayer:
+        return prepare_layer(self._table, parts)
+
+    def layer(self, x_TD: Tensor, prepared: object, kv: KV, layer: int, batch: Batch, plan: object) -> Tensor:
+        assert isinstance(prepared, PreparedLayer) and isinstance(kv, UnitKV) and isinstance(plan, SharedPlan)
+        tokens, heads = len(x_TD), prepared.about.about
+        assert x_TD.shape == (plan.num_tokens, prepared.width) and x_TD.is_contiguous(), (x_TD.shape, prepared)
+        assert x_TD.dtype == kv.activations, (x_TD.dtype, kv.activations)
+        if plan.memory is None:
+            plan.memory = torch.empty(prepared.layer.memory(tokens), dtype=torch.uint8)
+        prepared.layer(
+            plan.plan, kv.pages[layer], x_TD.data_ptr(), tokens, batch.pos_T.data_ptr(), batch.slot_T.data_ptr(),
+            plan.memory.data_ptr(), plan.states_for(heads.num_heads, heads.head_dim),
+        )  # fmt: skip
+        return x_TD
 
     def largest(self, x_RV: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = x_RV.shape

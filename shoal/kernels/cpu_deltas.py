@@ -16,7 +16,7 @@ from shoal.kernels import _cpu
 from shoal.kernels.api import Delta
 
 if TYPE_CHECKING:
-    from shoal.kernels.cpu import PackedLinear
+    from shoal.kernels.cpu_layers import PackedLinear
 
 PANEL = 32  # outputs of a weight that lie together
 

@@ -19,8 +19,10 @@ from torch import Tensor
 from shoal.kernels.api import Mode
 from shoal.kernels.ref_product import fill_weight, tiled_product
 
+EIGHT_BITS = ("int8", "int8-a16")  # modes whose weights are int8
 LEVELS = 127  # int8 numbers are -127 to 127: symmetric, so that a sign costs nothing
 WIDEST = 512  # numbers of a head: sums of their products with numbers of 16 bits fit in 32
+WIDE_LEVELS = 127 * 256  # activations of 16 bits: a byte times 256 and a byte more, so that both are int8
 NIBBLE = 15  # int4 numbers are 0 to 15, less a zero point
 CHUNK = 32000  # numbers rounded at a time: they stay in the cache, and are too few for torch to share among threads
 TINY = 1e-30  # rows and outputs whose largest number is below this count as zero: their inverse might be infinite
@@ -33,7 +35,7 @@ class Quantized:
     mode: Mode
     values_NK: Tensor  # int8 -127 to 127, or uint8 0 to 15
     scale_NC: Tensor  # float32 with one group for int8, else bf16
-    zero_NC: Tensor | None  # uint8 0 to 15; none for int8
+    zero_NC: Tensor | None  # uint8 0 to 15; none for int8 numbers
     group: int  # inputs that share a scale; the last group may be shorter
 
     def plain(self) -> Tensor:
@@ -48,14 +50,14 @@ class Quantized:
 
 def group_size(mode: Mode, inputs: int) -> int:
     """Inputs that share a scale. Narrow layers have small groups, so that their scales still fit what they scale."""
-    if mode == "int8":
+    if mode in EIGHT_BITS:
         return inputs
     return 128 if inputs >= 1024 else 64
 
 
 def weight_bytes(mode: Mode, outputs: int, inputs: int) -> int:
     """Bytes of a quantised weight with its scales and zeros."""
-    if mode == "int8":
+    if mode in EIGHT_BITS:
         return outputs * (inputs + 8)
     return outputs * (-(-inputs // 2) + 3 * -(-inputs // group_size(mode, inputs)))
 
@@ -63,15 +65,16 @@ def weight_bytes(mode: Mode, outputs: int, inputs: int) -> int:
 def quantize(weight_NK: Tensor, mode: Mode) -> Quantized:
     """Round a weight of any floating-point type to the nearest numbers of a mode, ties to even.
 
-    int8: an output's largest magnitude becomes 127. int4: the range of a group, widened to hold zero, becomes 0 to 15;
-    the scale is rounded to bf16 before it is used. ValueError for a weight with numbers that are not finite.
+    int8 and int8-a16: an output's largest magnitude becomes 127. int4: the range of a group, widened to hold zero,
+    becomes 0 to 15; the scale is rounded to bf16 before it is used. ValueError for a weight with numbers that are not
+    finite.
     """
     if mode == "plain":
         raise ValueError("a plain weight is not quantised")
-    group = group_size(mode, weight_NK.shape[1])
-    parts = [_round_int8(part) if mode == "int8" else _round_int4(part, group) for part in pieces(weight_NK)]
+    group, eight = group_size(mode, weight_NK.shape[1]), mode in EIGHT_BITS
+    parts = [_round_int8(part) if eight else _round_int4(part, group) for part in pieces(weight_NK)]
     values, scales, zeros = (torch.cat(each) for each in zip(*parts, strict=True))
-    return Quantized(mode, values, scales, None if mode == "int8" else zeros, group)
+    return Quantized(mode, values, scales, None if eight else zeros, group)
 
 
 def pieces(weight_NK: Tensor) -> tuple[Tensor, ...]:
@@ -115,19 +118,19 @@ def _no_zeros(scale: Tensor) -> Tensor:
     return torch.where(scale < TINY, 1.0, scale)
 
 
-def quantize_rows(x_TK: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def quantize_rows(x_TK: Tensor, group: int, levels: int = LEVELS) -> tuple[Tensor, Tensor]:
     """Activations as whole numbers -127 to 127 (float32 [T, C, group], filled up with zeros) and scales [T, C].
 
     The largest magnitude of each group of a row becomes 127: numbers are multiplied by 127 / peak and rounded, ties to
-    even; the scale is peak / 127. A group that holds a NaN or an infinity has a scale that is none, so that its row's
-    results are none.
+    even; the scale is peak / 127; or so with another number of levels. A group that holds a NaN or an infinity has a
+    scale that is none, so that its row's results are none.
     """
     x = x_TK.float()
     grouped = torch.nn.functional.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
     peak_TC1 = grouped.abs().amax(dim=2, keepdim=True)
-    inverse = torch.where(peak_TC1 < TINY, 0.0, torch.full_like(peak_TC1, LEVELS) / peak_TC1)
+    inverse = torch.where(peak_TC1 < TINY, 0.0, torch.full_like(peak_TC1, levels) / peak_TC1)
     numbers = (grouped * inverse).round_().nan_to_num_(0.0)
-    scale_TC1 = torch.where(torch.isfinite(peak_TC1), _over(peak_TC1, LEVELS), torch.nan)
+    scale_TC1 = torch.where(torch.isfinite(peak_TC1), _over(peak_TC1, levels), torch.nan)
     return numbers, scale_TC1[..., 0]
 
 
@@ -171,7 +174,10 @@ def _round_heads(x_TGE: Tensor) -> tuple[Tensor, Tensor]:
 def product(x_TK: Tensor, weight: Quantized) -> Tensor:
     """x · weightᵀ as float32 [T, N].
 
-    int8: float(sum) * (row's scale * output's scale). int4: over the groups from left to right, from 0,
+    int8: float(sum) * (row's scale * output's scale). int8-a16: rows are rounded to
+    16 bits, 256 times a high byte and a low one more, -128 to 127;
+    (float(sum of high) * 256 + float(sum of low)) * (row's scale * output's scale). int4: over the groups from left to
+    right, from 0,
     total = float(sum - zero * sum of the row's numbers) * (output's scale * row's scale) + total, rounded once.
     int4-a16: activations stay as they are; the same with sums of float64 and a row's scale of 1.
     """
@@ -179,6 +185,12 @@ def product(x_TK: Tensor, weight: Quantized) -> Tensor:
         numbers, scale_T1 = quantize_rows(x_TK, weight.group)
         sums = numbers.flatten(1).double() @ weight.values_NK.double().t()
         return sums.float() * (scale_T1 * weight.scale_NC.t())
+    if weight.mode == "int8-a16":
+        numbers, scale_T1 = quantize_rows(x_TK, weight.group, WIDE_LEVELS)
+        high = torch.floor((numbers.flatten(1) + 128) / 256)
+        low = numbers.flatten(1) - 256 * high
+        high_sums, low_sums = ((part.double() @ weight.values_NK.double().t()).float() for part in (high, low))
+        return (high_sums * 256 + low_sums) * (scale_T1 * weight.scale_NC.t())
     assert weight.zero_NC is not None
     if weight.mode == "int4":
         numbers, scale_TC = quantize_rows(x_TK, weight.group)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels import ref_sampling
-from shoal.kernels.api import KV, Activation, Batch, Delta, Draws, Heads, Mode, Scores
+from shoal.kernels.api import KV, Activation, Batch, Delta, Draws, Heads, LayerParts, Mode, Scores
 from shoal.kernels.quantize import WIDEST, Quantized, mixed, product, quantize, quantize_heads, run_of
 from shoal.kernels.ref_attention import TILE, Stored, TilePlan, attend, fold_sum
 from shoal.kernels.ref_product import fill_weight, tiled_product
@@ -214,6 +214,12 @@ class RefKernels:
             pairs += [(kv.scales[0][layer], k_scale), (kv.scales[1][layer], v_scale)]
         for pages, new in pairs:
             pages.flatten(1, 2).index_copy_(1, slot_T, new.transpose(0, 1).to(pages.dtype))
+
+    def prepare_layer(self, parts: LayerParts) -> None:
+        return None
+
+    def layer(self, x_TD: Tensor, prepared: object, kv: KV, layer: int, batch: Batch, plan: object) -> None:
+        return None
 
     def plan(self, batch: Batch, kv: KV) -> TilePlan:
         return TilePlan(batch, kv.page_size)

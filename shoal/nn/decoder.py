@@ -15,6 +15,7 @@ from shoal.nn.adapter import Adapter
 from shoal.nn.arch import ModelConfig
 from shoal.nn.deltas import Deltas
 from shoal.nn.layers import Layer, Norm, StepState
+from shoal.nn.linear import load_head
 from shoal.nn.rope import make_table
 from shoal.nn.weights import Weights
 
@@ -38,9 +39,13 @@ class Decoder:
             Layer(kernels, weights, config, index, None if layer.rope is None else tables[layer.rope])
             for index, layer in enumerate(config.layers)
         ]
+        self.whole = [kernels.prepare_layer(layer.parts) for layer in self.layers]  # as the kernels take them
         self.deltas = Deltas(kernels, config, adapters, [layer.linears for layer in self.layers])
         self.norm = Norm(kernels, weights, "norm", config.norm_eps)
-        self.head = kernels.pack(self.embedding_VD if config.tied else weights.take("lm_head.weight"))
+        if config.tied and weights.head_mode == "plain":
+            self.head = kernels.pack(self.embedding_VD)
+        else:
+            self.head = load_head(kernels, weights, "embed_tokens" if config.tied else "lm_head")
 
     def new_kv(self, num_pages: int, page_size: int) -> KV:
         """Pages for this model's keys and values."""
@@ -57,12 +62,21 @@ class Decoder:
         x_TD = embed(self.kernels, self.config, self.embedding_VD, batch.ids_T)
         adapted = None if batch.adapter_T is None else self.deltas.of(batch.adapter_T)
         step = StepState(batch, kv, self.kernels.plan(batch, kv), adapted=adapted)
-        for layer in self.layers[:-1]:
-            x_TD = layer(x_TD, step)
+        for index in range(len(self.layers) - 1):
+            x_TD = self._layer(index, x_TD, step)
         if batch.wanted is None:
-            return self.norm(self.layers[-1](x_TD, step).index_select(0, batch.out_R))
+            return self.norm(self._layer(-1, x_TD, step).index_select(0, batch.out_R))
         plan = self.kernels.plan(batch.wanted, kv) if len(batch.out_R) else None
         return self.norm(self.layers[-1](x_TD, StepState(batch, kv, plan, batch.out_R, adapted)))
+
+    def _layer(self, index: int, x_TD: Tensor, step: StepState) -> Tensor:
+        """The stream after a layer: by one call if the kernels have one for it and no row has an adapter."""
+        whole, number = self.whole[index], self.layers[index].attention.index
+        if whole is not None and step.adapted is None:
+            done = self.kernels.layer(x_TD, whole, step.kv, number, step.batch, step.plan)
+            if done is not None:
+                return done
+        return self.layers[index](x_TD, step)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Return float32 [R, V]."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from shoal.kernels.api import KV, Batch, Heads, Kernels
+from shoal.kernels.api import KV, Batch, Heads, Kernels, LayerParts
 from shoal.nn.arch import LayerConfig, ModelConfig
 from shoal.nn.deltas import Adapted, Site
 from shoal.nn.linear import load_gated, load_linear
@@ -125,6 +125,18 @@ class Layer:
         """The packed linear layers, to which adapters add."""
         attention, feed = self.attention, self.feed_forward
         return {"qkv": attention.qkv, "out": attention.out, "gate_up": feed.gate_up, "down": feed.down}
+
+    @property
+    def parts(self) -> LayerParts:
+        """All of this layer, for kernels that take a whole one."""
+        attention, feed, config = self.attention, self.feed_forward, self.attention.config
+        norms = (self.before_attention, self.after_attention, self.before_feed, self.after_feed)
+        first, second, third, fourth = (None if norm is None else norm.weight_D for norm in norms)
+        return LayerParts(
+            (first, second, third, fourth), config.norm_eps, attention.qkv, attention.heads, attention.out,
+            feed.gate_up, feed.down, config.attention_scale, attention.layer.window, config.attention_softcap,
+            self.scale,
+        )  # fmt: skip
 
     def __call__(self, x_TD: Tensor, step: StepState) -> Tensor:
         """Return the stream after this layer, of the rows that go on; keys and values of all are in the pages."""

@@ -33,6 +33,12 @@ def load_gated(kernels: Kernels, weights: Weights, activation: Activation, *name
         return kernels.pack_gated(weight_2FK, bias_2F, activation, weights.mode)
 
 
+def load_head(kernels: Kernels, weights: Weights, name: str) -> object:
+    """Read the named layer as the head. Errors as `load_linear`."""
+    with _named((name,)):
+        return kernels.pack(weights.head(name), None, weights.head_mode)
+
+
 @contextmanager
 def _named(names: tuple[str, ...]) -> Iterator[None]:
     try:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,14 +30,25 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KV_DTYPES = {**DTYPES, "int8": torch.int8}
 """Names of what keys and values are kept as."""
 
-MODES: Mapping[str, tuple[torch.dtype, Mode]] = {
-    **{name: (dtype, "plain") for name, dtype in DTYPES.items()},
-    "int8": (torch.bfloat16, "int8"),
-    "int4": (torch.bfloat16, "int4"),
-    "int4-a16": (torch.bfloat16, "int4-a16"),
+
+class Arithmetic(NamedTuple):
+    """What a model is computed in."""
+
+    dtype: torch.dtype  # of activations and embeddings
+    mode: Mode  # of the layers' linears
+    head: Mode = "plain"
+
+
+MODES: Mapping[str, Arithmetic] = {
+    **{name: Arithmetic(dtype, "plain") for name, dtype in DTYPES.items()},
+    "int8": Arithmetic(torch.bfloat16, "int8"),
+    "int8+head": Arithmetic(torch.bfloat16, "int8", "int8-a16"),
+    "int4": Arithmetic(torch.bfloat16, "int4"),
+    "int4+head": Arithmetic(torch.bfloat16, "int4", "int8-a16"),
+    "int4-a16": Arithmetic(torch.bfloat16, "int4-a16"),
 }
-"""Every arithmetic a model can run in: the dtype of its activations, and how its layers' linears are kept. Embeddings
-and head keep the activations' dtype: they are few in a large model, and the head decides between near tokens."""
+"""Every arithmetic a model can run in. Unless it is asked for, the head keeps the activations' dtype, as embeddings
+always do: both are few in a large model, and the head decides between near tokens."""
 
 _READABLE = ("F32", "BF16", "F16")
 _PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.", "bert.")
@@ -86,9 +97,11 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def tensor_bytes(shapes: Mapping[str, tuple[int, ...]], arithmetic: str) -> int:
     """Bytes of a loaded model's tensors of these shapes in one of MODES."""
-    dtype, mode = MODES[arithmetic]
+    dtype, mode, head = MODES[arithmetic]
     total = 0
     for name, shape in shapes.items():
+        if name == "lm_head.weight" and head != "plain":
+            continue
         if mode != "plain" and _LAYER.match(name) and len(shape) == 2:
             total += weight_bytes(mode, shape[0], shape[1])
         else:
@@ -98,7 +111,9 @@ def tensor_bytes(shapes: Mapping[str, tuple[int, ...]], arithmetic: str) -> int:
 
 def model_bytes(config: ModelConfig, arithmetic: str) -> int:
     """Bytes of a loaded decoder's tensors in one of MODES."""
-    return tensor_bytes(expected_shapes(config), arithmetic)
+    head = MODES[arithmetic].head
+    kept = 0 if head == "plain" else weight_bytes(head, config.vocab_size, config.width)
+    return kept + tensor_bytes(expected_shapes(config), arithmetic)
 
 
 def norm_names(config: ModelConfig) -> tuple[str, ...]:
@@ -125,9 +140,8 @@ class Folding:
 class Weights:
     """Open files of a checkpoint whose tensors have all been checked; tensors are named without its prefix."""
 
-    def __init__(self, dtype: torch.dtype, mode: Mode, places: Mapping[str, _Place], norm_offset: float = 0.0) -> None:
-        self.dtype = dtype
-        self.mode = mode
+    def __init__(self, arithmetic: Arithmetic, places: Mapping[str, _Place], norm_offset: float = 0.0) -> None:
+        self.dtype, self.mode, self.head_mode = arithmetic
         self.folding = Folding({}, {}, {})
         self._offset = norm_offset
         self._places = places
@@ -148,6 +162,11 @@ class Weights:
         if name in self.folding.rows:
             weight = weight.float() / self.folding.rows[name][:, None]
         return weight if self.mode != "plain" else weight.clone().to(self.dtype)
+
+    def head(self, name: str) -> Tensor:
+        """Read the weight of the head, which is to be packed at once: as a layer's."""
+        weight = self._mapped(f"{name}.weight")
+        return weight if self.head_mode != "plain" else weight.clone().to(self.dtype)
 
     def layer_bias(self, name: str) -> Tensor:
         """Read the bias of a linear layer, in the model's dtype."""
@@ -198,8 +217,9 @@ class _Place:
 
 
 def load_weights(
-    folder: str | Path, config: ModelConfig, dtype: torch.dtype = torch.float32, mode: Mode = "plain"
-) -> Weights:
+    folder: str | Path, config: ModelConfig, dtype: torch.dtype = torch.float32, mode: Mode = "plain",
+    head: Mode = "plain",
+) -> Weights:  # fmt: skip
     """Open a checkpoint, check every name, shape and type from the files' headers, and return it for reading.
 
     `mode` is for the layers' linears. Nothing is converted or quantised before it is read.
@@ -207,14 +227,16 @@ def load_weights(
     """
     shapes = expected_shapes(config)
     places = find_tensors(folder, shapes, lambda name: _may_be_left(name, config), config.architecture)
-    return Weights(dtype, mode, places, config.norm_offset)
+    return Weights(Arithmetic(dtype, mode, head), places, config.norm_offset)
 
 
 def load_encoder_weights(
-    folder: str | Path, config: EncoderConfig, dtype: torch.dtype = torch.float32, mode: Mode = "plain"
-) -> Weights:
-    """`load_weights` of an encoder."""
-    return Weights(dtype, mode, find_tensors(folder, encoder_shapes(config), may_be_left, config.architecture))
+    folder: str | Path, config: EncoderConfig, dtype: torch.dtype = torch.float32, mode: Mode = "plain",
+    head: Mode = "plain",
+) -> Weights:  # fmt: skip
+    """`load_weights` of an encoder, which has no head."""
+    places = find_tensors(folder, encoder_shapes(config), may_be_left, config.architecture)
+    return Weights(Arithmetic(dtype, mode, head), places)
 
 
 def find_tensors(

@@ -115,14 +115,14 @@ class Cache:
     def __init__(self, heads: Heads, num_pages: int, page_size: int) -> None:
         padded = -(-heads.width // 32) * 32
         size = 16 * (padded + 4) if heads.rounded else 16 * padded * heads.dtype.itemsize
-        shape = (num_pages, heads.kv_heads, page_size // 16, size)
+        shape = (heads.kv_heads, num_pages, page_size // 16, size)
         self.heads, self.page_size = heads, page_size
-        self.keys = torch.full(shape, 255, dtype=torch.uint8)  # floats of these bytes are NaN
-        self.values = self.keys.clone()
+        memory = torch.full((2, *shape), 255, dtype=torch.uint8)  # floats of these bytes are NaN
+        self.keys, self.values = memory.transpose(1, 2)  # by page, then head
         kinds = {torch.float32: _cpu.Kind.FP32, torch.bfloat16: _cpu.Kind.BF16}
         kind = _cpu.Kind.INT8 if heads.rounded else kinds[heads.dtype]
         self.pages = _cpu.Pages(
-            self.keys.data_ptr(), self.values.data_ptr(), page_size, heads.kv_heads, heads.width, kind
+            self.keys.data_ptr(), self.values.data_ptr(), num_pages, page_size, heads.kv_heads, heads.width, kind
         )
 
     def place(

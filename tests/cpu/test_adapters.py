@@ -83,9 +83,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, list[Pat
 
 def decoder_of(base: Path, folders: list[Path], weights: str, backend: str) -> Decoder:
     config = read_config(base)
-    dtype, mode = MODES[weights]
-    adapters = [load_adapter(folder, config, dtype) for folder in folders]
-    return Decoder(config, load_weights(base, config, dtype, mode), load(backend), adapters)
+    arithmetic = MODES[weights]
+    adapters = [load_adapter(folder, config, arithmetic.dtype) for folder in folders]
+    return Decoder(config, load_weights(base, config, *arithmetic), load(backend), adapters)
 
 
 @pytest.mark.parametrize("weights", MODES)

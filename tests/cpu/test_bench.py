@@ -38,7 +38,7 @@ SHARED = ROOT.parent / "shared" / "bench"
 LIMITS = Limits(2, "some", {"fp32": 478e9, "bf16": 956e9, "int8": 1912e9}, 45e9)
 QWEN = Costs(
     linear=357_826_560, last=13_877_248, head=28_672_000, weight_bytes=773e6, position_bytes=512, query_key=3584,
-    windows=(0,) * 24, linear_arithmetic="bf16", other_arithmetic="bf16",
+    windows=(0,) * 24, linear_arithmetic="bf16", head_arithmetic="bf16", other_arithmetic="bf16",
 )  # fmt: skip
 
 
@@ -110,6 +110,8 @@ def test_costs_count_what_a_checkpoint_holds() -> None:
     )
     assert costs(model, "bf16").weight_bytes == costs(model, "fp32").weight_bytes / 2
     assert costs(model, "int4").linear_arithmetic == "int8"
+    head = costs(model, "int4").weight_bytes - costs(model, "int4+head").weight_bytes
+    assert head == costs(model, "bf16").head  # of two bytes each one is left
 
 
 rows_of_tokens = st.lists(
@@ -205,7 +207,7 @@ def test_a_function_that_uses_another_is_counted_once_and_the_clocks_go_away() -
 # -- single kernels and steps ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "int8", "int4+head"])
 def test_every_kernel_and_step_is_measured(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,8 +13,8 @@ SETTINGS = [
     Setting(HERE + "Chaos", 3.0, 32, "whole", True, True, 2, 16, "bf16"),
     Setting(HERE + "Chaos", 3.0, 100, "shuffled", True, True, 2, 32, "int8"),
     Setting(HERE + "Chaos", 3.0, 100, "shuffled", True, True, 2, 32, "int4"),
-    Setting("shoal.sched.policy:Policy", 1.0, 100, "shuffled", True, True, 2, 16, "bf16+int8"),
-    Setting(HERE + "Chaos", 3.0, 32, "halves", True, False, 1, 32, "bf16+int8"),
+    Setting("shoal.sched.policy:Policy", 1.0, 100, "shuffled", True, True, 2, 16, "bf16/int8"),
+    Setting(HERE + "Chaos", 3.0, 32, "halves", True, False, 1, 32, "bf16/int8"),
 ]
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from shoal.kernels import _cpu, set_threads
 
 SETS = _cpu.names()
-KINDS = ["fp32", "bf16", "int8", "int4", "int4_a16"]
+KINDS = ["fp32", "bf16", "int8", "int8_a16", "int4", "int4_a16"]
 GATES = {"none": _cpu.Gate.NONE, "silu": _cpu.Gate.SILU, "gelu": _cpu.Gate.GELU}
 EPS = 2.0**-24  # half a step of float
 GUARD = 64  # numbers around y that no kernel may touch
@@ -88,7 +88,7 @@ def make(
     elif kind == "bf16":
         stored = weight.bfloat16()
         dense = stored.double()
-    elif kind == "int8":
+    elif kind.startswith("int8"):
         step = weight.abs().amax(1) / 127
         stored = torch.round(weight / step[:, None]).to(torch.int8)
         dense = stored.double() * step.double()[:, None]
@@ -115,13 +115,13 @@ def make(
     return Layer(kind, gate, outputs, k, group, dense, added, [panels, scale, zero], call, wide or kind == "fp32")
 
 
-def rounded(x: torch.Tensor, group: int) -> torch.Tensor:
-    """x as the int8 arithmetic sees it, in float64: whole multiples of a 127th of each group's largest number."""
+def rounded(x: torch.Tensor, group: int, levels: int) -> torch.Tensor:
+    """x as the arithmetic sees it, in float64: whole multiples of a share of each group's largest number."""
     parts = []
     for part in x.float().split(group, dim=1):
         top = part.abs().amax(1, keepdim=True)
-        multiples = torch.round(part * torch.where(top > 0, torch.full_like(top, 127.0) / top, 0.0))
-        parts.append(multiples.double() * (top / 127).double())
+        multiples = torch.round(part * torch.where(top > 0, torch.full_like(top, levels) / top, 0.0))
+        parts.append(multiples.double() * (top / levels).double())
     return torch.cat(parts, 1)
 
 
@@ -129,13 +129,15 @@ def expected(
     layer: Layer, x: torch.Tensor, residual: torch.Tensor | None, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the layer should give in float64, and how far from it a sum in float may be: a count of roundings."""
-    seen = rounded(x, {"int8": layer.k, "int4": layer.group}.get(layer.kind, layer.k)) if layer.kind in (
-        "int8", "int4") else x.double()  # fmt: skip
+    group, levels = {"int8": (layer.k, 127), "int8_a16": (layer.k, 32512), "int4": (layer.group, 127)}.get(
+        layer.kind, (0, 0)
+    )
+    seen = rounded(x, group, levels) if levels else x.double()
     sums, sizes = seen @ layer.dense.T, seen.abs() @ layer.dense.abs().T
     if layer.kind == "int4_a16":
         sizes = seen.abs() @ torch.full_like(layer.dense, 16 * layer.dense.abs().max()).T
     # int8 sums are exact; int4 ones within a group, whose scales are products of floats; bf16 ones add one by one
-    roundings = {"int8": 4, "int4": layer.k / layer.group + 6}.get(layer.kind, layer.k + 8)
+    roundings = {"int8": 4, "int8_a16": 8, "int4": layer.k / layer.group + 6}.get(layer.kind, layer.k + 8)
     error = sizes * roundings * EPS
     if layer.bias is not None:
         sums = sums + layer.bias[: len(layer.dense)].double()

@@ -21,6 +21,9 @@ from shoal.kernels import load, set_threads
 from shoal.kernels.api import Kernels, Mode
 from shoal.kernels.cpu import CpuKernels, instruction_sets
 from shoal.kernels.quantize import (
+    EIGHT_BITS,
+    LEVELS,
+    WIDE_LEVELS,
     group_size,
     mixed,
     product,
@@ -36,7 +39,8 @@ from shoal.nn.calibrate import calibrate
 from shoal.nn.decoder import Decoder
 from shoal.nn.weights import MODES, load_weights, model_bytes
 
-QUANTIZED: tuple[Mode, ...] = ("int8", "int4", "int4-a16")
+QUANTIZED: tuple[Mode, ...] = ("int8", "int8-a16", "int4", "int4-a16")
+MODELS = ("int8", "int8+head", "int4", "int4+head", "int4-a16")
 SHAPES = [(256, 512), (704, 256), (64, 199), (172, 64), (100, 36), (1024, 300), (3000, 64), (7, 5)]  # K, N
 
 
@@ -69,9 +73,10 @@ def test_a_rounded_weight_is_within_half_a_step(
     weight = (noise(*size[:2], seed=size[2]) + shift) * by
     found = quantize(weight, mode)
     step = found.scale_NC.float().repeat_interleave(found.group, dim=1)[:, : weight.shape[1]]
-    allowed = 0.5001 if mode == "int8" else 0.56  # an int4 scale is rounded to bf16: 15 steps may end 1/17 short
+    eight = mode in EIGHT_BITS
+    allowed = 0.5001 if eight else 0.56  # an int4 scale is rounded to bf16: 15 steps may end 1/17 short
     assert bool(((found.plain() - weight).abs() <= allowed * step).all())
-    lowest, highest = (-127, 127) if mode == "int8" else (0, 15)
+    lowest, highest = (-127, 127) if eight else (0, 15)
     assert lowest <= int(found.values_NK.min()) and int(found.values_NK.max()) <= highest
     assert bool((found.plain()[weight == 0] == 0).all())
 
@@ -148,7 +153,7 @@ def test_the_product_is_that_of_the_rounded_numbers(size: tuple[int, int, int], 
     x = noise(rows, size[1], seed=size[2] + 1, dtype=torch.bfloat16)
     rounded = x.double()
     if mode != "int4-a16":
-        numbers, scale = quantize_rows(x, weight.group)
+        numbers, scale = quantize_rows(x, weight.group, WIDE_LEVELS if mode == "int8-a16" else LEVELS)
         rounded = (numbers.double() * scale[..., None].double()).flatten(1)[:, : size[1]]
     truth = rounded @ weight.plain().double().T
     magnitude = rounded.abs() @ weight.plain().double().abs().T
@@ -170,7 +175,7 @@ def test_a_quantised_product_is_the_specification(kernels: Kernels, inputs: int,
     assert wide.dtype == torch.float32
     expected = spec.logits(x, meant)
     assert bool(((wide - expected).abs() <= 1e-6 * magnitude).all())
-    if mode == "int8" or (mode == "int4" and kernels.name != "scalar"):
+    if mode in EIGHT_BITS or (mode == "int4" and kernels.name != "scalar"):
         assert torch.equal(wide, expected)
     near(kernels.linear(x, packed), spec.linear(x, meant), magnitude)
     near(
@@ -233,10 +238,10 @@ def test_a_row_that_is_no_number_says_so_and_harms_no_other(kernels: Kernels, mo
     assert torch.equal(found[others], whole[others])
 
 
-@pytest.mark.parametrize("mode", QUANTIZED)
+@pytest.mark.parametrize("mode", MODELS)
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_quantised_model_answers_nearly_as_before_and_alike_in_any_company(
-    kernels: Kernels, name: str, mode: Mode, tmp_path: Path
+    kernels: Kernels, name: str, mode: str, tmp_path: Path
 ) -> None:
     save_model(name, tmp_path)
     config = read_config(tmp_path)
@@ -250,7 +255,33 @@ def test_a_quantised_model_answers_nearly_as_before_and_alike_in_any_company(
         assert alone == tokens and torch.equal(logits, same)
         expected = generate(plain, [prompt], 1)[0][1]
         error = (logits[0] - expected[0]).norm() / expected[0].norm()
-        assert error < (0.1 if mode == "int8" else 0.4)
+        assert error < (0.1 if mode.startswith("int8") else 0.4)
+
+
+@pytest.mark.parametrize(("name", "tied"), [("qwen2", True), ("llama", False)])
+def test_only_the_head_is_rounded_when_it_is_asked_for(kernels: Kernels, name: str, tied: bool, tmp_path: Path) -> None:
+    """The embeddings are the same, and logits are within a hundredth of those of the plain head."""
+    save_model(name, tmp_path)
+    config = read_config(tmp_path)
+    assert config.tied == tied
+    plain, rounded = (
+        Decoder(config, load_weights(tmp_path, config, *MODES[mode]), kernels) for mode in ("int4", "int4+head")
+    )
+    assert torch.equal(plain.embedding_VD, rounded.embedding_VD)
+    hidden = noise(9, config.width, dtype=torch.bfloat16)
+    expected, found = plain.logits(hidden), rounded.logits(hidden)
+    assert 0 < (found - expected).norm() / expected.norm() < 0.01
+    assert torch.equal(rounded.logits(hidden[4:5].clone())[0], found[4])
+
+
+def test_a_head_with_numbers_that_are_none_is_refused_by_name(tmp_path: Path) -> None:
+    save_model("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"][3, 4] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = read_config(tmp_path)
+    with pytest.raises(ModelError, match=r"lm_head\.weight: the weight has numbers that are not"):
+        Decoder(config, load_weights(tmp_path, config, *MODES["int8+head"]), load("ref"))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -283,16 +314,24 @@ def test_keys_and_values_of_8_bits_leave_room_for_more_blocks(tmp_path: Path) ->
     assert blocks["int8"] > 1.7 * blocks["auto"]
 
 
-@pytest.mark.parametrize("mode", QUANTIZED)
-def test_memory_counts_weights_as_they_are_kept(mode: Mode, tmp_path: Path) -> None:
-    model = save_model("llama", tmp_path)
-    config = read_config(tmp_path)
-    layers = [w for name, w in model.named_parameters() if "layers" in name and w.ndim == 2]
-    rest = sum(w.numel() for w in model.parameters()) - sum(w.numel() for w in layers)
-    kept = [quantize(w.detach(), mode) for w in layers]
-    counted = 2 * rest + sum(weight_bytes(mode, *w.shape) for w in layers)
-    values = sum(q.values_NK.numel() for q in kept) / (1 if mode == "int8" else 2)
+@pytest.mark.parametrize("mode", MODELS)
+@pytest.mark.parametrize(("name", "tied"), [("qwen2", True), ("llama", False)])
+def test_memory_counts_weights_as_they_are_kept(mode: str, name: str, tied: bool, tmp_path: Path) -> None:
+    model = save_model(name, tmp_path)
+    config, (_, layer_mode, head_mode) = read_config(tmp_path), MODES[mode]
+    named = dict(model.named_parameters())
+    layers = [w for name, w in named.items() if "layers" in name and w.ndim == 2]
+    head = named.get("lm_head.weight", named["model.embed_tokens.weight"])
+    separate = head_mode != "plain"  # beside the embedding, or in place of the checkpoint's head
+    rest = sum(w.numel() for w in named.values()) - sum(w.numel() for w in layers)
+    rest -= head.numel() if separate and not tied else 0
+    kept = [quantize(w.detach(), layer_mode) for w in layers]
+    heads = weight_bytes(head_mode, *head.shape) if separate else 0
+    counted = 2 * rest + sum(weight_bytes(layer_mode, *w.shape) for w in layers)
+    values = sum(q.values_NK.numel() for q in kept) / (1 if layer_mode == "int8" else 2)
     assert values <= counted - 2 * rest <= 1.2 * values
+    counted += heads
+    assert (heads > head.numel()) == separate
     assert model_bytes(config, mode) == counted
     built = build_engine(EngineConfig(str(tmp_path), weights=mode, kernels="ref"))
     try:

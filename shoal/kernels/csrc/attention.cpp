@@ -22,7 +22,7 @@ namespace SHOAL_SET {
 namespace {
 
 constexpr int64_t BLOCK = 48;           // rows of a task
-constexpr int64_t AHEAD_BYTES = 16384;  // how long before they are read keys and values are fetched
+constexpr int64_t AHEAD_BYTES = 32768;  // how long before they are read keys and values are fetched
 
 // Where keys and values are whole numbers of 8 bits, queries and weights are whole numbers of 16, as multiples of a
 // scale of their row: a sum of 512 products of a query's numbers and a key's, or of 256 of weights and values, is exact
@@ -153,11 +153,11 @@ Extent find_extent(const Call &call, const Task &task, int64_t tile) {
 // Addresses of the units from <= u < to, and once more the last one if their number is odd.
 void find_units(const Call &call, const Task &task, const Extent &extent, const word **keys, const word **values) {
   const int32_t *row = call.work.table + task.segment->row * call.work.row_length;
-  const int64_t size = call.pages.page_size;
+  const int64_t size = call.pages.page_size, per_page = size / UNIT;  // of what divides a tile: powers of two
+  const int64_t first = extent.start / size, shift = __builtin_ctzll(per_page);
   for (int64_t u = extent.from; u < extent.to; u++) {
-    const int64_t position = extent.start + u * UNIT, page = position / size, unit = position % size / UNIT;
-    const int64_t offset =
-        ((row[page] * call.pages.kv_heads + task.head) * (size / UNIT) + unit) * call.unit_words;
+    const int64_t offset = block_at(call.pages, row[first + (u >> shift)], task.head) / 4 +
+                           (u & (per_page - 1)) * call.unit_words;
     keys[u] = (const word *)call.pages.keys + offset;
     values[u] = (const word *)call.pages.values + offset;
   }
@@ -427,13 +427,11 @@ template <Kind KIND>
 void run_tile(const Call &call, const Extent &extent, const word *const *keys, const word *const *values, int64_t r,
               int64_t rows, Feed *feed, Room &room) {
   for (int64_t i = 0; i < rows; i++) store(room.tops + i * LANES, splat(-__builtin_inff()));
-  for (int64_t u = extent.from, count; u < extent.to; u += count) {
-    count = rows <= FEW && u + 4 <= extent.to ? 4 : 2;
+  for (int64_t u = extent.from; u < extent.to; u += 2) {
     const bool whole = u >= extent.open && u < extent.shut && call.outward == 0.f;
-    const word *const *ahead = feed ? take(call, *feed, count) : nullptr;
-    (count == 4 ? SCORE_FEW<KIND>[ahead != nullptr] : SCORE<KIND>[ahead != nullptr])[rows - 1](
-        room.q + r * call.steps, keys + u, call.steps, room.query_scale + r, room.scores + u * UNIT,
-        whole ? room.tops : nullptr, ahead);
+    const word *const *ahead = feed ? take(call, *feed, 2) : nullptr;
+    SCORE<KIND>[ahead != nullptr][rows - 1](room.q + r * call.steps, keys + u, call.steps, room.query_scale + r,
+                                            room.scores + u * UNIT, whole ? room.tops : nullptr, ahead);
   }
   weigh_and_fold<KIND>(call, extent, values, r, rows, room);
   const int64_t from = extent.from, units = extent.to - from;

@@ -18,7 +18,7 @@ constexpr int64_t ROWS = 12;  // of a register tile: 24 registers of sums
 #define EACH_COUNT(f, ...) \
   {f<__VA_ARGS__, 1>, f<__VA_ARGS__, 2>, f<__VA_ARGS__, 3>, f<__VA_ARGS__, 4>,  f<__VA_ARGS__, 5>,  f<__VA_ARGS__, 6>, \
    f<__VA_ARGS__, 7>, f<__VA_ARGS__, 8>, f<__VA_ARGS__, 9>, f<__VA_ARGS__, 10>, f<__VA_ARGS__, 11>, f<__VA_ARGS__, 12>}
-constexpr int64_t FEW = 7;  // rows of which a register tile can be twice as wide
+constexpr int64_t FEW = 7;  // rows of which a register tile of values can be twice as wide
 #define EACH_FEW(f, ...)                                                                                          \
   {f<__VA_ARGS__, 1>, f<__VA_ARGS__, 2>, f<__VA_ARGS__, 3>, f<__VA_ARGS__, 4>, f<__VA_ARGS__, 5>, f<__VA_ARGS__, 6>, \
    f<__VA_ARGS__, 7>}
@@ -61,13 +61,15 @@ INLINE part fma_of(part a, part b, part c) {
   return (part)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
   return (part)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+  return (part)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
 }
 
 // Words as they are multiplied: whole where the machine multiplies pairs or they are floats, else both numbers apart.
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 constexpr bool PAIRS = true;
 #else
 constexpr bool PAIRS = false;
@@ -88,6 +90,8 @@ INLINE part_words words_at(const char *p) {
     return (part_words)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
 #elif defined(__AVX2__)
     return (part_words)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__ARM_NEON)
+    return (part_words)vmovl_s8(vld1_s8((const int8_t *)p));
 #else
     typedef int8_t narrow __attribute__((vector_size(32 / PARTS), aligned(1), may_alias));
     typedef int16_t wide __attribute__((vector_size(64 / PARTS)));
@@ -105,6 +109,8 @@ INLINE part_words dot_pairs_of_whole(part_words total, part_words a, part_words 
   return total + (part_words)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
   return total + (part_words)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#elif defined(__ARM_NEON)
+  return (part_words)arm_whole_pairs((int32x4_t)total, (uint32x4_t)a, (uint32x4_t)b);
 #else
   const part_bits low = ((part_bits)(a << 16) >> 16) * ((part_bits)(b << 16) >> 16);
   return total + (part_words)(low + ((part_bits)a >> 16) * ((part_bits)b >> 16));
@@ -116,6 +122,8 @@ INLINE part step(part total, const Operand<KIND> &b, const Operand<KIND> &a) {
   if constexpr (KIND == Kind::int8) return (part)dot_pairs_of_whole((part_words)total, b.first, a.first);
 #ifdef __AVX512BF16__
   if (KIND == Kind::bf16) return (part)_mm512_dpbf16_ps((__m512)total, (__m512bh)b.first, (__m512bh)a.first);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  if (KIND == Kind::bf16) return (part)arm_pairs((float32x4_t)total, (uint32x4_t)b.first, (uint32x4_t)a.first);
 #endif
   total = fma_of((part)b.first, (part)a.first, total);
   return KIND == Kind::fp32 ? total : fma_of((part)b.second, (part)a.second, total);
@@ -126,6 +134,8 @@ INLINE part step(part total, const Operand<KIND> &b, const Operand<KIND> &a) {
 INLINE part scaled(part total, part scale) {
 #if defined(__x86_64__)
   asm volatile("" : "+v"(total));
+#elif defined(__ARM_NEON)
+  asm volatile("" : "+w"(total));
 #endif
   return __builtin_convertvector((part_bits)total, part) * scale;
 }
@@ -364,8 +374,6 @@ template <Kind KIND>
 constexpr Score SCORE[2][ROWS] = {EACH_COUNT(score, KIND, false, 2), EACH_COUNT(score, KIND, true, 2)};
 template <Kind KIND>
 constexpr Mix MIX[2][ROWS] = {EACH_COUNT(mix, KIND, false, 2), EACH_COUNT(mix, KIND, true, 2)};
-template <Kind KIND>
-constexpr Score SCORE_FEW[2][FEW] = {EACH_FEW(score, KIND, false, 4), EACH_FEW(score, KIND, true, 4)};
 template <Kind KIND>
 constexpr Mix MIX_FEW[2][FEW] = {EACH_FEW(mix, KIND, false, 4), EACH_FEW(mix, KIND, true, 4)};
 

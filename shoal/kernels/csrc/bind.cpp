@@ -1,4 +1,4 @@
-// The door between Python and the kernels: picks a table by instruction set and passes addresses through.
+// The door between Python and the kernels: picks a table by its name and passes addresses through.
 // It must not compute anything, nor know torch: pointers come as integers, and the interpreter lock is released.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -8,7 +8,9 @@
 #include <vector>
 
 #include "kernels.h"
+#include "layer.h"
 #include "plan.h"
+#include "sets.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -16,21 +18,6 @@ using namespace nb::literals;
 using namespace shoal;
 
 namespace {
-
-// What this machine can run, best first.
-std::vector<const Kernels *> available() {
-  std::vector<const Kernels *> tables;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
-    tables.push_back(&kernels_avx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    tables.push_back(&kernels_avx2);
-#endif
-  tables.push_back(&kernels_scalar);
-  return tables;
-}
 
 std::vector<std::string> names() {
   std::vector<std::string> out;
@@ -72,7 +59,8 @@ void bind_linear(nb::module_ &m) {
       .value("BF16", Kind::bf16)
       .value("INT8", Kind::int8)
       .value("INT4", Kind::int4)
-      .value("INT4_A16", Kind::int4_a16);
+      .value("INT4_A16", Kind::int4_a16)
+      .value("INT8_A16", Kind::int8_a16);
   nb::enum_<Gate>(m, "Gate").value("NONE", Gate::none).value("SILU", Gate::silu).value("GELU", Gate::gelu);
   nb::class_<Linear>(m, "Linear")
       .def(
@@ -138,10 +126,11 @@ void bind_deltas(nb::module_ &m) {
 void bind_attention(nb::module_ &m) {
   nb::class_<Pages>(m, "Pages").def(
       "__init__",
-      [](Pages *self, uintptr_t keys, uintptr_t values, int64_t page_size, int64_t kv_heads, int64_t width, Kind kind) {
-        new (self) Pages{at(keys), at(values), page_size, kv_heads, width, kind};
+      [](Pages *self, uintptr_t keys, uintptr_t values, int64_t num_pages, int64_t page_size, int64_t kv_heads,
+         int64_t width, Kind kind) {
+        new (self) Pages{at(keys), at(values), num_pages, page_size, kv_heads, width, kind};
       },
-      "keys"_a, "values"_a, "page_size"_a, "kv_heads"_a, "width"_a, "kind"_a);
+      "keys"_a, "values"_a, "num_pages"_a, "page_size"_a, "kv_heads"_a, "width"_a, "kind"_a);
   nb::class_<Kernels::Heads>(m, "Heads").def(
       "__init__",
       [](Kernels::Heads *self, int64_t query_heads, int64_t rotated, uintptr_t cosine, uintptr_t sine,
@@ -169,6 +158,30 @@ void bind_attention(nb::module_ &m) {
       .def_prop_ro("order", [](const Plan &plan) { return plan.order; });
 }
 
+void bind_layer(nb::module_ &m) {
+  nb::class_<Layer>(m, "Layer")
+      .def(
+          "__init__",
+          [](Layer *self, const Table &t, const std::vector<uintptr_t> &norms, float eps, const Linear &qkv,
+             const Linear &out, const Linear &gate_up, const Linear &down, const Kernels::Heads &heads, float scale,
+             int64_t window, float softcap, float factor) {
+            new (self) Layer{t.kernels, at<const float>(norms.at(0)), at<const float>(norms.at(1)),
+                             at<const float>(norms.at(2)), at<const float>(norms.at(3)), eps, qkv.weight, out.weight,
+                             gate_up.weight, down.weight, heads, scale, window, softcap, factor};
+          },
+          "table"_a, "norms"_a, "eps"_a, "qkv"_a, "out"_a, "gate_up"_a, "down"_a, "heads"_a, "scale"_a, "window"_a,
+          "softcap"_a, "factor"_a)
+      .def("memory", &Layer::memory, "tokens"_a, "Bytes that a call needs.")
+      .def(
+          "__call__",
+          [](const Layer &self, const Plan &plan, const Pages &pages, uintptr_t x, int64_t tokens, uintptr_t position,
+             uintptr_t slot, uintptr_t memory, uintptr_t states) {
+            self.run(plan.work(), pages, at(x), tokens, at<const int64_t>(position), at<const int64_t>(slot),
+                     at<char>(memory), at<float>(states));
+          },
+          release());
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -179,6 +192,7 @@ NB_MODULE(_cpu, m) {
   bind_linear(m);
   bind_deltas(m);
   bind_attention(m);
+  bind_layer(m);
   nb::class_<Table>(m, "Table")
       .def(nb::init<const std::string &>(), "name"_a)
       .def_prop_ro("name", [](const Table &t) { return std::string(t.kernels->name); })

@@ -12,12 +12,13 @@ constexpr int64_t UNIT = 16;   // positions of a page that lie together
 constexpr int64_t TILE = 256;  // positions of one partial of attention, counted from position 0
 
 // The arithmetic of a linear layer. Activations are float for fp32 and bf16 for all others.
-enum class Kind : int { fp32, bf16, int8, int4, int4_a16 };
+enum class Kind : int { fp32, bf16, int8, int4, int4_a16, int8_a16 };
 enum class Gate : int { none, silu, gelu };
 
 // A weight of n outputs and k inputs in panels of 32 outputs (pack.cpp has the layouts). With a gate, panels alternate
 // between gate and up, and n counts both with the zeros that fill their last panels: a multiple of 64.
 // int8: output = (sum of x * w) * scale, with x rounded to 127ths of its row's largest number.
+// int8_a16: the same with x rounded to 32512ths, each two bytes that are multiplied as two rows.
 // int4 kinds: w = (q - zero) * scale; int4 rounds x to 127ths of the largest number of its row and group.
 struct Weight {
   Kind kind;
@@ -26,8 +27,8 @@ struct Weight {
   int64_t outputs;      // columns of y: n without a gate, at most n / 2 with one
   int64_t group;        // inputs that share a scale, a multiple of 8 (int4 kinds only)
   const void *panels;
-  const void *scale;  // int8: float [panels * 32]; int4 kinds: bf16 [panels][k / group, rounded up][32]
-  const void *zero;   // int8: float [panels * 32], sum of each output's weights; int4 kinds: uint8_t, as scale
+  const void *scale;  // int8 kinds: float [panels * 32]; int4 kinds: bf16 [panels][k / group, rounded up][32]
+  const void *zero;   // int8 kinds: float [panels * 32], sum of each output's weights; int4 kinds: uint8_t, as scale
   const float *bias;  // [panels * 32], or null
   bool wide;          // y is float whatever x is
 };
@@ -51,10 +52,10 @@ struct Adapted {
   int64_t groups;
 };
 
-// Where keys and values of one layer lie: [pages][kv_heads] blocks (pages.cpp has their layout).
+// Where keys and values of one layer lie: [kv_heads][num_pages] blocks (pages.cpp has their layout).
 struct Pages {
   void *keys, *values;
-  int64_t page_size, kv_heads, width;  // page_size is a multiple of UNIT, width counts numbers of a head
+  int64_t num_pages, page_size, kv_heads, width;  // page_size is a multiple of UNIT, width counts numbers of a head
   Kind kind;  // fp32, bf16, or int8 for activations of bf16: a scale for each position's key and value, width <= 512
 };
 
@@ -99,8 +100,8 @@ struct Scores {
 struct Kernels {
   const char *name;
 
-  // Bytes of a packed weight, and the packing itself. fp32 reads float, bf16 reads bf16, int8 reads int8_t [n][k],
-  // the int4 kinds read uint8_t [n][k] of values 0 to 15. Outputs beyond n are filled with zeros.
+  // Bytes of a packed weight, and the packing itself. fp32 reads float, bf16 reads bf16, int8 kinds read int8_t
+  // [n][k], the int4 kinds read uint8_t [n][k] of values 0 to 15. Outputs beyond n are filled with zeros.
   int64_t (*packed_bytes)(Kind kind, int64_t n, int64_t k);
   void (*pack)(Kind kind, const void *weight, void *panels, int64_t n, int64_t k);
 
@@ -166,6 +167,8 @@ struct Kernels {
 extern const Kernels kernels_scalar;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512;
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon, kernels_neon_bf16;
 #endif
 
 }  // namespace shoal

@@ -9,10 +9,22 @@ namespace SHOAL_SET {
 namespace {
 
 // As many independent sums as registers hold beside the two operands, so that no instruction waits for another.
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__ARM_NEON)
 constexpr int SUMS = 16;
 #else
 constexpr int SUMS = 4;
+#endif
+
+#ifdef __ARM_NEON  // single registers: the compiler would keep what is wider in memory
+constexpr int64_t WIDTH = 4;
+typedef uint32x4_t Words;
+typedef float32x4_t FloatSum;
+typedef int32x4_t WholeSum;
+#else
+constexpr int64_t WIDTH = LANES;
+typedef vu Words;
+typedef vf FloatSum;
+typedef vi WholeSum;
 #endif
 
 // Keeps operands from being known, and with them whatever could be computed before the loop.
@@ -20,6 +32,9 @@ template <class T>
 INLINE void unknown(T &x) {
 #ifdef __AVX512F__
   asm volatile("" : "+v"(x));
+#elif defined(__ARM_NEON)
+  if constexpr (sizeof(T) == 16) asm volatile("" : "+w"(x));
+  else asm volatile("" : "+m"(x));
 #else
   asm volatile("" : "+m"(x));
 #endif
@@ -27,19 +42,37 @@ INLINE void unknown(T &x) {
 
 // The three instructions of products. Each returns the operations of one call: a product and a sum count as two.
 struct Floats {
-  using Sum = vf;
-  static constexpr double OPERATIONS = 2 * LANES;
-  INLINE vf step(vf total, vu a, vu b) { return fma((vf)a, (vf)b, total); }
+  using Sum = FloatSum;
+  static constexpr double OPERATIONS = 2 * WIDTH;
+  INLINE Sum step(Sum total, Words a, Words b) {
+#ifdef __ARM_NEON
+    return vfmaq_f32(total, (Sum)a, (Sum)b);
+#else
+    return fma((vf)a, (vf)b, total);
+#endif
+  }
 };
 struct Pairs {
-  using Sum = vf;
-  static constexpr double OPERATIONS = 4 * LANES;
-  INLINE vf step(vf total, vu a, vu b) { return dot_pairs(total, a, b); }
+  using Sum = FloatSum;
+  static constexpr double OPERATIONS = 4 * WIDTH;
+  INLINE Sum step(Sum total, Words a, Words b) {
+#ifdef __ARM_NEON
+    return arm_pairs(total, a, b);
+#else
+    return dot_pairs(total, a, b);
+#endif
+  }
 };
 struct Bytes {
-  using Sum = vi;
-  static constexpr double OPERATIONS = 8 * LANES;
-  INLINE vi step(vi total, vu a, vu b) { return dot_bytes(total, a, b); }
+  using Sum = WholeSum;
+  static constexpr double OPERATIONS = 8 * WIDTH;
+  INLINE Sum step(Sum total, Words a, Words b) {
+#ifdef __ARM_NEON
+    return arm_fours<false>(total, a, b);
+#else
+    return dot_bytes(total, a, b);
+#endif
+  }
 };
 
 // Rounds are cut into pieces, many for each thread, so that one that is held up for a while leaves them to others.
@@ -55,7 +88,7 @@ double repeat(int64_t iterations) {
       total[i] = (typename Product::Sum){};
       unknown(total[i]);  // or the compiler would see that all sums are one
     }
-    vu a = splat_bits(0x3f803f80u), b = splat_bits(0x3f803f80u);
+    Words a = 0x3f803f80u - (Words){}, b = a;
     for (int64_t n = 0; n < rounds; n++) {
       unknown(a), unknown(b);
 #pragma GCC unroll 16

@@ -68,15 +68,17 @@ struct Layer {
 
   int64_t shared_bytes() const { return words_bytes + amounts_bytes + divided_bytes; }
   int64_t own_bytes() const { return sums_bytes + aligned(MOST * steps * WORD); }
-  int64_t start(int64_t tile) const { return cut(rows, tiles, tile); }
+  int64_t start(int64_t tile) const { return halves * cut(rows / halves, tiles, tile); }
   uint32_t *words_of(int64_t tile) const { return words + start(tile) * steps + tile * LANES; }
-  bool quantised() const { return weight.kind == Kind::int8 || weight.kind == Kind::int4; }
+  bool whole() const { return weight.kind == Kind::int8 || weight.kind == Kind::int8_a16; }
+  bool quantised() const { return whole() || weight.kind == Kind::int4; }
 
   const Weight &weight;
   const void *x, *residual;
   void *y;
   float factor;
   bool grouped;                     // an int4 kind
+  int64_t halves;                   // rows that one row of x becomes: two with activations of 16 bits
   int64_t rows, tiles, blocks;      // tiles of rows, and blocks of tiles
   int64_t steps;                    // words of a row
   int64_t groups;                   // of the int4 kinds
@@ -85,7 +87,7 @@ struct Layer {
   int64_t unit_bytes, panel_bytes;
   int64_t words_bytes, amounts_bytes, sums_bytes;
   uint32_t *words;                  // rows in tiles: [steps][rows of the tile], and LANES words to spare after each
-  float *amounts;                   // int8: scale of each row; int4 kinds: by tile [groups][2][rows]
+  float *amounts;                   // int8 kinds: scale of each row; int4 kinds: by tile [groups][2][rows]
   const TileFunction *tile;
   int64_t divided, parts, divided_bytes;  // the last panels of the last block, each in so many parts (FREE_ORDER)
   float *divided_sums;                    // [divided][parts] sums of a block, and after them:
@@ -95,11 +97,14 @@ struct Layer {
 Layer::Layer(const Weight &weight, const void *x, int64_t rows, const void *residual, float factor, void *y)
     : weight(weight), x(x), residual(residual), y(y), factor(factor), rows(rows) {
   const int64_t k = weight.k;
+  halves = weight.kind == Kind::int8_a16 ? 2 : 1;
+  this->rows = rows *= halves;
   grouped = weight.kind == Kind::int4 || weight.kind == Kind::int4_a16;
   switch (weight.kind) {
     case Kind::fp32: steps = k; break;
     case Kind::bf16: steps = up(k, 2); break;
-    case Kind::int8: steps = up(k, 4); break;
+    case Kind::int8:
+    case Kind::int8_a16: steps = up(k, 4); break;
     case Kind::int4: steps = up(k, 8) * 2; break;
     default: steps = up(k, 8) * 4;
   }
@@ -136,7 +141,7 @@ float *Layer::join(const Piece &done, int64_t count) const {
   const int64_t panel = done.place / parts, floats = sums_bytes / 4;
   if (__atomic_add_fetch(&done_parts[panel], 1, __ATOMIC_ACQ_REL) < parts) return nullptr;
   float *sums = divided_sums + panel * parts * floats;
-  for (int64_t i = 1; i < parts; i++) add_sums(sums, sums + i * floats, count, weight.kind == Kind::int8);
+  for (int64_t i = 1; i < parts; i++) add_sums(sums, sums + i * floats, count, whole());
   return sums;
 }
 
@@ -160,33 +165,63 @@ INLINE int32_t sum_of(vi v) {
   return four[0] + four[1] + four[2] + four[3];
 }
 
-// Rounds `count` numbers to whole multiples of a scale, at most 127 of it, and flips bits of each. Returns the scale
-// (not finite where a number is not), and adds up the multiples. Writes whole sixteens.
-float quantise(const uint16_t *x, int64_t count, uint32_t flip, uint8_t *out, float *total) {
-  uint16_t rest[LANES] = {};
-  const int64_t whole = count / LANES * LANES;
-  if (whole < count) __builtin_memcpy(rest, x + whole, (count - whole) * 2);
-  vi top = {};
-  for (int64_t i = 0; i < count; i += LANES) {
-    const vi bits = (vi)absolute(load(i < whole ? x + i : rest));  // as integers, NaN is the largest
-    top = bits > top ? bits : top;
+// Numbers as whole multiples of a scale, of which the largest is `levels`.
+struct Rounded {
+  Rounded(const uint16_t *x, int64_t count, float levels) : x(x), whole(count / LANES * LANES) {
+    if (whole < count) __builtin_memcpy(rest, x + whole, (count - whole) * 2);
+    vi top = {};
+    for (int64_t i = 0; i < count; i += LANES) {
+      const vi bits = (vi)absolute(load(i < whole ? x + i : rest));  // as integers, NaN is the largest
+      top = bits > top ? bits : top;
+    }
+    const int32_t most = largest_of(top);
+    float largest;
+    __builtin_memcpy(&largest, &most, 4);
+    finite = most < 0x7f800000;
+    const bool zero = largest < 1e-30f;
+    by = finite && !zero ? levels / largest : 0.f;
+    scale = zero ? 0.f : largest / levels;
   }
-  const int32_t most = largest_of(top);
-  float largest;
-  __builtin_memcpy(&largest, &most, 4);
-  const bool finite = most < 0x7f800000, zero = largest < 1e-30f;
-  const float by = finite && !zero ? 127.f / largest : 0.f;
+  inline vi at(int64_t i) const {
+    const vf v = load(i < whole ? x + i : rest) * by + 12582912.f;  // whose last bits are the nearest whole number
+    return finite ? (vi)v - 0x4b400000 : (vi){};
+  }
+  const uint16_t *x;
+  int64_t whole;
+  uint16_t rest[LANES] = {};
+  bool finite;
+  float by, scale;  // the scale is not finite where a number is not
+};
+
+INLINE void store_bytes(uint8_t *out, vi v) {
+  typedef int8_t bytes __attribute__((vector_size(16)));
+  const bytes b = __builtin_convertvector(v, bytes);
+  __builtin_memcpy(out, &b, 16);
+}
+
+// Rounds `count` numbers to 127ths of their largest and flips bits of each. Returns the scale, and adds up the
+// multiples. Writes whole sixteens.
+float quantise(const uint16_t *x, int64_t count, uint32_t flip, uint8_t *out, float *total) {
+  const Rounded numbers(x, count, 127.f);
   vi sums = {};
   for (int64_t i = 0; i < count; i += LANES) {
-    const vf v = load(i < whole ? x + i : rest) * by + 12582912.f;  // whose last bits are the nearest whole number
-    const vi q = finite ? (vi)v - 0x4b400000 : (vi){};
+    const vi q = numbers.at(i);
     sums += q;
-    typedef int8_t bytes __attribute__((vector_size(16)));
-    const bytes b = __builtin_convertvector(q ^ (int32_t)flip, bytes);
-    __builtin_memcpy(out + i, &b, 16);
+    store_bytes(out + i, q ^ (int32_t)flip);
   }
   *total = (float)sum_of(sums);
-  return zero ? 0.f : largest / 127.f;
+  return numbers.scale;
+}
+
+// Rounds numbers to 32512ths (127 * 256): 256 times a byte of one row and a byte of the next, both stored 128 too high.
+float quantise_halves(const uint16_t *x, int64_t count, uint8_t *out, int64_t row_bytes) {
+  const Rounded numbers(x, count, 32512.f);
+  for (int64_t i = 0; i < count; i += LANES) store_bytes(out + i, ((numbers.at(i) + 128) >> 8) ^ 128);
+  for (int64_t i = 0; i < count; i += LANES) {  // afterwards: the first row's last sixteen may reach into this one
+    const vi q = numbers.at(i);
+    store_bytes(out + row_bytes + i, (q - ((q + 128) >> 8) * 256) ^ 128);
+  }
+  return numbers.scale;
 }
 
 float sum_of(const uint16_t *x, int64_t count) {
@@ -204,16 +239,17 @@ float sum_of(const uint16_t *x, int64_t count) {
 void Layer::prepare(int64_t tile, char *spare) const {
   const int64_t first = start(tile), count = start(tile + 1) - first, k = weight.k;
   const int64_t size = weight.kind == Kind::fp32 ? 4 : 2, row_bytes = steps * WORD;
-  const char *from = (const char *)x + first * k * size;
+  const char *from = (const char *)x + first / halves * k * size;
   float *amount = amounts + first * 2 * groups;
   if (!quantised()) interleave(from, k * size, k * size, count, steps, words_of(tile));
-  for (int64_t r = 0; r < count; r++) {
-    const uint16_t *row = (const uint16_t *)(from + r * k * size);
+  for (int64_t r = 0; r < count; r += halves) {
+    const uint16_t *row = (const uint16_t *)(from + r / halves * k * size);
     uint8_t *out = (uint8_t *)spare + r * row_bytes;
     if (weight.kind == Kind::int8) {
       float total;
       amounts[first + r] = quantise(row, k, 128, out, &total);
     }
+    if (weight.kind == Kind::int8_a16) amounts[first + r] = quantise_halves(row, k, out, row_bytes);
     for (int64_t g = 0; g < groups; g++) {
       const int64_t at = g * weight.group, length = k - at < weight.group ? k - at : weight.group;
       float *scale = amount + g * 2 * count + r, *total = scale + count;
@@ -241,7 +277,8 @@ INLINE vf activate(Gate gate, vf v) {
 
 // What the outputs of a panel have in common: 0 and 1 are the halves of the panel, 2 and 3 those of its pair.
 struct Outputs {
-  Outputs(const Weight &weight, int64_t n, int64_t count) : whole(weight.kind == Kind::int8), biased(weight.bias) {
+  Outputs(const Weight &weight, int64_t n, int64_t count, bool whole, bool halved)
+      : whole(whole), halved(halved), biased(weight.bias) {
     for (int64_t i = 0; i < count; i++, n += LANES) {
       if (whole) {  // activations were stored 128 too high
         excess[i] = __builtin_convertvector(load((const float *)weight.zero + n), vi) << 7;
@@ -252,12 +289,16 @@ struct Outputs {
   }
   inline vf value(const float *sums, float row_scale, int64_t i) const {
     vf v = load(sums);
-    if (whole) v = __builtin_convertvector((vi)v - excess[i], vf) * (scale[i] * row_scale);
+    if (whole) {
+      v = __builtin_convertvector((vi)v - excess[i], vf);
+      if (halved) v = v * 256.f + __builtin_convertvector((vi)load(sums + PANEL) - excess[i], vf);
+      v = v * (scale[i] * row_scale);
+    }
     return biased ? v + bias[i] : v;
   }
   vi excess[4];
   vf scale[4], bias[4];
-  bool whole, biased;
+  bool whole, halved, biased;
 };
 
 // Writes a panel's columns of y for the tiles first to last.
@@ -265,15 +306,16 @@ template <class T>
 void Layer::finish(int64_t first, int64_t last, int64_t panel, const float *sums) const {
   const int64_t begin = start(first), end = start(last), column = panel * PANEL;
   const float *others = sums + (end - begin) * PANEL;
-  const Outputs outputs(weight, column * sides, 2 * sides);
-  for (int64_t r = begin; r < end; r++, sums += PANEL, others += PANEL) {
+  const Outputs outputs(weight, column * sides, 2 * sides, whole(), halves == 2);
+  for (int64_t r = begin; r < end; r += halves, sums += halves * PANEL, others += halves * PANEL) {
     const float row_scale = outputs.whole ? amounts[r] : 1.f;
     for (int64_t half = 0; half < 2; half++) {
       const int64_t at = half * LANES, count = columns - column - at;
       vf v = outputs.value(sums + at, row_scale, half);
       v = sides == 2 ? activate(weight.gate, v) * outputs.value(others + at, row_scale, 2 + half) : v * factor;
-      T *to = (T *)y + r * columns + column + at;
-      const T *also = residual ? (const T *)residual + r * columns + column + at : nullptr;
+      const int64_t place = r / halves * columns + column + at;
+      T *to = (T *)y + place;
+      const T *also = residual ? (const T *)residual + place : nullptr;
       if (count >= LANES) {
         store(to, also ? v + load(also) : v);
       } else if (count > 0) {

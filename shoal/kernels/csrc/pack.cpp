@@ -21,7 +21,8 @@ Shape shape_of(Kind kind) {
   switch (kind) {
     case Kind::fp32: return {1, 4};
     case Kind::bf16: return {2, 2};
-    case Kind::int8: return {4, 1};
+    case Kind::int8:
+    case Kind::int8_a16: return {4, 1};
     default: return {8, 1};
   }
 }

@@ -2,7 +2,8 @@
 // to a head before it is stored; must not know sequences or who reads the pages.
 //
 // Per (page, head) there is a block of page_size * E numbers for keys and one for values, E being the width rounded up
-// to 32. It is made of units of 16 positions, each laid out as the multiplications of attention.cpp want it:
+// to 32; all blocks of a head, in the order of the pages, come before those of the next. A block is made of units of 16
+// positions, each laid out as the multiplications of attention.cpp want it:
 //
 //   keys    bf16 [E / 2][16 positions][2]         fp32 [E][16 positions]
 //   values  bf16 [E / 32][8 pairs of positions][32][2]   fp32 [E / 32][16 positions][32]
@@ -126,14 +127,14 @@ template <class T>
 void place_all(T *qkv, const Kernels::Heads &how, const Pages &pages, const int64_t *position, const int64_t *slot,
                int64_t tokens) {
   const int64_t width = pages.width, heads = pages.kv_heads, row = (how.query_heads + 2 * heads) * width;
-  const int64_t unit = unit_bytes(pages), units = pages.page_size / UNIT;
+  const int64_t unit = unit_bytes(pages);
   for_each(tokens, tokens * row > WORTH_THREADS, [&](int64_t t) {
     T *query = qkv + t * row, *key = query + how.query_heads * width, *value = key + heads * width;
     prepare(query, how.query_heads, width, how, how.query_norm, position[t]);
     prepare(key, heads, width, how, how.key_norm, position[t]);
     const int64_t page = slot[t] / pages.page_size, offset = slot[t] % pages.page_size, lane = offset % UNIT;
     for (int64_t h = 0; h < heads; h++, key += width, value += width) {
-      const int64_t at = ((page * heads + h) * units + offset / UNIT) * unit;
+      const int64_t at = block_at(pages, page, h) + offset / UNIT * unit;
       char *const keys = (char *)pages.keys + at, *const values = (char *)pages.values + at;
       if constexpr (sizeof(T) == sizeof(bf16)) {
         if (pages.kind == Kind::int8) {
@@ -168,12 +169,11 @@ void copy_values(const T *from, T *to, int64_t count, int64_t padded) {
 template <class T>
 void move_all(const Pages &pages, const int64_t *moves, int64_t count) {
   const int64_t padded = padded_width(pages), unit = unit_bytes(pages), head = head_bytes(pages.kind);
-  const int64_t block = pages.page_size / UNIT * unit;
   char *const keys = (char *)pages.keys, *const values = (char *)pages.values;
   for_each(pages.kv_heads, count * pages.page_size * padded * pages.kv_heads > WORTH_THREADS, [&](int64_t h) {
     for (int64_t i = 0; i < count; i++) {
-      const int64_t from = (moves[3 * i] * pages.kv_heads + h) * block, tokens = moves[3 * i + 2];
-      const int64_t to = (moves[3 * i + 1] * pages.kv_heads + h) * block;
+      const int64_t from = block_at(pages, moves[3 * i], h), tokens = moves[3 * i + 2];
+      const int64_t to = block_at(pages, moves[3 * i + 1], h);
       if (from == to) continue;
       const int64_t whole = tokens / UNIT * unit, rest = tokens % UNIT;
       __builtin_memcpy(keys + to, keys + from, whole);

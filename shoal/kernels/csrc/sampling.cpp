@@ -55,6 +55,8 @@ INLINE uint32_t lanes(part_bits mask) {
   return _mm256_movemask_ps((__m256)mask);
 #elif defined(__x86_64__)
   return _mm_movemask_ps((__m128)mask);
+#elif defined(__ARM_NEON)
+  return vaddvq_u32(vandq_u32((uint32x4_t)mask, (uint32x4_t){1, 2, 4, 8}));
 #else
   uint32_t out = 0;
   for (int i = 0; i < STEP; i++) out |= (uint32_t)(mask[i] & 1) << i;

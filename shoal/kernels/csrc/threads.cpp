@@ -31,6 +31,8 @@ constexpr int REFUSED = 1000;
 void pause() {
 #if defined(__x86_64__)
   _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
 #endif
 }
 

@@ -12,6 +12,8 @@ namespace {
 constexpr int REGISTER = 16, MOST = 12;  // 12 rows by 2 registers: 24 of 32 registers hold sums
 #elif defined(__AVX2__)
 constexpr int REGISTER = 8, MOST = 4;
+#elif defined(__ARM_NEON)
+constexpr int REGISTER = 4, MOST = 12;  // as many registers as with AVX-512, a quarter as wide
 #else
 constexpr int REGISTER = 4, MOST = 4;
 #endif
@@ -25,9 +27,11 @@ typedef uint16_t rh_any __attribute__((vector_size(2 * REGISTER), aligned(1)));
 typedef uint8_t rb_any __attribute__((vector_size(REGISTER), aligned(1)));
 
 // Keeps a sum in its register here: without it the compiler stores it in every round of the loop before.
-INLINE void hold(ru &v) {
+INLINE void hold([[maybe_unused]] ru &v) {
 #if defined(__x86_64__)
   asm volatile("" : "+v"(v));
+#elif defined(__ARM_NEON)
+  asm volatile("" : "+w"(v));
 #endif
 }
 
@@ -41,6 +45,8 @@ INLINE rf multiply_add(rf a, rf b, rf c) {
   return (rf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
   return (rf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+  return (rf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
@@ -54,6 +60,8 @@ struct Pairs {
   INLINE ru dot(ru sum, ru x, ru w) {
 #ifdef __AVX512BF16__
     return (ru)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+#elif defined(__ARM_NEON)
+    return (ru)arm_pairs((float32x4_t)sum, (uint32x4_t)w, (uint32x4_t)x);
 #else
     const rf low = multiply_add((rf)(x << 16), (rf)(w << 16), (rf)sum);
     return (ru)multiply_add((rf)(x & 0xffff0000u), (rf)(w & 0xffff0000u), low);
@@ -75,6 +83,8 @@ INLINE ru dot_four(ru sum, ru u, ru s) {
                                       _mm_srai_epi16(_mm_slli_epi16((__m128i)s, 8), 8));
   const __m128i odd = _mm_madd_epi16(_mm_srli_epi16((__m128i)u, 8), _mm_srai_epi16((__m128i)s, 8));
   return (ru)_mm_add_epi32((__m128i)sum, _mm_add_epi32(even, odd));
+#elif defined(__ARM_NEON)
+  return (ru)arm_fours<false>((int32x4_t)sum, (uint32x4_t)u, (uint32x4_t)s);
 #else
   for (int j = 0; j < 4; j++) sum += ((u >> (8 * j)) & 255) * (ru)((ri)(s << (24 - 8 * j)) >> 24);
   return sum;
@@ -148,6 +158,8 @@ struct Nibbles {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)  // two products of 15 and 127 do fit in 16 bits
     const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)x);
     return (ru)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#elif defined(__ARM_NEON)
+    return (ru)arm_fours<true>((int32x4_t)sum, (uint32x4_t)w, (uint32x4_t)x);
 #else
     return dot_four(sum, w, x);
 #endif
@@ -168,6 +180,8 @@ struct NibblePairs {
         0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
     const __m512i index = j ? _mm512_srli_epi16((__m512i)packed, 4 * j) : (__m512i)packed;
     return (ru)_mm512_permutexvar_epi16(index, *(const __m512i *)values);  // looks at five bits, the table repeats
+#elif defined(__ARM_NEON)
+    return (ru)arm_nibbles((uint32x4_t)packed, j);
 #else
     const ru low = (packed >> (4 * j)) & 15, high = (packed >> (4 * j + 16)) & 15;
     const rf first = __builtin_convertvector((ri)low, rf) - 8.f, second = __builtin_convertvector((ri)high, rf) - 8.f;
@@ -183,6 +197,8 @@ INLINE rf group_scale(const uint16_t *p) {
   return (rf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
 #elif defined(__AVX2__)
   return (rf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+#elif defined(__ARM_NEON)
+  return (rf)vshll_n_u16(vld1_u16(p), 16);
 #else
   return (rf)(__builtin_convertvector(*(const rh_any *)p, ru) << 16);
 #endif
@@ -192,6 +208,10 @@ INLINE rf group_zero(const uint8_t *p) {
   return (rf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
 #elif defined(__AVX2__)
   return (rf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#elif defined(__ARM_NEON)
+  uint32_t four;
+  __builtin_memcpy(&four, p, 4);
+  return (rf)vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four)))));
 #else
   return __builtin_convertvector(__builtin_convertvector(*(const rb_any *)p, ri), rf);
 #endif
@@ -249,7 +269,7 @@ __attribute__((noinline)) void tile_groups(const Stretch &t) {
 
 using TileFunction = void (*)(const Stretch &);
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__ARM_NEON)
 #define SHOAL_TILES(f, dot) \
   {f<dot, 1>, f<dot, 2>, f<dot, 3>, f<dot, 4>,  f<dot, 5>,  f<dot, 6>, \
    f<dot, 7>, f<dot, 8>, f<dot, 9>, f<dot, 10>, f<dot, 11>, f<dot, 12>}
@@ -258,8 +278,9 @@ using TileFunction = void (*)(const Stretch &);
 #endif
 
 // By kind, then by rows - 1.
-const TileFunction TILES[5][MOST] = {SHOAL_TILES(tile, Floats), SHOAL_TILES(tile, Pairs), SHOAL_TILES(tile, Bytes),
-                                     SHOAL_TILES(tile_groups, Nibbles), SHOAL_TILES(tile_groups, NibblePairs)};
+const TileFunction TILES[6][MOST] = {SHOAL_TILES(tile, Floats), SHOAL_TILES(tile, Pairs), SHOAL_TILES(tile, Bytes),
+                                     SHOAL_TILES(tile_groups, Nibbles), SHOAL_TILES(tile_groups, NibblePairs),
+                                     SHOAL_TILES(tile, Bytes)};
 
 }  // namespace
 }  // namespace shoal

@@ -1,6 +1,6 @@
 #pragma once
-// How large the parts of a unit of 16 positions are (pages.cpp has what is in them), and how a row of bf16 becomes
-// whole numbers with a scale. Knows numbers and sizes; must not know pages or what is multiplied.
+// How large the parts of a unit of 16 positions are (pages.cpp has what is in them), where blocks begin, and how a row of bf16 becomes
+// whole numbers with a scale. Knows numbers and sizes; must not know whose pages are whose or what is multiplied.
 #include "kernels.h"
 #include "vec.h"
 
@@ -15,6 +15,12 @@ constexpr int64_t head_bytes(Kind kind) { return kind == Kind::int8 ? UNIT * 4 :
 INLINE int64_t padded_width(const Pages &pages) { return (pages.width + PANEL - 1) / PANEL * PANEL; }
 INLINE int64_t unit_bytes(const Pages &pages) {
   return head_bytes(pages.kind) + UNIT * padded_width(pages) * number_bytes(pages.kind);
+}
+
+// Where the block of a page and a head begins. A head's blocks lie side by side, so that pages taken one after the other
+// are one stretch of memory to who reads a head of them.
+INLINE int64_t block_at(const Pages &pages, int64_t page, int64_t head) {
+  return (head * pages.num_pages + page) * (pages.page_size / UNIT) * unit_bytes(pages);
 }
 
 template <class T>

@@ -8,6 +8,8 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include "arm.h"
 #endif
 
 namespace shoal {
@@ -47,6 +49,12 @@ INLINE vf load(const float *p) { return *(const vf_any *)p; }
 INLINE vf load(const uint16_t *p) {
 #ifdef __AVX512F__  // the compiler takes four instructions for what is one
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#elif defined(__ARM_NEON)
+  float32x4_t wide[PARTS];
+  arm_widen(p, wide), arm_widen(p + 8, wide + 2);
+  vf v;
+  __builtin_memcpy(&v, wide, 64);
+  return v;
 #else
   return (vf)(__builtin_convertvector(*(const vh_any *)p, vu) << 16);
 #endif
@@ -73,6 +81,10 @@ INLINE void store(uint16_t *p, vf v) {
 #ifdef __AVX512BF16__
   __m256bh h = _mm512_cvtneps_pbh((__m512)v);
   __builtin_memcpy(p, &h, 32);
+#elif defined(__ARM_NEON)
+  float32x4_t wide[PARTS];
+  __builtin_memcpy(wide, &v, 64);
+  arm_narrow(p, wide), arm_narrow(p + 8, wide + 2);
 #else
   vu bits = (vu)v;
   vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -93,6 +105,12 @@ INLINE vf fma(vf a, vf b, vf c) {
   __m256 x[2], y[2], z[2];
   __builtin_memcpy(x, &a, 64), __builtin_memcpy(y, &b, 64), __builtin_memcpy(z, &c, 64);
   for (int i = 0; i < 2; i++) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+  __builtin_memcpy(&c, z, 64);
+  return c;
+#elif defined(__ARM_NEON)
+  float32x4_t x[PARTS], y[PARTS], z[PARTS];
+  __builtin_memcpy(x, &a, 64), __builtin_memcpy(y, &b, 64), __builtin_memcpy(z, &c, 64);
+  for (int i = 0; i < PARTS; i++) z[i] = vfmaq_f32(z[i], x[i], y[i]);
   __builtin_memcpy(&c, z, 64);
   return c;
 #else

@@ -18,17 +18,22 @@ from shoal.core.errors import ModelError, UsageError
 from shoal.engine import Engine
 from shoal.kernels import Kernels
 from shoal.nn.adapter import Adapter, load_adapter
-from shoal.nn.arch import ModelConfig, read_config
+from shoal.nn.arch import ModelConfig, make_config, read_values
 from shoal.nn.decoder import Decoder
+from shoal.nn.encoder import Encoder
+from shoal.nn.encoder_arch import EncoderConfig, encoder_shapes, make_encoder_config
 from shoal.nn.masks import Masks
-from shoal.nn.weights import KV_DTYPES, MODES, load_weights, model_bytes
-from shoal.runtime.memory import MemoryPlan, available_bytes, plan_memory
+from shoal.nn.weights import KV_DTYPES, MODES, load_encoder_weights, load_weights, model_bytes, tensor_bytes
+from shoal.runtime.encoder_runner import EncoderRunner
+from shoal.runtime.memory import MemoryPlan, available_bytes, plan_memory, plan_weights
 from shoal.runtime.runner import ModelRunner
 from shoal.sched.policies.batch import BatchPolicy
+from shoal.sched.policies.whole import WholePolicy
 from shoal.sched.policy import Budget, Policy
 from shoal.sched.scheduler import Scheduler
 from shoal.text.checkpoint import kv_mode, resolve_model, weight_mode
 from shoal.text.grammar import Grammars
+from shoal.text.pooling import is_encoder, makes_vectors, read_pooling
 from shoal.text.tokenizer import Tokenizer
 
 _LEAST_TOKENS = 2048  # without --memory, the KV memory must hold a row of this length (or of the whole context)
@@ -65,7 +70,7 @@ class BuiltEngine:
 
     engine: Engine
     facts: EngineFacts
-    runner: ModelRunner
+    runner: ModelRunner | EncoderRunner
     kernels: Kernels
 
     def close(self) -> None:
@@ -84,7 +89,11 @@ def build_engine(
     """
     began = time.monotonic()
     folder = resolve_model(config.model)
-    model = read_config(folder, config.context)
+    values = read_values(folder)
+    if is_encoder(values):
+        return _build_encoder(config, folder, make_encoder_config(values), began)
+    model = make_config(values, config.context)
+    normalize = makes_vectors(folder) and read_pooling(folder, encoder=False).normalize
     mode = weight_mode(config.weights, folder)
     kv_name = kv_mode(config.kv, mode)
     kv_dtype = KV_DTYPES[kv_name]
@@ -99,12 +108,36 @@ def build_engine(
     def grammars() -> Grammars:
         return Grammars(tokenizer or Tokenizer.load(folder), model.vocab_size)
 
-    runner = ModelRunner(decoder, kernels, kv, model.vocab_size, tuple(config.adapters), Masks(grammars))
+    runner = ModelRunner(decoder, kernels, kv, model.vocab_size, tuple(config.adapters), Masks(grammars), normalize)
     scheduler = Scheduler(make_policy(config), memory.num_blocks, config.block_size, config.reuse)
     facts = EngineFacts(
         folder=folder, architecture=model.architecture, context=model.context, vocab_size=model.vocab_size,
         weights=mode, kv=kv_name, kernels=kernels.name, device=config.device, threads=torch.get_num_threads(),
         block_size=config.block_size, memory=memory, load_seconds=time.monotonic() - began,
+    )  # fmt: skip
+    return BuiltEngine(Engine(scheduler, runner, WallClock(), int(config.overlap)), facts, runner, kernels)
+
+
+def _build_encoder(config: EngineConfig, folder: Path, model: EncoderConfig, began: float) -> BuiltEngine:
+    """An engine over an encoder: whole texts, no keys and values. A block stands for a seat and holds any text."""
+    if config.policy != "auto" or config.adapters:
+        raise UsageError("an encoder takes neither a policy nor adapters: leave them out")
+    pooling = read_pooling(folder)
+    context = min(config.context or model.positions, pooling.most_tokens or model.positions, model.positions)
+    mode = weight_mode(config.weights, folder)
+    kernels = _load_kernels(config)
+    limit = Budget(max(config.step_tokens, context), config.max_sequences)
+    memory = plan_weights(
+        available_bytes(kernels.device), tensor_bytes(encoder_shapes(model), mode), 2 * limit.sequences
+    )
+    weights = load_encoder_weights(folder, model, *MODES[mode])
+    encoder = Encoder(model, weights, kernels, pooling.kind, pooling.normalize)
+    runner = EncoderRunner(encoder, kernels.device, model.vocab_size)
+    scheduler = Scheduler(WholePolicy(limit, context), memory.num_blocks, context, reuse=False)
+    facts = EngineFacts(
+        folder=folder, architecture=model.architecture, context=context, vocab_size=model.vocab_size, weights=mode,
+        kv="", kernels=kernels.name, device=config.device, threads=torch.get_num_threads(), block_size=context,
+        memory=memory, load_seconds=time.monotonic() - began,
     )  # fmt: skip
     return BuiltEngine(Engine(scheduler, runner, WallClock(), int(config.overlap)), facts, runner, kernels)
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from shoal.core.errors import UsageError
 
+BLOCK_SIZE = 32  # tokens in a KV block: small enough to share, large enough to read in a row
 WEIGHTS = ("auto", "fp32", "bf16", "int8", "int8+head", "int4", "int4+head", "int4-a16")
 KV = ("auto", "int8")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -32,7 +33,7 @@ class EngineConfig:
     kv: str = "auto"  # one of KV, how keys and values are kept; auto as they come: never rounded unasked
     kernels: str = "auto"  # backend of tensor functions; auto takes the fastest that the device has
     threads: int | None = None  # of the kernels; None takes OMP_NUM_THREADS or the number of cores
-    block_size: int = 32  # tokens in a KV block: small enough to share, large enough to read in a row; divides 256
+    block_size: int = BLOCK_SIZE  # divides 256
     memory_bytes: int | None = None  # of keys and values; None takes what is free beside the weights, less 1 GB
     context: int | None = None  # tokens of a prompt with its answer; None takes the model's own limit
     step_tokens: int = 2048  # computed in one step: past this a CPU step gains nothing, and decodes would wait longer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
@@ -34,7 +34,7 @@ class Answer(Enum):
     """What a request wants back."""
 
     TOKENS = "tokens"  # sampled tokens, with log-probabilities where asked
-    VECTOR = "vector"  # the hidden state of its last position
+    VECTOR = "vector"  # the hidden state of its last position, or what the model's own pooling makes of all
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ class StepResult:
     tokens: dict[int, list[int]]  # 1 … draft+1 sampled tokens of every slice that reached its sequence's end
     logprobs: dict[int, list[TokenScore]] = field(default_factory=dict)  # of the sampled tokens, where asked
     scores: dict[int, list[TokenScore]] = field(default_factory=dict)  # of prompt tokens, where asked
-    vectors: dict[int, list[float]] = field(default_factory=dict)
+    vectors: dict[int, Sequence[float]] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)  # tickets that cannot go on; their written KV is good
     seconds: float = 0.0
 
@@ -206,5 +206,5 @@ class Output:
     error: str = ""
     logprobs: list[TokenScore] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
-    vector: list[float] | None = None
+    vector: Sequence[float] | None = None
     timing: Mapping[str, float] | None = None  # with finish: arrival, start, first, end [s], cached, preemptions

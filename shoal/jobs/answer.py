@@ -5,16 +5,18 @@ It must not know how an answer was computed. A line is a function of the input l
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import msgspec
+import numpy as np
 
 from shoal.core.errors import RowError
 from shoal.core.types import Tokens, TokenScore
-from shoal.jobs.body import ChatBody
+from shoal.jobs.body import ChatBody, EmbeddingBody
 from shoal.jobs.logprobs import TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
 from shoal.jobs.schema import RowSpec, unwrap
 
@@ -43,6 +45,7 @@ class Sample:
     finish: Literal["stop", "length"]
     stop_reason: int | str | None = None  # the stop string or stop token of the row that ended it
     logprobs: Sequence[TokenScore] = ()  # of `tokens`, where the row asks
+    vector: Sequence[float] = ()  # of a row that asks for no text
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,13 @@ class AnswerWriter:
         if row.endpoint == "plain" and not self.envelopes:
             return msgspec.json.encode(_plain(row, answers))
         mark = self._mark(row.request)
-        body = self._chat(row, answers[0], mark) if isinstance(row.body, ChatBody) else self._text(row, answers, mark)
+        match row.body:
+            case EmbeddingBody():
+                body = self._vectors(row.body, answers)
+            case ChatBody():
+                body = self._chat(row, answers[0], mark)
+            case _:
+                body = self._text(row, answers, mark)
         response = {"status_code": 200, "request_id": f"req_{mark}", "body": body}
         return msgspec.json.encode(
             {"id": f"batch_req_{mark}", "custom_id": row.custom_id, "response": response, "error": None}
@@ -138,7 +147,7 @@ class AnswerWriter:
             choices.append(choice)
         reply = self._frame(row, "chat.completion", mark, choices, _usage((answers,)))
         if body.prompt_logprobs is not None:
-            reply["prompt_logprobs"] = prompt_logprobs(answers.scores, body.prompt_logprobs, names)
+            reply["prompt_logprobs"] = prompt_logprobs(1, answers.scores, body.prompt_logprobs, names)
         if body.return_token_ids:
             reply["prompt_token_ids"] = list(answers.prompt)
         return reply
@@ -149,23 +158,35 @@ class AnswerWriter:
         choices: list[dict[str, Any]] = []
         for number, answer in enumerate(answers):
             before = self._echo(row, number, answer.prompt)
-            echoed = answer.prompt if row.echo else answer.prompt[:0]
+            first = row.score_from  # what stands before it was computed with its block, and is not asked for
+            scored = answer.scores[first - len(answer.prompt) :] if 0 < first < len(answer.prompt) else ()
+            unscored = answer.prompt[: max(first, 0)] if row.echo else answer.prompt[:0]
             for sample in answer.samples:
-                scores = [*answer.scores, *sample.logprobs] if row.echo else sample.logprobs
+                scores = [*scored, *sample.logprobs] if row.echo else sample.logprobs
+                shown = completion_logprobs(unscored, scores, row.logprobs, names) if row.logprobs >= 0 else None
                 choice: dict[str, Any] = {
                     "index": len(choices),
                     "text": before + sample.text,
-                    "logprobs": completion_logprobs(echoed, scores, row.logprobs, names) if row.logprobs >= 0 else None,
+                    "logprobs": shown,
                     "finish_reason": sample.finish,
                     "stop_reason": sample.stop_reason,
                 }
                 if body.prompt_logprobs is not None:
-                    choice["prompt_logprobs"] = prompt_logprobs(answer.scores, body.prompt_logprobs, names)
+                    choice["prompt_logprobs"] = prompt_logprobs(first, scored, body.prompt_logprobs, names)
                 if body.return_token_ids:
                     choice["prompt_token_ids"] = list(answer.prompt)
                     choice["token_ids"] = list(sample.tokens)
                 choices.append(choice)
         return self._frame(row, "text_completion", mark, choices, _usage(answers))
+
+    def _vectors(self, body: EmbeddingBody, answers: Sequence[PromptAnswers]) -> dict[str, Any]:
+        data = [
+            {"object": "embedding", "index": index, "embedding": _vector(answer.samples[0].vector, body)}
+            for index, answer in enumerate(answers)
+        ]
+        tokens = _usage(answers)["prompt_tokens"]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return {"object": "list", "data": data, "model": body.model or self.model, "usage": usage}
 
     def _echo(self, row: RowSpec, number: int, prompt: Tokens) -> str:
         """The text of an echoed prompt: as given, where it was a text and none of it was cut off."""
@@ -182,6 +203,13 @@ def _usage(answers: Sequence[PromptAnswers]) -> dict[str, int]:
     prompt = sum(len(answer.prompt) for answer in answers)
     completion = sum(len(sample.tokens) for answer in answers for sample in answer.samples)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _vector(vector: Sequence[float], body: EmbeddingBody) -> list[float] | str:
+    """Its numbers, or the bytes of its numbers as little-endian float32 in base64."""
+    if body.encoding_format != "base64":
+        return list(vector)
+    return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()
 
 
 def _plain(row: RowSpec, answers: Sequence[PromptAnswers]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ It must not know what a field does to the answer. A field of type None is one th
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta, Raw
@@ -191,9 +191,28 @@ class CompletionBody(Body, frozen=True, forbid_unknown_fields=True, kw_only=True
     prompt: str | list[str | int | list[int]]
     logprobs: TopCount | None = None
     echo: bool | None = None
+    score_from: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None  # Shoal's own: what stands before is not scored
     best_of: int | None = None
     suffix: Annotated[str, Meta(max_length=0)] | None = None
 
+
+class EmbeddingBody(Body, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of /v1/embeddings. The input is what the prompt of a completion is; what makes a text has no meaning."""
+
+    input: str | list[str | int | list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1)] | None = None
+    echo: ClassVar[None] = None
+    logprobs: ClassVar[None] = None
+
+    @classmethod
+    def has(cls, name: str) -> bool:
+        """Whether a field means anything here."""
+        return name in _EMBEDDING or name in _IGNORED
+
+
+_EMBEDDING = frozenset("model input encoding_format dimensions truncate_prompt_tokens add_special_tokens".split())
+_IGNORED = frozenset(each.name for each in msgspec.structs.fields(Body) if isinstance(each.default, Raw))
 
 UNSUPPORTED = frozenset(
     "stream use_beam_search logits_processors logprob_token_ids prompt_embeds thinking_token_budget vllm_xargs"
@@ -203,5 +222,5 @@ UNSUPPORTED = frozenset(
 )
 """Fields that are known, and refused with any value that asks for something."""
 
-FIELDS = frozenset(ChatBody.__struct_fields__) | frozenset(CompletionBody.__struct_fields__)
+FIELDS = frozenset(name for body in (ChatBody, CompletionBody, EmbeddingBody) for name in body.__struct_fields__)
 """Every field that a body may have."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -24,7 +24,7 @@ from shoal.core.types import TOKEN, Tokens, TokenScore
 from shoal.jobs.answer import Sample
 from shoal.jobs.files import disk_errors, on_network, read_mounts
 
-NAME = "answers-1.db"  # the number is that of the entries' form
+NAME = "answers-2.db"  # the number is that of the entries' form
 CHECK = 16  # bytes of an entry's checksum
 PENDING_ENTRIES = 256
 PENDING_SECONDS = 0.5
@@ -44,6 +44,7 @@ class _Entry(msgspec.Struct, frozen=True, array_like=True):
     stop_reason: int | str | None
     logprobs: list[_Score]
     scores: list[_Score]
+    vector: bytes  # float32, as the machine has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ def pack(kept: Kept) -> bytes:
             sample.stop_reason,
             [(s.token, s.logprob, s.rank, s.top) for s in sample.logprobs],
             [(s.token, s.logprob, s.rank, s.top) for s in kept.scores],
+            array("f", sample.vector).tobytes(),
         )
     )
 
@@ -76,14 +78,15 @@ def pack(kept: Kept) -> bytes:
 def unpack(data: bytes) -> Kept:
     """What `pack` made into bytes."""
     entry = _decoder.decode(data)
-    tokens: Tokens = _tokens(entry.tokens)
+    tokens: Tokens = _numbers(TOKEN, entry.tokens)
     logprobs = [TokenScore(*score) for score in entry.logprobs]
-    sample = Sample(entry.text, tokens, entry.finish, entry.stop_reason, logprobs)
+    vector = _numbers("f", entry.vector) if entry.vector else ()
+    sample = Sample(entry.text, tokens, entry.finish, entry.stop_reason, logprobs, vector)
     return Kept(sample, [TokenScore(*score) for score in entry.scores])
 
 
-def _tokens(data: bytes) -> Tokens:
-    found = array(TOKEN)
+def _numbers(code: str, data: bytes) -> array[Any]:
+    found = array(code)
     found.frombytes(data)
     return found
 

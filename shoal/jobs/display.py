@@ -51,7 +51,9 @@ class PlanFacts:
             f"plan    {count(self.prompt_tokens)} prompt tokens, {count(self.prompt_bound)} to compute: "
             f"{percent(saved, self.prompt_tokens)} shared ({duration(self.seconds)})",
             f"memory  {size(self.kv_bytes)} for {count(self.kv_tokens)} tokens of keys and values"
-            + (f" in {self.kv}" if self.kv else ""),
+            + (f" in {self.kv}" if self.kv else "")
+            if self.kv_bytes or not self.kv_tokens
+            else "memory  no keys and values: whole texts, sorted by length",
         ]
         if self.copies:
             words.append(f"equal   {count(self.copies)} rows ask for what an earlier one asks for: they get its answer")

@@ -10,14 +10,16 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 import numpy as np
 
+from shoal.core.config import BLOCK_SIZE
 from shoal.core.errors import RowError
-from shoal.core.types import TOKEN, Constraint, Request, Sampling, Tokens, root_of
-from shoal.jobs.body import ChatBody, Message
+from shoal.core.types import TOKEN, Answer, Constraint, Request, Sampling, Tokens, root_of
+from shoal.jobs.body import ChatBody, EmbeddingBody, Message
+from shoal.jobs.embed import check_dimensions, check_kind, fit
 from shoal.jobs.keys import RequestKeys
 from shoal.jobs.schema import RowSpec, parse_line
 from shoal.jobs.settings import JobSettings
@@ -34,6 +36,9 @@ class TokenizerLike(Protocol):
 
     @property
     def hash(self) -> str: ...
+
+    @property
+    def num_after(self) -> int: ...
 
     def encode(self, text: str, special: bool = True) -> Tokens: ...
 
@@ -67,6 +72,8 @@ class Encoded(msgspec.Struct, frozen=True, gc=False):
     score_from: int  # as in Request
     key: int  # hash of its custom_id within this process; 0 for a plain row
     asks: list[bytes]  # a key for each prompt: equal keys have equal answers; empty where its place decides them
+    vector: bool = False  # its last position's hidden state is needed, though nothing is sampled from it
+    alone: bool = False  # its prompts take nothing from others
 
 
 class RowEncoder:
@@ -88,6 +95,11 @@ class RowEncoder:
         model = (self.model.context, self.model.vocab_size)
         files = (self.tokenizer.hash, self.template.hash if self.template else "")
         return hashlib.sha256(repr((files, model, self.settings)).encode()).hexdigest()
+
+    @property
+    def order(self) -> Literal["prefix", "length"]:
+        """In which order rows are served best: nothing is shared in an encoder, and texts of one length go together."""
+        return "length" if self.model.encoder else "prefix"
 
     def parse(self, raw: bytes | None) -> RowSpec:
         """The row of a line; raises RowError. None is a line that was too long to read."""
@@ -123,16 +135,21 @@ class RowEncoder:
         `index` is that of the first, `futures` has one for each: as in Request. Prompt tokens are scored once, for
         the first. Raises RowError only for a row that `encode` refuses too.
         """
+        if isinstance(row.body, EmbeddingBody):
+            future = futures[0] if futures is not None else None
+            id, adapter = f"{line}.{number}.0", self.settings.adapter(row.body)
+            nothing = Sampling(max_tokens=0)
+            return [Request(id, prompt, nothing, Answer.VECTOR, adapter=adapter, index=index, future=future)]
         sampling = self._sampling(line, row, number, len(prompt))
         constraint = self._constraint(row)
-        top = row.score_top
+        top, first = row.score_top, _computed_from(row.score_from)
         return [
             Request(
                 id=f"{line}.{number}.{sample}",
                 prompt=prompt,
                 sampling=dataclasses.replace(sampling, sample=sample) if sample else sampling,
                 constraint=constraint,
-                score_from=1 if top >= 0 and sample == 0 else -1,
+                score_from=first if sample == 0 else -1,
                 score_top=max(top, 0),
                 adapter=self.settings.adapter(row.body),
                 salt=row.body.cache_salt or "",
@@ -161,6 +178,7 @@ class RowEncoder:
         """The texts to tokenize, and whether the tokenizer adds its special tokens. Token-id prompts are not here."""
         body = row.body
         special = body.add_special_tokens
+        check_kind(body, self.model.vector, self.model.encoder)
         if isinstance(body, ChatBody):
             return [self._render(body)], bool(special)
         return [prompt for prompt in row.prompts if isinstance(prompt, str)], special is not False
@@ -204,6 +222,8 @@ class RowEncoder:
         body = row.body
         if prompts is None:
             prompts = [self._given_tokens(p) for p in row.prompts if not isinstance(p, str)]
+        if isinstance(body, EmbeddingBody):
+            return self._to_embed(row, body, prompts)
         limit = row.max_tokens
         cut = body.truncate_prompt_tokens
         if cut is not None:
@@ -214,6 +234,11 @@ class RowEncoder:
             room = min(room, self.model.context - len(prompt))
             self._check_length(len(prompt), limit, "messages" if isinstance(body, ChatBody) else "prompt")
             self._check_words(prompt, "messages" if isinstance(body, ChatBody) else "prompt")
+            if row.score_from > max(1, len(prompt) - 1):
+                raise RowError(
+                    f"score_from {row.score_from} is not inside a prompt of {len(prompt)} tokens: lower it",
+                    param="score_from",
+                )
         self._check_ids(row)
         self._constraint(row)
         answer = room if limit is None else limit
@@ -223,10 +248,22 @@ class RowEncoder:
             max_tokens=answer,
             expect=float(answer) if body.ignore_eos and not body.stop and not body.stop_token_ids else None,
             root=root_of(self.settings.adapter(body), body.cache_salt or ""),
-            score_from=1 if row.score_top >= 0 else -1,
+            score_from=_computed_from(row.score_from),
             key=0 if row.custom_id is None else hash(row.custom_id) or 1,
             asks=self._keys.of(self, row, prompts, self.model.context),
         )
+
+    def _to_embed(self, row: RowSpec, body: EmbeddingBody, prompts: list[Tokens]) -> Encoded:
+        """A row of texts that become vectors."""
+        check_dimensions(body, self.model.vector)
+        prompts = fit(body, row.prompts, prompts, self.model.context, self.tokenizer.num_after)
+        for prompt in prompts:
+            self._check_length(len(prompt), 0, "input")
+            self._check_words(prompt, "input")
+        key = 0 if row.custom_id is None else hash(row.custom_id) or 1
+        asks = self._keys.of(self, row, prompts, self.model.context)
+        root = root_of(self.settings.adapter(body), "")
+        return Encoded(prompts, 1, 0, 0.0, root, -1, key, asks, vector=True, alone=self.model.encoder)
 
     def _constraint(self, row: RowSpec) -> Constraint | None:
         """The row's constraint, the same object for rows that have the same; RowError if it cannot be kept."""
@@ -339,6 +376,12 @@ def _turn(message: Message) -> dict[str, str]:
         if value is not None:
             turn[name] = value
     return turn
+
+
+def _computed_from(score_from: int) -> int:
+    """The first position whose score is computed: where a block begins, for less than a block is never shared. The
+    scores before the one that the row asks for are left out of its answer."""
+    return 1 + (score_from - 1) // BLOCK_SIZE * BLOCK_SIZE if score_from >= 1 else -1
 
 
 def _first(own: float | None, default: float | None, neutral: float) -> float:

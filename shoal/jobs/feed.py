@@ -354,4 +354,4 @@ def _sample(part: _Part, output: Output) -> Sample:
         finish, reason = "stop", part.detok.stopped
     elif output.finish is Finish.STOP and part.tokens and part.tokens[-1] in (part.row.spec.body.stop_token_ids or ()):
         reason = part.tokens[-1]
-    return Sample("".join(part.text), part.tokens, finish, reason, part.logprobs)
+    return Sample("".join(part.text), part.tokens, finish, reason, part.logprobs, output.vector or ())

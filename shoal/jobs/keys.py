@@ -96,7 +96,7 @@ def _fields(kind: type[Body]) -> attrgetter[object]:
     names = [
         field.name
         for field in msgspec.structs.fields(kind)
-        if field.name not in ("messages", "prompt", "seed") and not isinstance(field.default, msgspec.Raw)
+        if field.name not in ("messages", "prompt", "input", "seed") and not isinstance(field.default, msgspec.Raw)
     ]
     return attrgetter(*names)
 

@@ -51,17 +51,18 @@ def chat_logprobs(scores: Sequence[TokenScore], top: int, names: TokenNames) -> 
 
 
 def completion_logprobs(
-    prompt: Tokens, scores: Sequence[TokenScore], top: int, names: TokenNames
+    unscored: Tokens, scores: Sequence[TokenScore], top: int, names: TokenNames
 ) -> dict[str, list[Any]]:
     """`choices[].logprobs` of a completion: of the echoed prompt tokens (none without echo), then of the produced.
 
-    The first token of a prompt has no log-probability: null. `top_logprobs` hold the token itself and the `top` best.
+    The first token of a prompt has no log-probability, nor have others that are `unscored`: null. `top_logprobs` hold
+    the token itself and the `top` best.
     """
-    texts = [names.name(token) for token in prompt[:1]] + [names.name(score.token) for score in scores]
+    texts = [names.name(token) for token in unscored] + [names.name(score.token) for score in scores]
     offsets = [0]
     for text in texts[:-1]:
         offsets.append(offsets[-1] + len(text))
-    nothing: list[Any] = [None] * len(prompt[:1])
+    nothing: list[Any] = [None] * len(unscored)
     return {
         "text_offset": offsets[: len(texts)],
         "token_logprobs": nothing + [max(score.logprob, LOWEST) for score in scores],
@@ -74,13 +75,16 @@ def _by_name(score: TokenScore, top: int, names: TokenNames) -> dict[str, float]
     """Tokens that read the same share a name: the likeliest of them has it."""
     best = {names.name(score.token): max(score.logprob, LOWEST)}
     for token, logprob in score.top[:top]:
-        best.setdefault(names.name(token), max(logprob, LOWEST))
+        name = names.name(token)
+        best[name] = max(best.get(name, LOWEST), logprob)
     return best
 
 
-def prompt_logprobs(scores: Sequence[TokenScore], top: int, names: TokenNames) -> list[dict[str, Any] | None]:
-    """vLLM's `prompt_logprobs`: null for the first token, then by token id the token itself and the `top` best."""
-    result: list[dict[str, Any] | None] = [None]
+def prompt_logprobs(
+    unscored: int, scores: Sequence[TokenScore], top: int, names: TokenNames
+) -> list[dict[str, Any] | None]:
+    """vLLM's `prompt_logprobs`: null for the first tokens, then by token id the token itself and the `top` best."""
+    result: list[dict[str, Any] | None] = [None] * unscored
     for score in scores:
         entries = {str(score.token): _ranked(score.token, score.logprob, score.rank, names)}
         for rank, (token, logprob) in enumerate(score.top[:top], 1):

@@ -26,7 +26,7 @@ from shoal.jobs.keys import SIZE as KEY
 from shoal.jobs.plan_arrange import arrange
 from shoal.jobs.plan_build import NO_KEY, Encoder, Source, collect
 
-Order = Literal["prefix", "input"]
+Order = Literal["prefix", "input", "length"]
 Staircase = tuple[tuple[int, int], ...]
 
 _WINDOW = 1024  # units read at once when the plan is walked

@@ -38,10 +38,16 @@ class _Facts:
 
 
 def arrange(units: npt.NDArray[Any], arena: Arena, order: str) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    """(arrays of the serving order and the known future, totals of the summary). `order` is "prefix" or "input"."""
+    """(arrays of the serving order and the known future, totals of the summary). `order` is "prefix", "input", or
+    "length" for prompts that share nothing: the longest first, those of one length in file order."""
     if not len(units):
         return _arrays(_NONE, _NONE, Staircases(np.zeros(1, dtype=np.int64), _NONE, _NONE)), _totals(units)
     facts = _facts(units, arena)
+    if order == "length":
+        served = np.argsort(-facts.prompts.length, kind="stable")
+        index = np.cumsum(facts.samples[served]) - facts.samples[served]
+        alone = Staircases(np.zeros(len(units) + 1, dtype=np.int64), _NONE, _NONE)
+        return _arrays(served, index, alone), _totals(units, int(facts.prompts.length.sum()))
     ranked = sort_prompts(facts.prompts)
     lcp = _neighbour_overlaps(facts.prompts, ranked)
     tree = build_tree(lcp)

@@ -60,6 +60,10 @@ class Encoded(Protocol):
     @property
     def key(self) -> int: ...  # hash of the row's custom_id; 0: it has none
     @property
+    def vector(self) -> bool: ...  # the last position's hidden state is needed, though nothing is sampled from it
+    @property
+    def alone(self) -> bool: ...  # its prompts take nothing from others
+    @property
     def asks(self) -> Sequence[bytes]: ...  # a key for each prompt, of KEY bytes; empty: nothing has the same answer
 
 
@@ -142,9 +146,9 @@ class _Tables:
         root = self._roots.setdefault(result.root, len(self._roots))
         expect = -1.0 if result.expect is None else result.expect
         self._answer_tokens += len(result.prompts) * result.samples * result.max_tokens
-        unsampled = result.max_tokens == 0  # then the last position's hidden state is not needed
+        unsampled = result.max_tokens == 0 and not result.vector  # then the last position's hidden state is not needed
         for number, prompt in enumerate(result.prompts):
-            reach = result.score_from - 1 if result.score_from >= 1 else -1
+            reach = 0 if result.alone else result.score_from - 1 if result.score_from >= 1 else -1
             length = len(prompt)
             facts = (row, number, length, length - unsampled, reach, result.samples, root, expect)
             _append(self.units, (arena.append(prompt), *facts))

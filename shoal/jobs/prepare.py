@@ -26,6 +26,7 @@ from shoal.jobs.state import HASHES, Begin, Manifest, StateFolder, hash_files, o
 from shoal.jobs.tables import Form, form_of
 from shoal.text.chat import ChatTemplate
 from shoal.text.checkpoint import ModelInfo, kv_mode, resolve_model, weight_mode
+from shoal.text.pooling import read_pooling
 from shoal.text.tokenizer import Tokenizer
 
 EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "i8mm")
@@ -136,11 +137,15 @@ def _manifest(
     model = [
         path for pattern in ("*.safetensors", "config.json", "generation_config.json") for path in folder.glob(pattern)
     ]
+    hashes = hash_files(model, state / HASHES, files)
+    if encoder.model.vector:
+        pooling = hash_files(read_pooling(folder, encoder.model.encoder).files, state / HASHES, files)
+        hashes |= {f"pooling {name}": digest for name, digest in pooling.items()}
     template = encoder.template.hash if encoder.template is not None else ""
     weights = weight_mode(options.weights, folder)
     return Manifest(
         input=source.fingerprint,
-        model=hash_files(model, state / HASHES, files),
+        model=hashes,
         tokenizer=encoder.tokenizer.hash,
         template=template,
         parameters={

@@ -138,7 +138,7 @@ class _Job:
 
     def _plan(self) -> Plan:
         job = self.job
-        order: PlanOrder = "input" if job.options.order is Order.INPUT else "prefix"
+        order: PlanOrder = "input" if job.options.order is Order.INPUT else job.encoder.order
         encoder = on_all_cores(job.encoder, job.info, job.source.size)
         with self.display:
             return build_plan(job.source, encoder, job.state.path, order, job.encoder.fingerprint, self._read)

@@ -5,7 +5,6 @@ It must not know the model: no tokens, no context length, no vocabulary.
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Annotated, Any, Literal
 
@@ -14,7 +13,8 @@ import numpy as np
 
 from shoal.core.errors import RowError
 from shoal.core.types import Constraint
-from shoal.jobs.body import FIELDS, UNSUPPORTED, ChatBody, CompletionBody, Message
+from shoal.jobs.body import FIELDS, ChatBody, CompletionBody, EmbeddingBody, Message
+from shoal.jobs.complain import UNKNOWN, explain, not_json, unsupported
 from shoal.jobs.constrain import wanted
 from shoal.jobs.prompt import DEFAULT_PROMPT
 from shoal.jobs.settings import JobSettings
@@ -25,9 +25,11 @@ SEQUENCE_LIMIT = 16_384  # prompts times n of one row: one line must not become 
 
 CHAT_URL = "/v1/chat/completions"
 COMPLETIONS_URL = "/v1/completions"
+EMBEDDINGS_URL = "/v1/embeddings"
 TEMPLATE_NAMES = frozenset("messages tools add_generation_prompt continue_final_message chat_template tokenize".split())
 
-Endpoint = Literal["chat", "completions", "plain"]
+Endpoint = Literal["chat", "completions", "embeddings", "plain"]
+AnyBody = ChatBody | CompletionBody | EmbeddingBody
 
 
 class RowSpec(msgspec.Struct, frozen=True):
@@ -35,7 +37,7 @@ class RowSpec(msgspec.Struct, frozen=True):
 
     custom_id: str | None  # None only for plain rows
     endpoint: Endpoint
-    body: ChatBody | CompletionBody
+    body: AnyBody
     request: bytes  # the request's own text: what ids are made from; for a retried line not the error line around it
     columns: dict[str, msgspec.Raw] | None = None  # of a plain row: each value as its line writes it
     line: int | None = None  # the line it had in the file where it first failed
@@ -47,13 +49,17 @@ class RowSpec(msgspec.Struct, frozen=True):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Prompts of a completion, texts or token ids; empty for a chat, whose one prompt the template makes."""
+        """What is given as texts or token ids, one by one; empty for a chat, whose one prompt the template makes."""
+        if isinstance(self.body, EmbeddingBody):
+            return prompt_list(self.body.input, "input")
         return prompt_list(self.body.prompt) if isinstance(self.body, CompletionBody) else []
 
     @property
     def max_tokens(self) -> int | None:
         """The row's own limit of tokens to produce; None if it gives none."""
         body = self.body
+        if isinstance(body, EmbeddingBody):
+            return 0
         if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
             return body.max_completion_tokens
         return body.max_tokens
@@ -88,6 +94,13 @@ class RowSpec(msgspec.Struct, frozen=True):
         wanted = -1 if self.body.prompt_logprobs is None else self.body.prompt_logprobs
         return max(wanted, self.logprobs) if self.echo else wanted
 
+    @property
+    def score_from(self) -> int:
+        """The first position of a prompt that is scored; -1: none is. The very first token has nothing before it."""
+        if self.score_top < 0:
+            return -1
+        return (isinstance(self.body, CompletionBody) and self.body.score_from) or 1
+
 
 class _Failed(msgspec.Struct, frozen=True):
     request: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
@@ -117,21 +130,19 @@ _envelope = msgspec.json.Decoder(_Envelope)
 _loose_envelope = msgspec.json.Decoder(_LooseEnvelope)
 _chat = msgspec.json.Decoder(ChatBody)
 _completion = msgspec.json.Decoder(CompletionBody)
+_embedding = msgspec.json.Decoder(EmbeddingBody)
+_REQUESTS: dict[str, tuple[Endpoint, msgspec.json.Decoder[Any]]] = {
+    CHAT_URL: ("chat", _chat),
+    COMPLETIONS_URL: ("completions", _completion),
+    EMBEDDINGS_URL: ("embeddings", _embedding),
+}
 _object = msgspec.json.Decoder(dict[str, Any])
 _failed_row = msgspec.json.Decoder(_FailedRow)
 _row = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _text = msgspec.json.Decoder(str)
 
-_PATH = re.compile(r"^(?P<what>.*?)(?: - at (?P<path>.*))?$", re.DOTALL)
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(.*)`")
-_ADVICE = {
-    ".role": "this version reads the roles system, developer, user and assistant",
-    ".type": "this version reads parts of text only",
-}
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 def parse_line(raw: bytes | None, settings: JobSettings) -> RowSpec:
@@ -152,7 +163,7 @@ def parse_line(raw: bytes | None, settings: JobSettings) -> RowSpec:
     except msgspec.ValidationError as error:
         raise explain(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _not_json(raw, error) from None
+        raise not_json(raw, error) from None
 
 
 def _check_depth(raw: bytes) -> None:
@@ -185,23 +196,24 @@ def _request_row(raw: bytes, settings: JobSettings, line: int | None = None) -> 
         )
     url = _check_envelope(envelope)
     assert isinstance(envelope.body, msgspec.Raw)
-    parsed: ChatBody | CompletionBody
+    endpoint, decoder = _REQUESTS[url]
+    parsed: AnyBody
     try:
-        parsed = _chat.decode(envelope.body) if url == CHAT_URL else _completion.decode(envelope.body)
+        parsed = decoder.decode(envelope.body)
     except msgspec.ValidationError as error:
         raise explain(error, "body") from None
     body = settings.complete(parsed)
-    row = RowSpec(envelope.custom_id, "chat" if url == CHAT_URL else "completions", body, raw, None, line or None)
+    row = RowSpec(envelope.custom_id, endpoint, body, raw, None, line or None)
     _check(row, settings)
     return row
 
 
 def _lenient_envelope(raw: bytes, error: msgspec.ValidationError) -> _Envelope:
     """Fields beside the known ones are a user's own notes, unless they belong into the body."""
-    unknown = _UNKNOWN.match(str(error))
+    unknown = UNKNOWN.match(str(error))
     if unknown is None:
         raise error
-    misplaced = sorted(set(_object.decode(raw)) & FIELDS - {"user", "metadata"})
+    misplaced = sorted(set(_object.decode(raw)) & FIELDS - {"user", "metadata", "input"})
     if misplaced:
         name = misplaced[0]
         raise RowError(f"{name!r} stands beside body: move it into body", "unknown_field", name)
@@ -248,9 +260,9 @@ def _check_envelope(envelope: _Envelope) -> str:
             )
     if envelope.method != "POST":
         raise RowError(f"method is {envelope.method!r}: it must be 'POST'", "invalid_method", "method")
-    if envelope.url not in (CHAT_URL, COMPLETIONS_URL):
+    if envelope.url not in _REQUESTS:
         raise RowError(
-            f"url {envelope.url!r} is not supported by this version: use {CHAT_URL} or {COMPLETIONS_URL}",
+            f"url {envelope.url!r} is not supported by this version: use one of {', '.join(_REQUESTS)}",
             "url_not_supported",
             "url",
         )
@@ -292,7 +304,10 @@ def _check(row: RowSpec, settings: JobSettings) -> None:
         raise RowError(f"the model {body.model!r} does not exist; this job serves {served}", "model_not_found", "model")
     for name in ("stream", "use_beam_search"):
         if getattr(body, name):
-            raise _unsupported(name)
+            raise unsupported(name)
+    if isinstance(body, EmbeddingBody):
+        _check_embedding(row, body)
+        return
     if isinstance(body, ChatBody):
         _check_chat(row, body)
     else:
@@ -306,7 +321,7 @@ def _check(row: RowSpec, settings: JobSettings) -> None:
 
 def _check_chat(row: RowSpec, body: ChatBody) -> None:
     if body.echo:
-        raise _unsupported("echo")
+        raise unsupported("echo")
     if body.top_logprobs and not body.logprobs:
         raise RowError("top_logprobs needs logprobs: true", param="top_logprobs")
     if body.continue_final_message and body.add_generation_prompt:
@@ -325,17 +340,29 @@ def _check_completion(row: RowSpec, body: CompletionBody) -> None:
         raise RowError(
             "best_of is not supported by this version: remove it, or set it to n", "not_supported", "best_of"
         )
-    prompts = prompt_list(body.prompt)
-    if len(prompts) * row.n > SEQUENCE_LIMIT:
+    if body.score_from is not None and row.score_top < 0:
+        raise RowError("score_from needs prompt_logprobs, or echo with logprobs", param="score_from")
+    _check_count(prompt_list(body.prompt), row.n, "prompt")
+
+
+def _check_embedding(row: RowSpec, body: EmbeddingBody) -> None:
+    for name in body.__struct_fields__:
+        if not body.has(name) and getattr(body, name) is not None:
+            raise RowError(f"{name!r} is not a field of this url: remove it", "unknown_field", name)
+    _check_count(row.prompts, 1, "input")
+
+
+def _check_count(prompts: list[str | list[int]], n: int, param: str) -> None:
+    if len(prompts) * n > SEQUENCE_LIMIT:
         raise RowError(
-            f"{len(prompts)} prompts times n={row.n} is more than {SEQUENCE_LIMIT} answers in one line: split the line",
+            f"{len(prompts)} prompts times n={n} is more than {SEQUENCE_LIMIT} answers in one line: split the line",
             "too_many_tasks",
-            "prompt",
+            param,
         )
 
 
-def prompt_list(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """The prompts of a completion one by one. Raises RowError for an empty list and for a mixture of kinds."""
+def prompt_list(prompt: str | list[str | int | list[int]], param: str = "prompt") -> list[str | list[int]]:
+    """Prompts (or inputs) one by one. Raises RowError for an empty list and for a mixture of kinds."""
     if isinstance(prompt, str):
         return [prompt]
     kinds = {type(item) for item in prompt}
@@ -344,48 +371,4 @@ def prompt_list(prompt: str | list[str | int | list[int]]) -> list[str | list[in
     if kinds == {str} or kinds == {list}:
         return prompt  # type: ignore[return-value]  # no ints in it
     problem = "mixes texts and token ids" if kinds else "is empty"
-    raise RowError(f"prompt {problem}: give a text, texts, token ids, or lists of token ids", param="prompt")
-
-
-def explain(error: msgspec.ValidationError, inside: str = "") -> RowError:
-    """A decoder's complaint as a message for the person who wrote the line; `inside` is where the object stands."""
-    match = _PATH.match(str(error))
-    assert match is not None, error
-    what, path = match["what"], (match["path"] or "").strip("`").replace("key` in `", "")
-    param = path.replace("$", "").lstrip(".")
-    unknown = _UNKNOWN.match(what)
-    if unknown is not None and unknown[1] in FIELDS:
-        return RowError(f"{unknown[1]!r} is not a field of this url: remove it", "unknown_field", unknown[1])
-    if unknown is not None:
-        near = difflib.get_close_matches(unknown[1], FIELDS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ", or correct its name"
-        where = ".".join(p for p in (inside, param) if p) or "the line"
-        return RowError(f"unknown field {unknown[1]!r} in {where}: remove it{hint}", "unknown_field", unknown[1])
-    if re.split(r"[.\[]", param)[-1 if param.startswith("messages") else 0] in UNSUPPORTED:
-        return _unsupported(param)
-    place = ".".join(p for p in (inside, param) if p) or "the line"
-    missing = _MISSING.match(what)
-    if missing is not None:
-        return RowError(f"{place}: {missing[1]!r} is missing: add it", "missing_field", missing[1])
-    advice = next((advice for end, advice in _ADVICE.items() if param.endswith(end)), "correct it")
-    return RowError(f"{place}: {what[0].lower()}{what[1:]}: {advice}", param=param or None)
-
-
-def _unsupported(name: str) -> RowError:
-    return RowError(
-        f"{name!r} is not supported by this version: remove it (the row is not answered, rather than answered wrongly)",
-        "not_supported",
-        name,
-    )
-
-
-def _not_json(raw: bytes, error: Exception) -> RowError:
-    if isinstance(error, UnicodeDecodeError):
-        return RowError(f"the line is not UTF-8 ({error.reason}): convert the file to UTF-8", "invalid_json_line")
-    if _SURROGATE.search(raw):
-        problem = "it may hold half of a surrogate pair (\\ud800 to \\udfff alone): write the character itself"
-    elif b"\0" in raw:
-        problem = "it holds NUL bytes: remove them"
-    else:
-        problem = "correct or remove the line"
-    return RowError(f"the line is not valid JSON ({error}): {problem}", "invalid_json_line")
+    raise RowError(f"{param} {problem}: give a text, texts, token ids, or lists of token ids", param=param)

@@ -9,19 +9,26 @@ from typing import Any, TypeVar
 import msgspec
 
 from shoal.core.errors import UsageError
-from shoal.jobs.body import FIELDS, Body, ChatBody, CompletionBody
+from shoal.jobs.body import FIELDS, Body, ChatBody, CompletionBody, EmbeddingBody
 from shoal.jobs.prompt import PromptTemplate
 
 B = TypeVar("B", bound=Body)
-OWN = frozenset(("messages", "prompt", "model"))  # what only a row itself can say
+OWN = frozenset(("messages", "prompt", "input", "model"))  # what only a row itself can say
 
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """Body fields for silent rows. The two kinds of body differ in a few types, so each has its own."""
+    """Body fields for silent rows. The kinds of body differ in a few types, so each has its own."""
 
     chat: tuple[tuple[str, Any], ...] = ()
     completions: tuple[tuple[str, Any], ...] = ()
+    embeddings: tuple[tuple[str, Any], ...] = ()
+
+    def of(self, body: Body) -> tuple[tuple[str, Any], ...]:
+        """Those for a body of this kind."""
+        if isinstance(body, EmbeddingBody):
+            return self.embeddings
+        return self.chat if isinstance(body, ChatBody) else self.completions
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +63,7 @@ class JobSettings:
 
     def complete(self, body: B) -> B:
         """The body with the job's defaults where it is silent."""
-        defaults = self.defaults.chat if isinstance(body, ChatBody) else self.defaults.completions
-        silent = {name: value for name, value in defaults if getattr(body, name) is None}
+        silent = {name: value for name, value in self.defaults.of(body) if getattr(body, name) is None}
         return msgspec.structs.replace(body, **silent) if silent else body
 
 
@@ -72,17 +78,20 @@ def parse_defaults(fields: Mapping[str, Any], adapters: Collection[str] = ()) ->
             raise UsageError(f"{name!r} cannot be a default for all rows: remove it, or correct its name")
     chat: dict[str, Any] = {}
     completions: dict[str, Any] = {}
+    embeddings: dict[str, Any] = {}
     for name, value in given.items():
         complaints = []
         for kind, own, values in (
             (ChatBody, {"messages": [{"role": "user", "content": ""}]}, chat),
             (CompletionBody, {"prompt": ""}, completions),
+            (EmbeddingBody, {"input": ""}, embeddings),
         ):
-            if name in kind.__struct_fields__ and value is not None:
+            means = EmbeddingBody.has(name) if kind is EmbeddingBody else name in kind.__struct_fields__
+            if means and value is not None:
                 try:
                     values[name] = getattr(msgspec.convert({**own, name: value}, kind), name)
                 except msgspec.ValidationError as error:
                     complaints.append(str(error))
-        if complaints and name not in chat and name not in completions:
+        if complaints and not any(name in values for values in (chat, completions, embeddings)):
             raise UsageError(f"the default {name}={value!r} cannot be: {complaints[0]}")
-    return Defaults(tuple(sorted(chat.items())), tuple(sorted(completions.items())))
+    return Defaults(*(tuple(sorted(values.items())) for values in (chat, completions, embeddings)))

@@ -210,6 +210,22 @@ class Kernels(Protocol):
         """Divide each row by its root mean square and scale it; any leading axes. The weight is float32."""
         ...
 
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        """Take each row's mean away, divide by what is left's root mean square, scale and shift. Both are float32."""
+        ...
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """Return x times the share of the normal distribution below x; its memory may be used for the result."""
+        ...
+
+    def attention_within(self, qkv_TW: Tensor, num_heads: int, lengths: Sequence[int], scale: float) -> Tensor:
+        """Let every token of a sequence attend to all of it; return [T, H * E].
+
+        A row is [H query heads | H key heads | H value heads], `lengths` are those of the sequences that follow each
+        other in T. It is fastest where equal lengths stand together.
+        """
+        ...
+
     def add(self, x_TD: Tensor, branch_TD: Tensor, factor: float = 1.0) -> Tensor:
         """Return x + branch * factor."""
         ...

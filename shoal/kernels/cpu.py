@@ -17,6 +17,7 @@ from shoal.kernels import _cpu
 from shoal.kernels.api import KV, Activation, Batch, Delta, Draws, Heads, LayerParts, Mode, Scores
 from shoal.kernels.cpu_deltas import Grouped, PackedDeltas
 from shoal.kernels.cpu_layers import PackedLinear, PreparedHeads, PreparedLayer, prepare_layer
+from shoal.kernels.cpu_within import attend_within
 from shoal.kernels.quantize import WIDEST, Quantized, pieces, quantize
 
 UNIT = 16  # positions: a page holds whole units
@@ -228,6 +229,23 @@ class CpuKernels:
         rows = x_TD.numel() // columns
         self._table.rms_norm(x_TD.data_ptr(), weight_D.data_ptr(), out_TD.data_ptr(), rows, columns, eps, wide)
         return out_TD
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        columns = x_TD.shape[-1]
+        assert weight_D.shape == bias_D.shape == (columns,) and x_TD.is_contiguous(), (x_TD.shape, weight_D.shape)
+        assert weight_D.dtype == bias_D.dtype == torch.float32, (weight_D.dtype, bias_D.dtype)
+        out_TD = torch.empty_like(x_TD)
+        addresses = (each.data_ptr() for each in (x_TD, weight_D, bias_D, out_TD))
+        self._table.layer_norm(*addresses, x_TD.numel() // columns, columns, eps, x_TD.dtype == torch.float32)
+        return out_TD
+
+    def gelu(self, x: Tensor) -> Tensor:
+        assert x.is_contiguous(), "tensors must be contiguous"
+        self._table.gelu(x.data_ptr(), x.data_ptr(), x.numel(), x.dtype == torch.float32)
+        return x
+
+    def attention_within(self, qkv_TW: Tensor, num_heads: int, lengths: Sequence[int], scale: float) -> Tensor:
+        return attend_within(qkv_TW, num_heads, lengths, scale)
 
     def add(self, x_TD: Tensor, branch_TD: Tensor, factor: float = 1.0) -> Tensor:
         assert x_TD.shape == branch_TD.shape and x_TD.dtype == branch_TD.dtype, (x_TD.shape, branch_TD.shape)

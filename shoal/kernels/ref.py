@@ -157,6 +157,18 @@ class RefKernels:
         mean_square = fold_sum(x * x) / x.shape[-1]
         return (x * torch.rsqrt(mean_square + eps)[..., None] * weight_D).to(x_TD.dtype)
 
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        x = x_TD.float()
+        x = x - (fold_sum(x) / x.shape[-1])[..., None]
+        return (x * torch.rsqrt(fold_sum(x * x) / x.shape[-1] + eps)[..., None] * weight_D + bias_D).to(x_TD.dtype)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (0.5 * wide * torch.erfc(wide * -math.sqrt(0.5))).to(x.dtype)
+
+    def attention_within(self, qkv_TW: Tensor, num_heads: int, lengths: Sequence[int], scale: float) -> Tensor:
+        return torch.cat([_attend_all(part, num_heads, scale) for part in qkv_TW.split(list(lengths))])
+
     def add(self, x_TD: Tensor | None, branch_TD: Tensor, factor: float = 1.0) -> Tensor:
         branch = branch_TD if factor == 1.0 else branch_TD * factor
         return branch if x_TD is None else x_TD + branch
@@ -252,3 +264,12 @@ class RefKernels:
         for src, dst, tokens in moves_M3.tolist():
             for pages in (kv.k, kv.v, *(kv.scales or ())):
                 pages[:, :, dst, :tokens] = pages[:, :, src, :tokens]
+
+
+def _attend_all(qkv_LW: Tensor, num_heads: int, scale: float) -> Tensor:
+    """One sequence, every token of which attends to every other: [L, H * E]."""
+    q, k, v = (part.unflatten(1, (num_heads, -1)).transpose(0, 1) for part in qkv_LW.float().chunk(3, dim=1))
+    scores_HLL = torch.bmm(q, k.transpose(1, 2)) * scale
+    weights_HLL = torch.exp(scores_HLL - scores_HLL.amax(dim=2, keepdim=True))
+    out_HLE = torch.bmm(weights_HLL, v) / fold_sum(weights_HLL)[..., None]
+    return out_HLE.transpose(0, 1).flatten(1).to(qkv_LW.dtype)

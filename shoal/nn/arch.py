@@ -115,11 +115,11 @@ FAMILIES: Mapping[str, _Family] = {
 _ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
 
 
-class _Raw:
-    """config.json with the family's defaults below it; every read is checked."""
+class Fields:
+    """config.json with an architecture's defaults below it; every read is checked."""
 
-    def __init__(self, values: Mapping[str, object], family: _Family) -> None:
-        self.values = {**family.defaults, **{k: v for k, v in values.items() if v is not None}}
+    def __init__(self, values: Mapping[str, object], defaults: Mapping[str, object]) -> None:
+        self.values = {**defaults, **{k: v for k, v in values.items() if v is not None}}
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.values.get(name, default)
@@ -158,6 +158,11 @@ def read_config(folder: str | Path, context: int | None = None) -> ModelConfig:
     `context` is how many positions will be used; None means max_position_embeddings. ModelError names what is
     unknown, missing or of the wrong type.
     """
+    return make_config(read_values(folder), context)
+
+
+def read_values(folder: str | Path) -> Mapping[str, object]:
+    """What config.json of a checkpoint folder holds. ModelError when it is not there or no JSON object."""
     path = Path(folder) / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -167,13 +172,13 @@ def read_config(folder: str | Path, context: int | None = None) -> ModelConfig:
         raise ModelError(f"{path}: is not JSON ({error})") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path}: must hold a JSON object")
-    return make_config(values, context)
+    return values
 
 
 def make_config(values: Mapping[str, object], context: int | None = None) -> ModelConfig:
     """Turn the contents of config.json into a ModelConfig. Errors as in `read_config`."""
     name, family, values = _find_family(values)
-    raw = _Raw(values, family)
+    raw = Fields(values, family.defaults)
     num_heads = raw.count("num_attention_heads")
     width = raw.count("hidden_size")
     head_dim = raw.count("head_dim", width // num_heads)
@@ -237,14 +242,14 @@ def _find_family(values: Mapping[str, object]) -> tuple[str, _Family, Mapping[st
     return kind, family, values
 
 
-def _read_activation(raw: _Raw) -> Activation:
+def _read_activation(raw: Fields) -> Activation:
     name = raw.values.get("hidden_activation", raw.values.get("hidden_act", "silu"))
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise ModelError(f"config.json: activation {name!r} is not supported: known are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
-def _read_layers(raw: _Raw, family: _Family) -> tuple[LayerConfig, ...]:
+def _read_layers(raw: Fields, family: _Family) -> tuple[LayerConfig, ...]:
     num_layers = raw.count("num_hidden_layers")
     window = 0
     optional = family.windows in ("upper", "unrotated") and not raw.flag("use_sliding_window")
@@ -267,7 +272,7 @@ def _read_layers(raw: _Raw, family: _Family) -> tuple[LayerConfig, ...]:
     return tuple(layers)
 
 
-def _usual_kind(raw: _Raw, family: _Family, index: int, rope: bool) -> str:
+def _usual_kind(raw: Fields, family: _Family, index: int, rope: bool) -> str:
     sliding = {
         "none": False,
         "all": True,
@@ -279,14 +284,14 @@ def _usual_kind(raw: _Raw, family: _Family, index: int, rope: bool) -> str:
     return "sliding_attention" if sliding else "full_attention"
 
 
-def _read_ropes(raw: _Raw, family: _Family, head_dim: int, trained: int, context: int) -> tuple[Rope, ...]:
+def _read_ropes(raw: Fields, family: _Family, head_dim: int, trained: int, context: int) -> tuple[Rope, ...]:
     """The rope of all layers, or of full and of windowed layers."""
     given = raw.group("rope_parameters") or raw.group("rope_scaling")
     both = given if "full_attention" in given else {"full_attention": given}
     common = {"rope_theta": raw.number("rope_theta", 10000.0)}
     if "partial_rotary_factor" in raw.values:
         common["partial_rotary_factor"] = raw.number("partial_rotary_factor")
-    whole = {**common, **_Raw(both, family).group("full_attention")}
+    whole = {**common, **Fields(both, family.defaults).group("full_attention")}
     if family.fused:
         whole["original_max_position_embeddings"] = raw.count("original_max_position_embeddings")
         if whole.get("rope_type", whole.get("type")) == "yarn":
@@ -294,6 +299,6 @@ def _read_ropes(raw: _Raw, family: _Family, head_dim: int, trained: int, context
     ropes = [make_rope(whole, head_dim, trained, context)]
     if family.local_rope:
         common["rope_theta"] = raw.number("rope_local_base_freq", 10000.0)
-        local = {**common, **_Raw(both, family).group("sliding_attention")}
+        local = {**common, **Fields(both, family.defaults).group("sliding_attention")}
         ropes.append(make_rope(local, head_dim, trained, context))
     return tuple(ropes)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -21,6 +22,7 @@ from shoal.core.errors import ModelError
 from shoal.kernels.api import Mode
 from shoal.kernels.quantize import weight_bytes
 from shoal.nn.arch import ModelConfig
+from shoal.nn.encoder_arch import EncoderConfig, encoder_shapes, may_be_left
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Names of the arithmetic of plain weights."""
@@ -49,7 +51,8 @@ MODES: Mapping[str, Arithmetic] = {
 always do: both are few in a large model, and the head decides between near tokens."""
 
 _READABLE = ("F32", "BF16", "F16")
-_PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.")
+_PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.", "bert.")
+_LAYER = re.compile(r"(encoder\.)?layers?\.")
 _FOREIGN = ("vision_tower.", "multi_modal_projector.")  # the picture half of a checkpoint whose text half we run
 _MAPPED_BYTES = 64 << 20  # read through one mapping of a file
 _CONVERT = (
@@ -92,18 +95,25 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def model_bytes(config: ModelConfig, arithmetic: str) -> int:
-    """Bytes of a loaded model's tensors in one of MODES."""
+def tensor_bytes(shapes: Mapping[str, tuple[int, ...]], arithmetic: str) -> int:
+    """Bytes of a loaded model's tensors of these shapes in one of MODES."""
     dtype, mode, head = MODES[arithmetic]
-    total = 0 if head == "plain" else weight_bytes(head, config.vocab_size, config.width)
-    for name, shape in expected_shapes(config).items():
+    total = 0
+    for name, shape in shapes.items():
         if name == "lm_head.weight" and head != "plain":
             continue
-        if mode != "plain" and name.startswith("layers.") and len(shape) == 2:
+        if mode != "plain" and _LAYER.match(name) and len(shape) == 2:
             total += weight_bytes(mode, shape[0], shape[1])
         else:
             total += dtype.itemsize * math.prod(shape)
     return total
+
+
+def model_bytes(config: ModelConfig, arithmetic: str) -> int:
+    """Bytes of a loaded decoder's tensors in one of MODES."""
+    head = MODES[arithmetic].head
+    kept = 0 if head == "plain" else weight_bytes(head, config.vocab_size, config.width)
+    return kept + tensor_bytes(expected_shapes(config), arithmetic)
 
 
 def norm_names(config: ModelConfig) -> tuple[str, ...]:
@@ -130,10 +140,10 @@ class Folding:
 class Weights:
     """Open files of a checkpoint whose tensors have all been checked; tensors are named without its prefix."""
 
-    def __init__(self, config: ModelConfig, arithmetic: Arithmetic, places: Mapping[str, _Place]) -> None:
+    def __init__(self, arithmetic: Arithmetic, places: Mapping[str, _Place], norm_offset: float = 0.0) -> None:
         self.dtype, self.mode, self.head_mode = arithmetic
         self.folding = Folding({}, {}, {})
-        self._offset = config.norm_offset
+        self._offset = norm_offset
         self._places = places
 
     def __contains__(self, name: str) -> bool:
@@ -215,8 +225,25 @@ def load_weights(
     `mode` is for the layers' linears. Nothing is converted or quantised before it is read.
     ModelError names the tensor that is missing, of another shape or type, or not part of the architecture.
     """
+    shapes = expected_shapes(config)
+    places = find_tensors(folder, shapes, lambda name: _may_be_left(name, config), config.architecture)
+    return Weights(Arithmetic(dtype, mode, head), places, config.norm_offset)
+
+
+def load_encoder_weights(
+    folder: str | Path, config: EncoderConfig, dtype: torch.dtype = torch.float32, mode: Mode = "plain",
+    head: Mode = "plain",
+) -> Weights:  # fmt: skip
+    """`load_weights` of an encoder, which has no head."""
+    places = find_tensors(folder, encoder_shapes(config), may_be_left, config.architecture)
+    return Weights(Arithmetic(dtype, mode, head), places)
+
+
+def find_tensors(
+    folder: str | Path, expected: Mapping[str, tuple[int, ...]], may_be_left: Callable[[str], bool], architecture: str
+) -> dict[str, _Place]:
+    """Where the expected tensors lie, all of them; others may be there only as `may_be_left` says."""
     places: dict[str, _Place] = {}
-    expected = expected_shapes(config)
     for path in _find_files(Path(folder)):
         try:
             file = _File(path)
@@ -228,9 +255,9 @@ def load_weights(
             if name in expected:
                 _check(path, stored, file.open.get_slice(stored), expected[name])
                 places[name] = _Place(file, stored)
-            elif not _may_be_left(name, config):
+            elif not may_be_left(name):
                 raise ModelError(
-                    f"{path}: tensor {stored} is not part of a {config.architecture} model as config.json describes "
+                    f"{path}: tensor {stored} is not part of a {architecture} model as config.json describes "
                     f"it, so its answers would be wrong; the folder may mix two checkpoints"
                 )
     missing = [name for name in expected if name not in places]
@@ -238,9 +265,9 @@ def load_weights(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(
             f"{folder}: tensor {missing[0]} with shape {list(expected[missing[0]])} is missing{more}; "
-            f"a {config.architecture} model as config.json describes it needs it"
+            f"a {architecture} model as config.json describes it needs it"
         )
-    return Weights(config, Arithmetic(dtype, mode, head), places)
+    return places
 
 
 def _find_files(folder: Path) -> list[Path]:

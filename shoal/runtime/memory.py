@@ -68,6 +68,16 @@ def plan_memory(
     return MemoryPlan(available, weights, RESERVE_BYTES, block, blocks, "memory" if blocks == free // block else "plan")
 
 
+def plan_weights(available: int, weights: int, seats: int) -> MemoryPlan:
+    """The plan of a model without keys and values. UsageError when its weights and the reserve do not fit."""
+    if weights + RESERVE_BYTES > available:
+        raise UsageError(
+            f"the model needs {_gb(weights + RESERVE_BYTES)} (weights {_gb(weights)}, reserve {_gb(RESERVE_BYTES)}); "
+            f"{_gb(available)} are available: take a smaller model or free memory"
+        )
+    return MemoryPlan(available, weights, RESERVE_BYTES, 0, seats, "plan")
+
+
 def available_bytes(device: torch.device) -> int:
     """Memory that this process may still take on the device."""
     if device.type == "cuda":

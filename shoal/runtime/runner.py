@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from shoal.nn.scores import score
 from shoal.runtime.batch import Layout, lay_out, moves_tensor
 
 _LOGIT_BYTES = 32 << 20  # of float32 logits at a time; reductions over them need about six times as much beside
+LEAST_NORM = 1e-12  # a vector shorter than this is divided by this, as torch's normalize does
 _TILE = 16  # rows of a matrix product: a multiple wastes none
 
 
@@ -75,13 +77,14 @@ class ModelRunner:
 
     def __init__(
         self, model: Model, kernels: Kernels, kv: KV, vocab_size: int, adapters: Sequence[str] = (),
-        masks: Masks | None = None,
+        masks: Masks | None = None, normalize: bool = False,
     ) -> None:  # fmt: skip
         """`adapters` are the names of the model's, by number; `masks` keep the constraints of requests: without them a
-        request that has one is refused."""
+        request that has one is refused. With `normalize` vectors have length 1."""
         self._adapters = {name: number for number, name in enumerate(adapters)}
         self._adapted: dict[int, int] = {}  # ticket -> number of its adapter; changed by `submit` alone
         self._model, self._kernels, self._kv, self._vocab_size = model, kernels, kv, vocab_size
+        self._normalize = normalize
         self._sampler = Sampler(vocab_size, kernels, masks)
         self._tickets: dict[int, _Ticket] = {}
         self._last: dict[int, int] = {}  # ticket -> the token it sampled last
@@ -197,9 +200,11 @@ class ModelRunner:
 
     def _vectors(self, hidden_RD: torch.Tensor, wishes: _Wishes, result: StepResult) -> None:
         for ticket, row in wishes.vector_rows.items():
-            vector = hidden_RD[row].float().tolist()
-            if all(map(math.isfinite, vector)):
-                result.vectors[ticket] = vector
+            vector = hidden_RD[row].double().cpu()
+            if self._normalize:
+                vector /= vector.norm().clamp_min(LEAST_NORM)
+            if bool(vector.isfinite().all()):
+                result.vectors[ticket] = array("f", vector.tolist())
             else:
                 result.errors[ticket] = "the model's hidden state is not finite: check the checkpoint"
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from shoal.core.errors import ModelError, UsageError
 from shoal.text.files import read_json
+from shoal.text.pooling import is_encoder, makes_vectors, read_pooling
 from shoal.text.tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "models" / "minnow"
@@ -94,6 +95,8 @@ class ModelInfo:
     eos: frozenset[int]
     sampling: Mapping[str, float]  # of generation_config.json, where it says: temperature, top_k, top_p, min_p, …
     max_tokens: int | None = None  # of generation_config.json
+    vector: int = 0  # numbers of the vectors that it makes; 0: it makes none
+    encoder: bool = False  # it makes no texts, and takes every text by itself
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer, context: int | None = None) -> ModelInfo:
@@ -106,6 +109,11 @@ class ModelInfo:
         trained = _count(described, "max_position_embeddings", 131072 if isinstance(inner, dict) else None)
         if context is not None and context < 1:
             raise UsageError(f"a context of {context} tokens holds nothing: give at least 1")
+        vector, encoder = 0, is_encoder(config)
+        if encoder or makes_vectors(folder):
+            vector = _count(described, "hidden_size", None)
+            trained = min(trained, read_pooling(folder, encoder).most_tokens or trained)
+            context = min(context or trained, trained)
         generation = read_json(folder / "generation_config.json")
         limit = generation.get("max_new_tokens")
         return cls(
@@ -115,6 +123,8 @@ class ModelInfo:
             eos=tokenizer.eos,
             sampling=_sampling(generation),
             max_tokens=limit if isinstance(limit, int) and limit > 0 else None,
+            vector=vector,
+            encoder=encoder,
         )
 
 

@@ -42,6 +42,7 @@ class Tokenizer:
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         ends_of_text = _ends(backend)
         self._before, self._after = ends_of_text or (array(TOKEN), array(TOKEN))
+        self.num_after = len(self._after)  # tokens that `special` puts behind every text
         self._words = words.word_encoder(backend) if ends_of_text is not None else None
 
     @classmethod

@@ -22,6 +22,7 @@ class ByteTokenizer:
 
     hash = "bytes"
     eos = frozenset((EOS,))
+    num_after = 0
 
     def encode(self, text: str, special: bool = True) -> array[int]:
         return array(TOKEN, [BOS] * special + [FIRST + b for b in text.encode()])

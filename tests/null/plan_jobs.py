@@ -37,6 +37,8 @@ class Encoded:
     max_tokens: int
     key: int
     asks: Sequence[bytes]
+    vector: bool = False
+    alone: bool = False
 
 
 @dataclass

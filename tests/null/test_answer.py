@@ -131,6 +131,29 @@ def test_echoed_prompts_are_scored_from_their_second_token() -> None:
     assert choice["text"] == "hey" and choice["logprobs"]["token_logprobs"] == [None, -1.0, -1.0]
 
 
+def test_what_stands_before_score_from_has_no_score() -> None:
+    prompt = ids("river")
+    scores = [score(t, -float(i), ((t, -float(i)),)) for i, t in enumerate(prompt) if i]
+    nothing = Sample("", ids(""), "length")
+    raw = line(prompt="river", echo=True, logprobs=1, max_tokens=0, score_from=3)
+    for known in (scores, scores[1:]):  # those of a whole block may have been computed
+        (choice,) = answer(raw, PromptAnswers(prompt, [nothing], known))["response"]["body"]["choices"]
+        assert choice["logprobs"]["tokens"] == list("river") and choice["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
+        assert choice["logprobs"]["token_logprobs"] == [None, None, None, -3.0, -4.0]
+        assert choice["logprobs"]["top_logprobs"] == [None, None, None, {"e": -3.0}, {"r": -4.0}]
+    raw = line(prompt="river", prompt_logprobs=0, score_from=4)
+    (choice,) = answer(raw, PromptAnswers(prompt, [sample("s")], scores))["response"]["body"]["choices"]
+    assert [each and each[str(prompt[4])]["logprob"] for each in choice["prompt_logprobs"]] == [None] * 4 + [-4.0]
+
+
+def test_of_tokens_that_read_the_same_the_likeliest_has_the_name() -> None:
+    """Whoever asks whether a token was the best compares its own value with the largest."""
+    halves = ids("éà")[1], ids("é")[0]  # parts of characters: both read as U+FFFD
+    one = Sample("x", ids("x"), "length", logprobs=[score(halves[0], -2.0, ((halves[1], -0.5),))])
+    (choice,) = answer(line(prompt="x", logprobs=1), PromptAnswers(ids("x"), [one]))["response"]["body"]["choices"]
+    assert choice["logprobs"]["token_logprobs"] == [-2.0] and choice["logprobs"]["top_logprobs"] == [{"\ufffd": -0.5}]
+
+
 def test_without_echo_only_produced_tokens_are_listed() -> None:
     raw = line(prompt="hey", logprobs=1)
     (choice,) = answer(raw, PromptAnswers(ids("hey"), [sample("ab")]))["response"]["body"]["choices"]

@@ -209,6 +209,19 @@ NB_MODULE(_cpu, m) {
              bool wide) { t.kernels->rms_norm(at(x), at<const float>(weight), at(y), rows, columns, eps, wide); },
           release())
       .def(
+          "layer_norm",
+          [](const Table &t, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y, int64_t rows, int64_t columns,
+             float eps, bool wide) {
+            t.kernels->layer_norm(at(x), at<const float>(weight), at<const float>(bias), at(y), rows, columns, eps, wide);
+          },
+          release())
+      .def(
+          "gelu",
+          [](const Table &t, uintptr_t x, uintptr_t y, int64_t count, bool wide) {
+            t.kernels->gelu(at(x), at(y), count, wide);
+          },
+          release())
+      .def(
           "add",
           [](const Table &t, uintptr_t x, uintptr_t branch, float factor, uintptr_t y, int64_t count, bool wide) {
             t.kernels->add(at(x), at(branch), factor, at(y), count, wide);

@@ -27,24 +27,24 @@ INLINE void store_some(T *p, vf v, int64_t count) {
   for (int64_t i = 0; i < count; i++) p[i] = lane[i];
 }
 
-// The sum of the squares: number i goes to lane i of CHAINS * LANES, lanes are folded by halves.
-template <class T>
-INLINE float sum_of_squares(const T *x, int64_t columns) {
+// The sum of what `add` makes of every number: number i goes to lane i of CHAINS * LANES, lanes are folded by halves.
+// `rest` stands where a row ends inside a vector: `add` adds nothing for it.
+template <class T, class Add>
+INLINE float sum_of(const T *x, int64_t columns, float rest, Add add) {
   vf chain[CHAINS] = {};
   int64_t i = 0;
   for (; i + CHAINS * LANES <= columns; i += CHAINS * LANES)
 #pragma GCC unroll 4
-    for (int64_t c = 0; c < CHAINS; c++) {
-      const vf v = load(x + i + c * LANES);
-      chain[c] = fma(v, v, chain[c]);
-    }
+    for (int64_t c = 0; c < CHAINS; c++) chain[c] = add(chain[c], load(x + i + c * LANES));
 #pragma GCC unroll 4
   for (int64_t c = 0; c < CHAINS; c++, i += LANES)
-    if (i < columns) {
-      const vf v = i + LANES <= columns ? load(x + i) : load_some(x + i, columns - i, 0);
-      chain[c] = fma(v, v, chain[c]);
-    }
+    if (i < columns) chain[c] = add(chain[c], i + LANES <= columns ? load(x + i) : load_some(x + i, columns - i, rest));
   return sum((chain[0] + chain[2]) + (chain[1] + chain[3]));
+}
+
+template <class T>
+INLINE float sum_of_squares(const T *x, int64_t columns) {
+  return sum_of(x, columns, 0, [](vf total, vf v) __attribute__((always_inline)) { return fma(v, v, total); });
 }
 
 template <class T>
@@ -58,6 +58,49 @@ void norm_rows(const T *x, const float *weight, T *y, int64_t rows, int64_t colu
     if (const int64_t rest = columns - whole)
       store_some(to + whole, load_some(from + whole, rest, 0) * scale * load_some(weight + whole, rest, 0), rest);
   });
+}
+
+template <class T>
+void layer_norm_rows(const T *x, const float *weight, const float *bias, T *y, int64_t rows, int64_t columns, float eps) {
+  const int64_t whole = columns - columns % LANES, rest = columns - whole;
+  for_each(rows, rows * columns > WORTH, [&](int64_t row) {
+    const T *from = x + row * columns;
+    T *to = y + row * columns;
+    const float mean =
+        sum_of(from, columns, 0, [](vf total, vf v) __attribute__((always_inline)) { return total + v; }) /
+        (float)columns;
+    const vf middle = splat(mean);
+    const float squares = sum_of(from, columns, mean, [&](vf total, vf v) __attribute__((always_inline)) {
+      return fma(v - middle, v - middle, total);
+    });
+    const vf scale = splat(1.0f / __builtin_sqrtf(squares / (float)columns + eps));
+    for (int64_t i = 0; i < whole; i += LANES)
+      store(to + i, fma((load(from + i) - middle) * scale, load(weight + i), load(bias + i)));
+    if (rest) {
+      const vf v = (load_some(from + whole, rest, 0) - middle) * scale;
+      store_some(to + whole, fma(v, load_some(weight + whole, rest, 0), load_some(bias + whole, rest, 0)), rest);
+    }
+  });
+}
+
+// v times the normal distribution's share below v: the larger of v and 0, less |v| / 2 * erfc(|v| / sqrt(2)), where
+// nothing cancels. erfc is Abramowitz and Stegun's 7.1.26: to 1.5e-7 of 1.
+INLINE vf gelu_of(vf v) {
+  const vf x = absolute(v);
+  const vf t = 1.0f / fma(x, splat(0.3275911f * 0.70710678f), splat(1.f));
+  vf p = splat(1.061405429f);
+  p = fma(p, t, splat(-1.453152027f));
+  p = fma(p, t, splat(1.421413741f));
+  p = fma(p, t, splat(-0.284496736f));
+  p = fma(p, t, splat(0.254829592f));
+  return larger(v, splat(0.f)) - (0.5f * x * t) * (p * exponential(x * x * -0.5f));
+}
+
+template <class T>
+void gelu_all(const T *x, T *y, int64_t count) {
+  const int64_t vectors = count / LANES, rest = count % LANES;
+  for_each(vectors, count > WORTH, [&](int64_t v) { store(y + v * LANES, gelu_of(load(x + v * LANES))); });
+  if (const int64_t i = vectors * LANES; rest) store_some(y + i, gelu_of(load_some(x + i, rest, 0)), rest);
 }
 
 template <class T>
@@ -126,6 +169,21 @@ void rms_norm(const void *x, const float *weight, void *y, int64_t rows, int64_t
     norm_rows((const float *)x, weight, (float *)y, rows, columns, eps);
   else
     norm_rows((const bf16 *)x, weight, (bf16 *)y, rows, columns, eps);
+}
+
+void layer_norm(const void *x, const float *weight, const float *bias, void *y, int64_t rows, int64_t columns, float eps,
+                bool wide) {
+  if (wide)
+    layer_norm_rows((const float *)x, weight, bias, (float *)y, rows, columns, eps);
+  else
+    layer_norm_rows((const bf16 *)x, weight, bias, (bf16 *)y, rows, columns, eps);
+}
+
+void gelu(const void *x, void *y, int64_t count, bool wide) {
+  if (wide)
+    gelu_all((const float *)x, (float *)y, count);
+  else
+    gelu_all((const bf16 *)x, (bf16 *)y, count);
 }
 
 void add(const void *x, const void *branch, float factor, void *y, int64_t count, bool wide) {

@@ -120,6 +120,11 @@ struct Kernels {
 
   // y[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight, in float, rounded once. x and y may be the same memory.
   void (*rms_norm)(const void *x, const float *weight, void *y, int64_t rows, int64_t columns, float eps, bool wide);
+  // y[r] = (x[r] - mean) / sqrt(mean((x[r] - mean)^2) + eps) * weight + bias, in float, rounded once.
+  void (*layer_norm)(const void *x, const float *weight, const float *bias, void *y, int64_t rows, int64_t columns,
+                     float eps, bool wide);
+  // y = x times the normal distribution's share below x, in float, rounded once. x and y may be the same memory.
+  void (*gelu)(const void *x, void *y, int64_t count, bool wide);
   // y = x + branch * factor
   void (*add)(const void *x, const void *branch, float factor, void *y, int64_t count, bool wide);
 

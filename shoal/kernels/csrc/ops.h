@@ -16,6 +16,9 @@ void gated_with(const Weight &gated, const Weight &sums, const Delta *, const Ad
 int64_t gated_rows(int64_t n);
 void apply_gate(const Weight &, const float *sums, int64_t rows, void *y);
 void rms_norm(const void *x, const float *weight, void *y, int64_t rows, int64_t columns, float eps, bool wide);
+void layer_norm(const void *x, const float *weight, const float *bias, void *y, int64_t rows, int64_t columns, float eps,
+                bool wide);
+void gelu(const void *x, void *y, int64_t count, bool wide);
 void add(const void *x, const void *branch, float factor, void *y, int64_t count, bool wide);
 void place(void *qkv, const Kernels::Heads &, const Pages &, const int64_t *position, const int64_t *slot,
            int64_t tokens);

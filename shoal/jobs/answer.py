@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from shoal.core.errors import RowError
+from shoal.core.errors import RowError, fault_of
 from shoal.core.types import Tokens, TokenScore
 from shoal.jobs.body import ChatBody
 from shoal.jobs.logprobs import TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
@@ -80,7 +80,8 @@ class AnswerWriter:
     def failure(self, line: int, raw: bytes | None, error: RowError) -> bytes:
         """The error line of an input line, good or bad; None is a line too long to read.
 
-        `x_shoal` holds the request, as text where it is not JSON, so that the line is a valid input.
+        `x_shoal` holds the request, as text where it is not JSON, so that the line is a valid input, and whose the
+        failure is.
         """
         request, first = (None, None) if raw is None else unwrap(raw)
         line = first or line
@@ -102,7 +103,7 @@ class AnswerWriter:
                 "custom_id": custom_id,
                 "response": reply,
                 "error": inner,
-                "x_shoal": {"line": line, "request": embedded},
+                "x_shoal": {"line": line, "fault": fault_of(error.code), "request": embedded},
             }
         )
 

@@ -17,6 +17,7 @@ import psutil  # type: ignore[import-untyped]
 
 from shoal import __version__
 from shoal.client import News, Ready
+from shoal.core.errors import fault_of
 from shoal.jobs.display import Progress
 from shoal.jobs.feed import Feed
 from shoal.jobs.files import disk_errors
@@ -236,10 +237,10 @@ def _rows_stats(results: Results) -> tuple[int, Reused, dict[str, Failures]]:
             free_output += noted["completion_tokens"] if status == "ok" else 0
         output += noted.get("completion_tokens", 0) if status == "ok" else 0
         if status != "ok":
-            code = noted.get("code", status)
+            code = noted.get("code", f"batch_{status}")
             known = errors.get(code)
             errors[code] = Failures(
                 known.count + 1 if known else 1, known.line if known else line,
-                known.message if known else noted.get("message", ""),
+                known.message if known else noted.get("message", ""), fault_of(code),
             )  # fmt: skip
     return output, Reused(copies, cached, free_prompt, free_output), errors

@@ -83,6 +83,7 @@ class Failures:
     count: int
     line: int
     message: str
+    fault: str = ""  # whose: yours, ours, transient
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,12 +239,20 @@ def facts(report: Report) -> list[tuple[str, str]]:
         pairs.insert(0, ("model", report.model + arithmetic))
     if interrupted:
         pairs.append(("runs", f"{report.runs}, with {report.engine_restarts} restarts of the engine"))
-    pairs += [(f"error {code}", f"{count(g.count)}, as line {g.line}: {g.message}") for code, g in errors(report)]
+    pairs += [
+        (f"error {code}", f"{count(g.count)}{fault_word(g)}, as line {g.line}: {g.message}")
+        for code, g in errors(report)
+    ]
     pairs += [
         ("written", f"{path}: {count(lines)} {'line' if lines == 1 else 'lines'}")
         for path, lines in report.files.items()
     ]
     return pairs
+
+
+def fault_word(group: Failures) -> str:
+    """Whose these failures are."""
+    return f" ({group.fault})" if group.fault else ""
 
 
 def errors(report: Report) -> list[tuple[str, Failures]]:

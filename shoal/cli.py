@@ -184,6 +184,24 @@ def run_batch(
 
 
 @app.command()
+def retry(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The output file of a job, or its state folder.")],
+    every: Annotated[bool, typer.Option("--all", help="Run lines again too that failed by their own fault.")] = False,
+    memory: Memory = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run the failed rows of a job again, and put what comes of them into both its files."""
+    from shoal.jobs.look import output_of  # here, so that --help stays quick
+    from shoal.jobs.retry import retry_job
+
+    with exit_codes():
+        change: dict[str, object] = {"quiet": quiet}
+        if memory is not None:
+            change["memory"] = parse_bytes(memory)
+        raise typer.Exit(retry_job(output_of(output), every, change, answer, Console(stderr=True)))
+
+
+@app.command()
 def report(
     output: Annotated[Path, typer.Argument(help="The output file of a job.")],
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,

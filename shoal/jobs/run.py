@@ -23,6 +23,7 @@ from shoal.jobs.engines import POLL, Engines, pause_after
 from shoal.jobs.feed import Ended, Feed, Known
 from shoal.jobs.files import DiskFiles, Files
 from shoal.jobs.meter import Meter
+from shoal.jobs.note import NOTE, note_of
 from shoal.jobs.options import JobOptions, Order
 from shoal.jobs.patience import Patience
 from shoal.jobs.plan import Order as PlanOrder
@@ -166,6 +167,9 @@ class _Job:
         results = open_results(
             job.state.path, job.options.output, job.errors, lines, order, self.files, self.clock, job.form
         )
+        note = note_of(job.options)
+        if results.journal.meta(NOTE) != note:
+            results.journal.set_meta(NOTE, note)
         return results
 
     def _refuse_malformed(self, plan: Plan) -> None:

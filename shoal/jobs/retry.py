@@ -1,0 +1,71 @@
+"""Running failed rows of a job again: which ones, and what the job forgets of them.
+
+It knows journals and faults; it must not know how rows are run: the job goes on with them as with any others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from shoal.core.errors import fault_of
+from shoal.jobs.files import DiskFiles, Files
+from shoal.jobs.journal import Journal, Status
+from shoal.jobs.look import View
+from shoal.jobs.note import options_of, read_note
+from shoal.jobs.options import JobOptions
+from shoal.jobs.prepare import errors_path
+from shoal.jobs.state import open_state
+from shoal.jobs.swap import NOTE, RUNNING
+from shoal.jobs.tables import form_of
+from shoal.jobs.units import count
+
+
+def code_of(status: Status, noted: dict[str, object]) -> str:
+    """The error code of a row that is not ok, by what the journal has of it."""
+    return str(noted.get("code", f"batch_{status}"))
+
+
+def failed_lines(journal: Journal, every: bool) -> Iterator[int]:
+    """Lines that failed by no fault of their own, or all that failed."""
+    for line, status, stats in journal.stats():
+        if status != "ok" and (every or fault_of(code_of(status, json.loads(stats))) != "yours"):
+            yield line
+
+
+def reopen(options: JobOptions, files: Files, every: bool) -> int | None:
+    """Have the job forget its failed rows, so that its next run answers them. Returns how many these are; None when an
+    earlier call has done so, and they have not all ended."""
+    one_file = options.one_file and form_of(options.output) == "jsonl"
+    with open_state(options.output, None if one_file else errors_path(options.output), files) as state:
+        journal = Journal(state.path)
+        try:
+            if journal.meta(NOTE):
+                return None
+            lines = list(failed_lines(journal, every))
+            if lines:
+                state.reopen()  # first: a job that is finished does not look into its journal
+                journal.reopen(lines, NOTE, RUNNING)
+            return len(lines)
+        finally:
+            journal.close()
+
+
+def retry_job(
+    output: Path, every: bool, change: dict[str, object], run: Callable[[JobOptions], int], console: Console
+) -> int:
+    """Run the failed rows of the job of `output` again, with the options it had but for `change`; the exit code."""
+    with View(output) as view:
+        note = read_note(view)
+    with options_of(note, output) as options:
+        options = replace(options, **change)  # type: ignore[arg-type]  # names and kinds are the command's
+        again = reopen(options, DiskFiles(), every)
+        if not options.quiet:
+            more = "" if every or again else ": failed lines that are left are yours; --all runs these too"
+            words = "failed rows of an earlier retry" if again is None else f"{count(again)} failed rows"
+            console.print(f"retry   {words} run again{more}", soft_wrap=True)
+        return run(options)

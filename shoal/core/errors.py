@@ -15,7 +15,7 @@ FAULTS: dict[str, Fault] = {
          "invalid_method", "url_not_supported", "invalid_request", "not_supported", "invalid_constraint",
          "duplicate_custom_id", "context_length_exceeded", "empty_prompt", "invalid_token", "too_many_tasks",
          "no_chat_template", "chat_template", "unsupported_content", "invalid_unicode", "model_not_found",
-         "request_missing"),
+         "request_missing", "row_timeout"),
         "yours",
     ),
     # It could be answered, here or with more memory.

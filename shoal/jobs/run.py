@@ -117,6 +117,7 @@ class _Job:
             self._refuse_malformed(plan)
         results = self._open(plan)
         try:
+            self.meter.note(self.job, plan, results)
             self.meter.resume(results)
             self._refuse_bad_rows(plan, results)
             self._check_budget(results)
@@ -124,6 +125,7 @@ class _Job:
             self.reuse = Reuse(feed, results, self.cache)
             with self.display:
                 self._recall(feed, results)
+                self.meter.note(self.job, feed.plan, results)
                 if results.status().answered < results.status().total and not (self.budget_hit or self.stop.asked):
                     self._start(plan if options.verify else feed.plan)
                     self._say_plan(feed.plan, results)
@@ -134,7 +136,7 @@ class _Job:
                 if finished and options.verify and not self.budget_hit:
                     finished = self._verify(plan, results)
                 self.display.show(self._progress(feed, results), last=True)
-            return self._end(feed.plan, results, finished)
+            return self._end(results, finished)
         finally:
             results.close()
             self.meter.close()
@@ -184,8 +186,11 @@ class _Job:
                 raw = self.job.source.read(row.offset, row.length)
                 self._fail(results, row.line, raw, row.error, {})
 
-    def _fail(self, results: Results, line: int, raw: bytes | None, error: RowError, stats: dict[str, object]) -> None:
-        payload = self.writer.failure(line, raw, error)
+    def _fail(
+        self, results: Results, line: int, raw: bytes | None, error: RowError, stats: dict[str, object],
+        had: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        payload = self.writer.failure(line, raw, error, had)
         noted = {**stats, "code": error.code, "message": str(error)[:500]}
         results.put(line, row_key(self.job.manifest, raw or b""), "failed", payload, noted)
 
@@ -279,6 +284,7 @@ class _Job:
             except EngineDied as death:
                 self._revive(plan, feed, results, death)
             self._pass_time(feed, results)
+            self._cancel_late(feed)
         if self.stop.asked and self.engines.backend is not None:
             try:
                 news = self.engines.backend.outputs(LAST_STEP)
@@ -286,6 +292,15 @@ class _Job:
                     self._take(news, feed, results)
             except EngineDied:
                 return  # its unfinished rows would have run again anyway
+
+    def _cancel_late(self, feed: Feed) -> None:
+        """Ask the engine to end what has run for longer than its row allows; it comes back with what it had."""
+        late = feed.late(self.clock.now())
+        try:
+            if late and self.engines.backend is not None:
+                self.engines.backend.cancel(late)
+        except EngineDied:
+            pass  # the next look for news finds it so too
 
     def _pass_time(self, feed: Feed, results: Results) -> None:
         """End some of the rows that are like another, and whatever is done by the clock."""
@@ -301,7 +316,7 @@ class _Job:
         self.display.show(self._progress(feed, results))
 
     def _take(self, news: News, feed: Feed, results: Results) -> None:
-        feed.started(news.started)
+        feed.started(news.started, self.clock.now())
         cancel: list[str] = []
         for output in news.outputs:
             ended, stopped = feed.take(output)
@@ -331,7 +346,7 @@ class _Job:
     def _put(self, results: Results, ended: Ended) -> None:
         self.meter.ended(ended.stats)
         if ended.error is not None:
-            self._fail(results, ended.line, ended.raw, ended.error, ended.stats)
+            self._fail(results, ended.line, ended.raw, ended.error, ended.stats, ended.had)
         else:
             self._greet(ended.spec.body.model)
             payload = self.writer.answer(ended.spec, ended.answers)
@@ -353,12 +368,12 @@ class _Job:
         status = results.status()
         return self.meter.progress(
             feed, status.total, status.answered, status.counts["failed"], status.written, status.waiting_for,
-            self.reuse.copies.left,
+            self.reuse.copies.left, self.clock.now(),
         )  # fmt: skip
 
     # -- the end -----------------------------------------------------------------------------------
 
-    def _end(self, plan: Plan, results: Results, finished: bool) -> int:
+    def _end(self, results: Results, finished: bool) -> int:
         status = results.status()
         code = _judge(self.job.options, status.counts["failed"], status.total)
         if not finished and code != BUDGET_HIT:
@@ -366,7 +381,7 @@ class _Job:
         self.engines.close()
         if self.cache is not None and self.cache.damaged:
             self.display.warn(f"{self.cache.damaged:,} damaged answers of the cache were removed, and not used")
-        report = self.meter.report(self.job, plan, results, finished, code, self.check)
+        report = self.meter.report(self.job, results, finished, code, self.check)
         write_report(report, self.job.state.path, self.files)
         if finished:
             self.job.state.finish(report.status)

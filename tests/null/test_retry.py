@@ -46,7 +46,13 @@ class Stumbles(InProcess):
         return news
 
 
-def retry(one: EchoJob, backend: InProcess | None = None, every: bool = False, out: Path | None = None) -> int:
+def retry(
+    one: EchoJob,
+    backend: InProcess | None = None,
+    every: bool = False,
+    out: Path | None = None,
+    timeout: float | None = None,
+) -> int:
     """`shoal retry`, over an engine that hashes."""
     console = Console(file=io.StringIO(), width=400)
 
@@ -54,7 +60,7 @@ def retry(one: EchoJob, backend: InProcess | None = None, every: bool = False, o
         return run_job(options, backend or echo_backend(), console)
 
     try:
-        return retry_job(output_of(out or one.out), every, {}, run, console)
+        return retry_job(output_of(out or one.out), every, {}, timeout, run, console)
     finally:
         one.said = console.file.getvalue()  # type: ignore[attr-defined]
 

@@ -284,7 +284,8 @@ class _Job:
             except EngineDied as death:
                 self._revive(plan, feed, results, death)
             self._pass_time(feed, results)
-            self._cancel_late(feed)
+            if self.check is None:  # what is compared may take its time
+                self._cancel_late(feed)
         if self.stop.asked and self.engines.backend is not None:
             try:
                 news = self.engines.backend.outputs(LAST_STEP)

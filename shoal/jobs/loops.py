@@ -24,6 +24,8 @@ class Rule:
 
     def period(self, tokens: Tokens) -> int:
         """The length of the piece that the text ends in, the shortest one; 0 when it does not loop."""
+        if len(tokens) < self.least:
+            return 0
         for period in range(self.shortest, min(self.longest, len(tokens) // self.times) + 1):
             stretch = max(self.times * period, self.least)
             if stretch > len(tokens):

@@ -90,3 +90,13 @@ def test_what_ran_out_of_time_is_a_request_that_can_be_run_as_it_is(job: Jobs) -
     run(one)
     again = job([json.dumps(line) for line in one.failures()])
     assert again.run() == 0 and again.answers()[0]["custom_id"] == "r2"
+
+
+def test_a_row_that_runs_much_longer_than_others_is_named_while_it_does(job: Jobs) -> None:
+    rows = [chat(i, max_tokens=6, temperature=0) for i in range(8)]
+    even, one = job(rows), job([*rows, chat(8, max_tokens=900, ignore_eos=True)])
+    assert run(even) == 0 and "has run for" not in even.said
+    assert run(one) == 0
+    named = [line for line in one.said.splitlines() if "has run for" in line]
+    assert len(named) > 2 and all("line 9 has run for" in line for line in named)
+    assert named[-1].endswith("of it with nothing left to start")

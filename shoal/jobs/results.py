@@ -83,6 +83,11 @@ class Results:
             if self._writer.due(now):
                 self._writer.checkpoint()
 
+    def keep(self) -> None:
+        """Make durable and write what was put so far, now."""
+        with self._careful():
+            self._commit(self._clock.now())
+
     def status(self) -> Progress:
         """Return how far the job is."""
         counts = self.journal.counts

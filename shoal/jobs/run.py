@@ -380,6 +380,7 @@ class _Job:
         if not finished and code != BUDGET_HIT:
             code = INTERRUPTED if self.stop.asked else BUDGET_HIT
         self.engines.close()
+        results.keep()  # the report counts what the journal has
         if self.cache is not None and self.cache.damaged:
             self.display.warn(f"{self.cache.damaged:,} damaged answers of the cache were removed, and not used")
         report = self.meter.report(self.job, results, finished, code, self.check)

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from shoal.core.errors import StateError, fault_of
+from shoal.jobs.journal import NAME as JOURNAL
 from shoal.jobs.journal import Status
 from shoal.jobs.look import View
 from shoal.jobs.report import NAME, Again, Failures, Report, Reused, Rows, Seconds, Slow, Tokens, read_report
@@ -98,6 +99,8 @@ def slow_row(line: int, noted: Mapping[str, float]) -> Slow:
 def look_report(output: Path) -> Report:
     """The report of the job that writes `output`, at this moment: running, ended, or killed."""
     folder = folder_of(output)
+    if (folder / NAME).is_file() and not (folder / JOURNAL).exists():
+        return read_report(output)
     with View(output) as view:
         noted = view.meta(FACTS)
         if noted is None:

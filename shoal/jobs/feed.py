@@ -111,11 +111,12 @@ class Feed:
         self.plan = plan
         self._units: Iterator[Unit] = plan.units_from(wanted=lambda number: not self._done(plan.line(number)))
 
-    def next(self) -> tuple[list[Request], frozenset[str]]:
-        """Requests to hand in now, and which of them to watch because their text may end them."""
+    def next(self, now: float) -> tuple[list[Request], frozenset[str]]:
+        """Requests to hand in now [s], and which of them to watch because their text may end them."""
         parts = [part for part in self._take() if not self._skipped(part.row)]
         for part in parts:
             self._parts[part.request.id] = part
+            part.handed = now
             self._unstarted.add(part.request.id)
             self.prompt_tokens += len(part.request.prompt)
         return [part.request for part in parts], frozenset(p.request.id for p in parts if p.watched)
@@ -232,6 +233,7 @@ class Feed:
             self._unstarted.discard(id)
             if (part := self._parts.get(id)) is not None:
                 self._watches.start(id, now, part.row.spec.body.timeout)
+                part.row.seconds["queue"] = max(part.row.seconds.get("queue", 0.0), now - part.handed)
         if self._exhausted and self._drained is None and not (self._unstarted or self._first or self._groups):
             self._drained = now
 
@@ -276,7 +278,6 @@ class Feed:
         row = part.row
         if output.timing is not None:
             timing = output.timing
-            row.seconds["queue"] = max(row.seconds.get("queue", 0.0), timing["start"] - timing["arrival"])
             row.seconds["first"] = max(row.seconds.get("first", 0.0), timing["first"] - timing["start"])
             row.seconds["run"] = max(row.seconds.get("run", 0.0), timing["end"] - timing["start"])
             row.cached += int(timing["cached"])

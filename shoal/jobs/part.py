@@ -30,6 +30,7 @@ class Part:
     detok: Detokenizer
     cancelled: bool = False  # we ended it; the engine may not know yet
     looped: bool = False
+    handed: float = 0.0  # when it was handed out [s]
     text: list[str] = field(default_factory=list)
     tokens: Tokens = field(default_factory=lambda: array(TOKEN))
     logprobs: list[TokenScore] = field(default_factory=list)

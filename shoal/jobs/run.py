@@ -266,7 +266,7 @@ class _Job:
                 assert self.engines.backend is not None
                 if self.job.options.order is not Order.FINISH:
                     feed.hurry(results.status().written)
-                requests, watched = feed.next()
+                requests, watched = feed.next(self.clock.now())
                 if requests:
                     self.engines.backend.submit(requests, watched)
                 while feed.ready:

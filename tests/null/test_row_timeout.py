@@ -93,7 +93,7 @@ def test_what_ran_out_of_time_is_a_request_that_can_be_run_as_it_is(job: Jobs) -
 
 
 def test_a_row_that_runs_much_longer_than_others_is_named_while_it_does(job: Jobs) -> None:
-    rows = [chat(i, max_tokens=6, temperature=0) for i in range(8)]
+    rows = [chat(i, max_tokens=2, temperature=0) for i in range(8)]
     even, one = job(rows), job([*rows, chat(8, max_tokens=900, ignore_eos=True)])
     assert run(even) == 0 and "has run for" not in even.said
     assert run(one) == 0

@@ -184,15 +184,36 @@ def run_batch(
 
 
 @app.command()
-def report(
-    output: Annotated[Path, typer.Argument(help="The output file of a job.")],
-    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+def retry(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The output file of a job, or its state folder.")],
+    every: Annotated[bool, typer.Option("--all", help="Run lines again too that failed by their own fault.")] = False,
+    timeout: Annotated[float | None, typer.Option(help="Seconds a row may run, of rows that do not say.")] = None,
+    memory: Memory = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Say what happened in a job, with counts that add up."""
-    from shoal.jobs.report import print_report, read_report, to_json  # here, so that --help stays quick
+    """Run the failed rows of a job again, and put what comes of them into both its files."""
+    from shoal.jobs.look import output_of  # here, so that --help stays quick
+    from shoal.jobs.retry import retry_job
 
     with exit_codes():
-        found = read_report(output)
+        change: dict[str, object] = {"quiet": quiet}
+        if memory is not None:
+            change["memory"] = parse_bytes(memory)
+        raise typer.Exit(retry_job(output_of(output), every, change, timeout, answer, Console(stderr=True)))
+
+
+@app.command()
+def report(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The output file of a job, or its state folder.")],
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say what has happened in a job, also while it runs, with counts that add up."""
+    from shoal.jobs.look import output_of  # here, so that --help stays quick
+    from shoal.jobs.report import print_report, to_json
+    from shoal.jobs.tally import look_report
+
+    with exit_codes():
+        found = look_report(output_of(output))
         if json:
             typer.echo(to_json(found))
         else:

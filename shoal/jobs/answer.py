@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 import numpy as np
 
-from shoal.core.errors import RowError
+from shoal.core.errors import RowError, fault_of
 from shoal.core.types import Tokens, TokenScore
 from shoal.jobs.body import ChatBody, EmbeddingBody
 from shoal.jobs.logprobs import TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
@@ -86,10 +86,11 @@ class AnswerWriter:
             {"id": f"batch_req_{mark}", "custom_id": row.custom_id, "response": response, "error": None}
         )
 
-    def failure(self, line: int, raw: bytes | None, error: RowError) -> bytes:
+    def failure(self, line: int, raw: bytes | None, error: RowError, had: Sequence[str] = ()) -> bytes:
         """The error line of an input line, good or bad; None is a line too long to read.
 
-        `x_shoal` holds the request, as text where it is not JSON, so that the line is a valid input.
+        `x_shoal` holds the request, as text where it is not JSON, so that the line is a valid input, and whose the
+        failure is. `had` are the texts that a row had come to when its time was up.
         """
         request, first = (None, None) if raw is None else unwrap(raw)
         line = first or line
@@ -105,13 +106,14 @@ class AnswerWriter:
             kind = "server_error" if status >= 500 else "invalid_request_error"
             detail = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
             reply = {"status_code": status, "request_id": f"req_{mark}", "body": {"error": detail}}
+        found = {"answers": list(had)} if had else {}
         return msgspec.json.encode(
             {
                 "id": f"batch_req_{mark}",
                 "custom_id": custom_id,
                 "response": reply,
                 "error": inner,
-                "x_shoal": {"line": line, "request": embedded},
+                "x_shoal": {"line": line, "fault": fault_of(error.code), **found, "request": embedded},
             }
         )
 

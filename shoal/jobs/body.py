@@ -68,6 +68,14 @@ class StructuredOutputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     backend: Raw = Raw()
 
 
+class RepetitionDetection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """vLLM's: an answer ends when a piece of so many tokens has come so many times over. 0 and 0 is none."""
+
+    max_pattern_size: Annotated[int, Meta(ge=0, le=4096)] = 0
+    min_pattern_size: Annotated[int, Meta(ge=0, le=4096)] = 0
+    min_count: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+
+
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A part of a message's content; only text is read."""
 
@@ -127,6 +135,8 @@ class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     guided_choice: list[str] | None = None
     guided_grammar: Word | None = None
     guided_whitespace_pattern: str | None = None
+    timeout: Annotated[float, Meta(gt=0.0)] | None = None
+    repetition_detection: RepetitionDetection | None = None
     # Refused unless they ask for nothing: honouring them in part would change what an answer means.
     stream: bool | None = None
     use_beam_search: bool | None = None
@@ -136,7 +146,6 @@ class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     thinking_token_budget: None = None
     vllm_xargs: NoObject | None = None
     kv_transfer_params: NoObject | None = None
-    repetition_detection: None = None
     # Ignored: they change neither the tokens nor their number.
     stream_options: Raw = Raw()
     user: Raw = Raw()
@@ -216,7 +225,7 @@ _IGNORED = frozenset(each.name for each in msgspec.structs.fields(Body) if isins
 
 UNSUPPORTED = frozenset(
     "stream use_beam_search logits_processors logprob_token_ids prompt_embeds thinking_token_budget vllm_xargs"
-    " kv_transfer_params repetition_detection echo tools tool_choice functions function_call modalities audio documents"
+    " kv_transfer_params echo tools tool_choice functions function_call modalities audio documents"
     " chat_template"
     " web_search_options verbosity mm_processor_kwargs media_io_kwargs suffix tool_calls tool_call_id refusal".split()
 )

@@ -16,7 +16,7 @@ from itertools import islice
 from shoal.jobs.feed import Ended, Feed
 
 SOME = 256  # copies made in one round, as many as are committed at once: the engine waits for nobody
-OURS = frozenset(("internal", "engine_died"))  # failures that a row may have had by bad luck
+LUCK = frozenset(("internal", "engine_died", "row_timeout"))  # failures that a row may have had by bad luck
 TRIES = 3  # rows of a group that may fail by bad luck before the others are not tried: each may cost two engines
 
 
@@ -57,7 +57,7 @@ class Copies:
         left = [row for row in self._left(original) if row != ended.row]
         if not left:
             return [ended]
-        if ended.error is not None and ended.error.code in OURS and self._tried(original, ended.row) < TRIES:
+        if ended.error is not None and ended.error.code in LUCK and self._tried(original, ended.row) < TRIES:
             self._run_instead(original, left[0])
             return [ended]
         self._groups.append(_Group(ended, iter(left)))

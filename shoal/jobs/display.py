@@ -63,6 +63,19 @@ class PlanFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Straggler:
+    """A row that runs for longer than others."""
+
+    line: int
+    seconds: float
+    alone: float = 0.0  # of them, those in which nothing else was left to start: what it costs the job
+
+    def __str__(self) -> str:
+        cost = f", {duration(self.alone)} of it with nothing left to start" if self.alone > 0 else ""
+        return f"line {count(self.line)} has run for {duration(self.seconds)}{cost}"
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """A job at one moment. All counts are totals since this run began, rows apart."""
 
@@ -78,6 +91,8 @@ class Progress:
     work_left: int | None = None  # tokens still to compute: planned prompts and predicted answers; None: unknown
     kv_used: int = 0  # bytes
     kv_total: int = 0  # bytes
+    looped: int = 0  # rows that were cut off while they repeated themselves
+    straggler: Straggler | None = None  # the row that runs much longer than others have
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +138,8 @@ def rows_words(progress: Progress) -> str:
         words += f", {count(progress.rows_written)} written"
         if progress.waiting_for is not None:
             words += f" (waiting for line {count(progress.waiting_for)})"
+    if progress.looped:
+        words += f", {count(progress.looped)} repeat themselves"
     return words
 
 
@@ -145,7 +162,8 @@ def left_words(rates: Rates) -> str:
 def plain_line(progress: Progress, rates: Rates) -> str:
     """Everything in one line, for logs."""
     return "; ".join(
-        [rows_words(progress), token_words(progress, rates), memory_words(progress), left_words(rates)],
+        [rows_words(progress), token_words(progress, rates), memory_words(progress), left_words(rates)]
+        + ([str(progress.straggler)] if progress.straggler else []),
     )
 
 
@@ -154,7 +172,9 @@ def picture(progress: Progress, rates: Rates) -> Group:
     bar = Table.grid(padding=(0, 1))
     bar.add_row(ProgressBar(total=max(progress.rows_total, 1), completed=progress.rows_done, width=30),
                 Text(rows_words(progress)))  # fmt: skip
-    return Group(bar, Text(token_words(progress, rates)), Text(f"{memory_words(progress)}, {left_words(rates)}"))
+    last = f"{memory_words(progress)}, {left_words(rates)}"
+    last += f"; {progress.straggler}" if progress.straggler else ""
+    return Group(bar, Text(token_words(progress, rates)), Text(last))
 
 
 class Display:

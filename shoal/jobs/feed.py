@@ -5,49 +5,32 @@ It knows the plan, the rows' words and the engine's answers; it must not know wh
 
 from __future__ import annotations
 
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from shoal.core.errors import RowError, StateError
-from shoal.core.types import TOKEN, Finish, Output, Request, Tokens, TokenScore
+from shoal.core.types import Finish, Output, Request, Tokens, TokenScore
 from shoal.jobs.answer import PromptAnswers, Sample
 from shoal.jobs.cache import Kept
+from shoal.jobs.display import Straggler
 from shoal.jobs.encode import RowEncoder
+from shoal.jobs.part import Part, row_error
 from shoal.jobs.plan import Plan, Unit
 from shoal.jobs.read import Source
 from shoal.jobs.schema import RowSpec
+from shoal.jobs.watches import Watches
 from shoal.text.detok import Detokenizer
 from shoal.text.tokenizer import Tokenizer
 
 WINDOW = 1024  # requests that wait in the engine: enough to choose from, few enough to look at in every step
 QUARANTINE = 8  # after a death, the rows that were in the engine come back in about so many groups
 
-EXHAUSTED = "kv_exhausted: "
-CONSTRAINT = "constraint: "
-
 Known = Callable[[bytes, int], Kept | None]  # the sample of this number of requests with this key
 
 
 @dataclass(slots=True)
-class _Part:
-    """One request in flight, and what has come of it."""
-
-    row: _Row
-    number: int  # of the prompt within the row
-    request: Request
-    detok: Detokenizer
-    cancelled: bool = False  # a stop string ended it; the engine may not know yet
-    text: list[str] = field(default_factory=list)
-    tokens: Tokens = field(default_factory=lambda: array(TOKEN))
-    logprobs: list[TokenScore] = field(default_factory=list)
-    scores: list[TokenScore] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Row:
+class Row:
     """One row in flight."""
 
     number: int  # from 0 in the plan
@@ -64,6 +47,8 @@ class _Row:
     cached: int = 0  # prompt tokens
     kept: int = 0  # samples that were not computed
     preemptions: int = 0
+    loop: int = 0  # period of an answer that was cut off while it repeated itself
+    late: bool = False  # it has run for too long: what is left of it is not run
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +63,7 @@ class Ended:
     error: RowError | None
     stats: dict[str, object]
     asks: tuple[bytes, ...] = ()  # keys of the prompts' requests; empty where nothing has the same answer
+    had: tuple[str, ...] = ()  # of a row that ran for too long: its texts so far
 
 
 class Feed:
@@ -101,11 +87,13 @@ class Feed:
         self._ahead: set[int] = set()  # positions of units that were taken before their turn
         self._gap = 0  # row: those from the one that holds back the output up to here have ended
         self._hurried = -1  # row that was last moved up
-        self._rows: dict[int, _Row] = {}
-        self._parts: dict[str, _Part] = {}
+        self._rows: dict[int, Row] = {}
+        self._parts: dict[str, Part] = {}
         self._unstarted: set[str] = set()
-        self._first: deque[_Part] = deque()  # to be handed out before anything new
-        self._groups: deque[list[_Part]] = deque()  # suspects: each group runs with nobody else in the engine
+        self._watches = Watches()
+        self._drained: float | None = None  # when the last request had started
+        self._first: deque[Part] = deque()  # to be handed out before anything new
+        self._groups: deque[list[Part]] = deque()  # suspects: each group runs with nobody else in the engine
         self._quarantine = False
         self._exhausted = False
         self.prompt_tokens = 0  # of requests handed out
@@ -123,14 +111,15 @@ class Feed:
         self.plan = plan
         self._units: Iterator[Unit] = plan.units_from(wanted=lambda number: not self._done(plan.line(number)))
 
-    def next(self) -> tuple[list[Request], frozenset[str]]:
-        """Requests to hand in now, and which of them to watch because a stop string may end them."""
-        parts = self._take()
+    def next(self, now: float) -> tuple[list[Request], frozenset[str]]:
+        """Requests to hand in now [s], and which of them to watch because their text may end them."""
+        parts = [part for part in self._take() if not self._skipped(part.row)]
         for part in parts:
             self._parts[part.request.id] = part
+            part.handed = now
             self._unstarted.add(part.request.id)
             self.prompt_tokens += len(part.request.prompt)
-        return [part.request for part in parts], frozenset(p.request.id for p in parts if p.row.spec.stop)
+        return [part.request for part in parts], frozenset(p.request.id for p in parts if p.watched)
 
     def hurry(self, written: int) -> None:
         """With so many rows written, in input order: if the next alone holds back more than half the file, hand it
@@ -157,14 +146,14 @@ class Feed:
         """Hand out these instead of what the plan has left."""
         self._units = units
 
-    def _take(self) -> list[_Part]:
+    def _take(self) -> list[Part]:
         if self._groups or self._quarantine:
             if self._parts:
                 return []
             self._quarantine = bool(self._groups)
             if self._groups:
                 return self._groups.popleft()
-        parts: list[_Part] = []
+        parts: list[Part] = []
         if len(self._unstarted) > WINDOW // 2:
             return parts
         while len(self._unstarted) + len(parts) + len(self.ready) < WINDOW and (self._first or not self._exhausted):
@@ -182,22 +171,30 @@ class Feed:
                 parts += self._open(unit)
         return parts
 
-    def _open(self, unit: Unit) -> list[_Part]:
+    def _open(self, unit: Unit) -> list[Part]:
         row = self._rows.get(unit.row)
         if row is None:
             line, raw, spec = self.read(unit.row)
-            row = self._rows[unit.row] = _Row(unit.row, line, raw, spec, self.plan.row(unit.row).prompts * spec.n)
+            row = self._rows[unit.row] = Row(unit.row, line, raw, spec, self.plan.row(unit.row).prompts * spec.n)
         row.prompts[unit.prompt] = unit.tokens
         if unit.ask:
             row.asks[unit.prompt] = unit.ask
         requests = self.encoder.requests(row.line, row.spec, unit.prompt, unit.tokens, unit.index, unit.futures)
         return [
-            _Part(row, unit.prompt, request, self._detokenizer(row.spec))
+            Part(row, unit.prompt, request, self._detokenizer(row.spec))
             for sample, request in enumerate(requests)
-            if not self._recalled(row, unit, sample)
+            if not self._recalled(row, unit, sample) and not self._skipped(row)
         ]
 
-    def _recalled(self, row: _Row, unit: Unit, sample: int) -> bool:
+    def _skipped(self, row: Row) -> bool:
+        """Whether a request is not to be run because its row has run for too long; it is over then."""
+        if row.late:
+            row.left -= 1
+            if row.left == 0:
+                self.ready.append(self._close(row))
+        return row.late
+
+    def _recalled(self, row: Row, unit: Unit, sample: int) -> bool:
         """Whether a sample need not be computed; it is then among those of its row."""
         kept = self._known(unit.ask, sample) if self._known is not None and unit.ask else None
         if kept is None:
@@ -230,63 +227,72 @@ class Feed:
 
     # -- back --------------------------------------------------------------------------------------
 
-    def started(self, ids: Iterable[str]) -> None:
-        """These requests run now."""
+    def started(self, ids: Iterable[str], now: float) -> None:
+        """These requests run from now [s] on."""
         for id in ids:
             self._unstarted.discard(id)
+            if (part := self._parts.get(id)) is not None:
+                self._watches.start(id, now, part.row.spec.body.timeout)
+                part.row.seconds["queue"] = max(part.row.seconds.get("queue", 0.0), now - part.handed)
+        if self._exhausted and self._drained is None and not (self._unstarted or self._first or self._groups):
+            self._drained = now
+
+    def late(self, now: float) -> list[str]:
+        """Requests to cancel because they, or others of their rows, have run for longer than their rows allow."""
+        cancel: list[str] = []
+        for id in self._watches.late(now):
+            row = self._parts[id].row
+            if not row.late:
+                row.late = True
+                words = f"the row ran for more than the {row.spec.body.timeout:g} s of its timeout"
+                row.error = row.error or RowError(words, "row_timeout", "timeout")
+                cancel += [id for id, part in self._parts.items() if part.row is row and not part.cancelled]
+        return cancel
+
+    def straggler(self, now: float) -> Straggler | None:
+        """The row that has run longest of those that run."""
+        oldest = self._watches.oldest(now)
+        if oldest is None:
+            return None
+        alone = 0.0 if self._drained is None else min(now - self._drained, oldest[1])
+        return Straggler(self._parts[oldest[0]].row.line, oldest[1], alone)
 
     def take(self, output: Output) -> tuple[Ended | None, list[str]]:
         """News of one request: the row that it completes, if it does, and requests to cancel."""
         part = self._parts.get(output.id)
         if part is None:
             return None, []  # of an engine that has died since, or of a row that failed
-        stop_token = output.finish is Finish.STOP and bool(output.tokens)
-        self._extend(part, output, stop_token)
+        part.extend(output)
         cancel: list[str] = []
-        if part.detok.stopped is not None and output.finish is None and not part.cancelled:
+        if part.over and output.finish is None and not part.cancelled:
             part.cancelled = True
             cancel.append(output.id)
         if output.finish is None:
             return None, cancel
         del self._parts[output.id]
         self._unstarted.discard(output.id)
+        self._watches.stop(output.id)
         return self._end(part, output), cancel
 
-    def _extend(self, part: _Part, output: Output, stop_token: bool) -> None:
-        if part.detok.stopped is not None:
-            return
-        body = part.row.spec.body
-        shown = output.tokens[:-1] if stop_token and not body.include_stop_str_in_output else output.tokens
-        part.text.append(part.detok.push(shown))
-        part.scores += output.scores
-        if part.detok.stopped is not None:
-            used = part.detok.num_tokens - len(part.tokens)
-            part.tokens.extend(output.tokens[:used])
-            part.logprobs += output.logprobs[:used]
-        else:
-            part.tokens.extend(output.tokens)
-            part.logprobs += output.logprobs
-
-    def _end(self, part: _Part, output: Output) -> Ended | None:
+    def _end(self, part: Part, output: Output) -> Ended | None:
         row = part.row
         if output.timing is not None:
             timing = output.timing
-            row.seconds["queue"] = max(row.seconds.get("queue", 0.0), timing["start"] - timing["arrival"])
             row.seconds["first"] = max(row.seconds.get("first", 0.0), timing["first"] - timing["start"])
             row.seconds["run"] = max(row.seconds.get("run", 0.0), timing["end"] - timing["start"])
             row.cached += int(timing["cached"])
             row.preemptions += int(timing["preemptions"])
-        if output.finish in (Finish.REJECT, Finish.ERROR) and part.detok.stopped is None:
-            row.error = row.error or _row_error(output.error)
+        if output.finish in (Finish.REJECT, Finish.ERROR) and not part.over:
+            row.error = row.error or row_error(output.error)
         else:
-            part.text.append(part.detok.finish())
-            row.samples[part.number, part.request.sampling.sample] = _sample(part, output)
+            sample = row.samples[part.number, part.request.sampling.sample] = part.sample(output)
+            row.loop = max(row.loop, part.period(sample))
             if part.scores:
                 row.scores[part.number] = part.scores
         row.left -= 1
         return self._close(row) if row.left == 0 else None
 
-    def _close(self, row: _Row) -> Ended:
+    def _close(self, row: Row) -> Ended:
         del self._rows[row.number]
         answers: tuple[PromptAnswers, ...] = ()
         if row.error is None:
@@ -307,8 +313,11 @@ class Feed:
         }
         if row.kept:
             stats["kept_samples"] = row.kept
+        if row.loop:
+            stats["loop_period"] = row.loop
         asks = tuple(row.asks[number] for number in sorted(row.asks))
-        return Ended(row.number, row.line, row.raw, row.spec, answers, row.error, stats, asks)
+        had = tuple(row.samples[place].text for place in sorted(row.samples)) if row.late else ()
+        return Ended(row.number, row.line, row.raw, row.spec, answers, row.error, stats, asks, had)
 
     # -- a dead engine -----------------------------------------------------------------------------
 
@@ -319,6 +328,7 @@ class Feed:
         parts = list(self._parts.values())
         self._parts.clear()
         self._unstarted.clear()
+        self._watches.clear()
         lines = list(dict.fromkeys(part.row.line for part in parts))  # in plan order, to share prefixes
         size = max(1, -(-len(lines) // QUARANTINE))
         for first in range(0, len(lines), size):
@@ -327,8 +337,8 @@ class Feed:
         self._quarantine = bool(self._groups)
         return lines if len(lines) == 1 else []
 
-    def _fresh(self, part: _Part) -> _Part:
-        return _Part(part.row, part.number, part.request, self._detokenizer(part.row.spec))
+    def _fresh(self, part: Part) -> Part:
+        return Part(part.row, part.number, part.request, self._detokenizer(part.row.spec))
 
     def fail(self, line: int, error: RowError) -> Ended:
         """Give up on a row that is not in the engine."""
@@ -337,21 +347,3 @@ class Feed:
         row = next(row for row in self._rows.values() if row.line == line)
         row.error = error
         return self._close(row)
-
-
-def _row_error(text: str) -> RowError:
-    if text.startswith(EXHAUSTED):
-        return RowError(text.removeprefix(EXHAUSTED), "kv_exhausted", "max_tokens")
-    if text.startswith(CONSTRAINT):
-        return RowError(text.removeprefix(CONSTRAINT), "invalid_constraint")
-    return RowError(text, "internal")
-
-
-def _sample(part: _Part, output: Output) -> Sample:
-    finish: Literal["stop", "length"] = "length" if output.finish is Finish.LENGTH else "stop"
-    reason: int | str | None = None
-    if part.detok.stopped is not None:
-        finish, reason = "stop", part.detok.stopped
-    elif output.finish is Finish.STOP and part.tokens and part.tokens[-1] in (part.row.spec.body.stop_token_ids or ()):
-        reason = part.tokens[-1]
-    return Sample("".join(part.text), part.tokens, finish, reason, part.logprobs, output.vector or ())

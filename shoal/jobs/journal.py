@@ -188,6 +188,21 @@ class Journal:
                     over.append(line)
         return over
 
+    def reopen(self, lines: Iterable[int], name: str, value: str) -> None:
+        """Forget the results of these lines, and how far the files are written; keep `value` under `name`. All of it
+        durably or nothing. Close the journal then: what it counts is of before."""
+        with self._transaction() as database:
+            which = [(line,) for line in lines]
+            database.executemany("DELETE FROM results WHERE line=?", which)
+            database.executemany("DELETE FROM deaths WHERE line=?", which)
+            database.execute("DROP INDEX IF EXISTS turns")  # turns are counted without gaps, and double meanwhile
+            database.execute(
+                "UPDATE results SET turn=ranked.number FROM (SELECT line, row_number() OVER (ORDER BY turn) - 1 AS "
+                "number FROM results) AS ranked WHERE ranked.line=results.line"
+            )
+            database.execute("UPDATE written SET rows=0, out_bytes=0, errors_bytes=0")
+            database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
     def written(self) -> Written:
         """Return the last checkpoint."""
         with self._errors():

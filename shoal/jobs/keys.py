@@ -106,12 +106,14 @@ def _canonical(request: Request, row: RowSpec) -> bytes:
     asked = {f.name: getattr(request, f.name) for f in dataclasses.fields(Request) if f.name not in _NOT_COMPUTED}
     sampled = {f.name: getattr(request.sampling, f.name) for f in dataclasses.fields(Sampling) if f.name not in _APART}
     body = row.body
-    shown = {
+    shown: dict[str, object] = {
         "stop": row.stop,
         "stop_token_ids": frozenset(body.stop_token_ids or ()),
         "include_stop": bool(body.include_stop_str_in_output),
         "skip_special": body.skip_special_tokens is not False,
     }
+    if row.loops is not None:
+        shown["loops"] = row.loops
     return (
         VERSION + repr([sorted((k, _plain(v)) for k, v in part.items()) for part in (asked, sampled, shown)]).encode()
     )

@@ -9,10 +9,12 @@ import json
 import resource
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO
 
+import msgspec
 import psutil  # type: ignore[import-untyped]
 
 from shoal import __version__
@@ -22,14 +24,15 @@ from shoal.jobs.feed import Feed
 from shoal.jobs.files import disk_errors
 from shoal.jobs.plan import Plan
 from shoal.jobs.prepare import Prepared
-from shoal.jobs.report import Failures, Report, Reused, Rows, Seconds, Tokens, Verified
+from shoal.jobs.report import Report, Rows, Tokens, Verified
 from shoal.jobs.results import Results
+from shoal.jobs.tally import FACTS, SPENT, tally
 from shoal.jobs.verify import Check
 
-SPENT = "spent"  # key in the journal
 LOOK_EVERY = 0.5  # seconds between looks at the processes' memory
 SAVE_EVERY = 5.0  # seconds between notes of what was spent, for a run that is killed
 STEPS = "steps.jsonl"
+LONG, TIMES = 10.0, 4  # a row that runs longer than so many seconds, and so many times the mean, is named
 LIBRARIES = ("torch", "tokenizers", "numpy")
 COUNTED = (
     "steps", "prompt_computed", "prompt_last", "prompt_preempted", "output_computed", "output_preempted",
@@ -54,16 +57,29 @@ class Meter:
         self._looked = self._saved = began
         self._processes = [psutil.Process()]
         self._steps: IO[str] | None = None
-        self._plan: Plan | None = None
+        self._facts = Report(Rows())
         self._ended = self._ended_tokens = 0  # rows of this run, and the output tokens they came to
+        self._ended_seconds, self._looped = 0.0, 0  # for which they ran; rows of them that repeat themselves
         self._answered: dict[str, int] | None = None  # counters when all rows had ended
 
     # -- what happens ------------------------------------------------------------------------------
 
     def planned(self, plan: Plan) -> None:
         """The plan is made."""
-        self._plan = plan
         self.plan_seconds = time.monotonic() - self.began
+
+    def note(self, job: Prepared, plan: Plan, results: Results) -> None:
+        """Note what is known of the rows to be answered, before any is computed."""
+        self._facts = Report(
+            rows=Rows(results.status().total), tokens=Tokens(plan.prompt_tokens, plan.bound),
+            versions={"shoal": __version__, **{name: version(name) for name in LIBRARIES}},
+            manifest=job.manifest.hash, plan=plan.hash,
+            model=job.name, weights=job.manifest.weight_mode, kv=job.manifest.kv_mode,
+            input=str(job.options.input), output=str(job.options.output), finished=False,
+        )  # fmt: skip
+        facts = msgspec.json.encode(self._facts).decode()
+        if results.journal.meta(FACTS) != facts:
+            results.journal.set_meta(FACTS, facts)
 
     def resume(self, results: Results) -> None:
         """Take over what earlier runs spent."""
@@ -84,6 +100,10 @@ class Meter:
         assert isinstance(tokens, int)
         self._ended += 1
         self._ended_tokens += tokens
+        seconds = stats.get("run_seconds", 0.0)
+        assert isinstance(seconds, float)
+        self._ended_seconds += seconds
+        self._looped += "loop_period" in stats
 
     def verifying(self) -> None:
         """All rows have ended: what is computed from here on is no part of the job."""
@@ -139,11 +159,14 @@ class Meter:
         return {name: self.total(name) for name in COUNTED}
 
     def progress(
-        self, feed: Feed, rows: int, answered: int, failed: int, written: int, waiting_for: int | None, free: int
-    ) -> Progress:
+        self, feed: Feed, rows: int, answered: int, failed: int, written: int, waiting_for: int | None, free: int,
+        now: float,
+    ) -> Progress:  # fmt: skip
         """The job at this moment; `free` of the rows to come cost nothing."""
         plan = feed.plan
         computed, output = self.total("prompt_computed"), self.total("output_computed")
+        oldest = feed.straggler(now)
+        slow = max(LONG, TIMES * self._ended_seconds / max(self._ended, 1))
         block = self.ready.kv_bytes // self.ready.num_blocks if self.ready else 0
         return Progress(
             rows_total=rows, rows_done=answered, rows_failed=failed, rows_written=written, waiting_for=waiting_for,
@@ -151,6 +174,7 @@ class Meter:
             work_done=computed + output,
             work_left=self._work_left(max(plan.bound - computed, 0), output, rows - answered - free),
             kv_used=self._used_blocks * block, kv_total=self.ready.kv_bytes if self.ready else 0,
+            looped=self._looped, straggler=oldest if oldest is not None and oldest.seconds > slow else None,
         )  # fmt: skip
 
     def _work_left(self, prompts: int, output: int, rows: int) -> int | None:
@@ -160,36 +184,17 @@ class Meter:
         under_way = max(output - self._ended_tokens, 0)
         return prompts + max(round(self._ended_tokens / self._ended * rows) - under_way, rows)
 
-    def report(
-        self, job: Prepared, plan: Plan, results: Results, finished: bool, code: int, check: Check | None
-    ) -> Report:
+    def report(self, job: Prepared, results: Results, finished: bool, code: int, check: Check | None) -> Report:
         """The final report: rows from the journal, costs of this run and the earlier ones."""
         spent = self._spent()
         results.journal.set_meta(SPENT, json.dumps(spent))
-        counts = results.status().counts
-        computed = int(spent["prompt_computed"] - spent["prompt_last"])
-        output, reused, errors = _rows_stats(results)
-        total = results.status().total
-        lost = total - counts["ok"]
-        files = {str(job.options.output): total if job.errors is None else counts["ok"]} if finished else {}
+        found = tally(self._facts, results.journal.stats(), spent)
+        lost = found.rows.total - found.rows.ok
+        files = {str(job.options.output): found.rows.total if job.errors is None else found.rows.ok} if finished else {}
         if job.errors is not None and lost and finished:
             files[str(job.errors)] = lost
-        return Report(
-            rows=Rows(total, counts["ok"], counts["failed"], counts["expired"], counts["cancelled"]),
-            tokens=Tokens(
-                prompt=plan.prompt_tokens, prompt_bound=plan.bound, prompt_computed=computed,
-                prompt_recomputed=max(0, computed - plan.bound), prompt_last=int(spent["prompt_last"]), output=output,
-            ),
-            seconds=Seconds(spent["wall"], spent["cpu"], spent["load"], spent["plan"]),
-            steps=int(spent["steps"]), peak_memory_bytes=int(spent["peak"]),
-            versions={"shoal": __version__, **{name: version(name) for name in LIBRARIES}},
-            manifest=job.manifest.hash, plan=plan.hash,
-            model=job.name, weights=job.manifest.weight_mode, kv=job.manifest.kv_mode,
-            input=str(job.options.input), output=str(job.options.output),
-            files=files, errors=errors, reused=reused,
-            verified=Verified(check.rows, check.differ) if check is not None else Verified(),
-            runs=int(spent["runs"]), engine_restarts=int(spent["restarts"]), finished=finished, exit_code=code,
-        )  # fmt: skip
+        verified = Verified(check.rows, check.differ) if check is not None else Verified()
+        return replace(found, files=files, verified=verified, finished=finished, exit_code=code)
 
     def _spent(self) -> dict[str, float]:
         """All runs so far, this one included."""
@@ -221,25 +226,3 @@ class Meter:
             except psutil.Error:
                 continue  # it has ended
         self._peak = max(self._peak, used)
-
-
-def _rows_stats(results: Results) -> tuple[int, Reused, dict[str, Failures]]:
-    """Output tokens of all rows, what of them was not computed, and the failed ones by code."""
-    output, errors = 0, dict[str, Failures]()
-    copies = cached = free_prompt = free_output = 0
-    for line, status, stats in results.journal.stats():
-        noted = json.loads(stats)
-        if "copy_of" in noted or "cache" in noted:
-            copies += "copy_of" in noted and status == "ok"
-            cached += "cache" in noted
-            free_prompt += noted["prompt_saved"]
-            free_output += noted["completion_tokens"] if status == "ok" else 0
-        output += noted.get("completion_tokens", 0) if status == "ok" else 0
-        if status != "ok":
-            code = noted.get("code", status)
-            known = errors.get(code)
-            errors[code] = Failures(
-                known.count + 1 if known else 1, known.line if known else line,
-                known.message if known else noted.get("message", ""),
-            )  # fmt: skip
-    return output, Reused(copies, cached, free_prompt, free_output), errors

@@ -154,7 +154,7 @@ def _manifest(
             "seed": options.seed,
             "prompt": options.prompt,
             "chat": options.chat,
-            "body": options.body,
+            "body": {name: value for name, value in options.body.items() if name != "timeout"},
             "openai": options.openai,
             "context": encoder.model.context,
             "created": created(),

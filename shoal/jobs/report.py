@@ -19,6 +19,7 @@ from shoal.jobs.state import folder_of
 from shoal.jobs.units import count, duration, percent, size
 
 NAME = "report.json"
+SHOWN = 3  # slow rows named to a person
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,44 @@ class Reused:
     cached: int = 0  # answered by the cache
     prompt_tokens: int = 0
     output_tokens: int = 0
+    cached_prompt_tokens: int = 0  # of these, those of rows that the cache answered
+    cached_output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Tokens computed more than once, by reason. The first three are Tokens.prompt_recomputed."""
+
+    preempted: int = 0  # prompt tokens of rows that were put off for want of memory
+    given_up: int = 0  # of shared prefixes that were given up for want of memory
+    restarted: int = 0  # after an interruption, a dead engine or a retry; want of memory is not told apart then
+    last: int = 0  # last tokens of fully shared prompts: their hidden state is needed
+    output: int = 0  # of answers of rows that were put off for want of memory
+
+
+@dataclass(frozen=True, slots=True)
+class Slow:
+    """A row that took long, and where its time went, in seconds."""
+
+    line: int
+    queue: float = 0.0  # before it ran
+    prefill: float = 0.0  # until its first token
+    decode: float = 0.0  # from there to its end
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    preemptions: int = 0
+    loop_period: int = 0  # tokens of the piece that it repeated until it was cut off; 0: it did not
+
+    @property
+    def why(self) -> str:
+        """What took longest, as far as the journal knows."""
+        if self.preemptions:
+            return f"put off {count(self.preemptions)} times for want of memory"
+        if self.loop_period:
+            return f"it repeats a piece of {count(self.loop_period)} tokens, for {count(self.completion_tokens)} tokens"
+        if self.prefill > self.decode:
+            return f"its prompt of {count(self.prompt_tokens)} tokens, or those before it"
+        return f"its answer of {count(self.completion_tokens)} tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +122,7 @@ class Failures:
     count: int
     line: int
     message: str
+    fault: str = ""  # whose: yours, ours, transient
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +150,16 @@ class Report:
     engine_restarts: int = 0
     finished: bool = True  # every row has ended and is written
     exit_code: int = 0
+    again: Again = Again()
+    slowest: list[Slow] = field(default_factory=list)  # rows that ran longest, the longest first
+    looped: int = 0  # rows whose answer ran into its limit while it repeated itself
+    running: bool = False  # a run is at work on it now
+    disagree: list[str] = field(default_factory=list)  # what two records of the job say differently
 
     def problems(self) -> list[str]:
         """What does not add up, in words; nothing when all is well. Such a report is our mistake, not the user's."""
         rows, tokens = self.rows, self.tokens
-        found = []
+        found = list(self.disagree)
         if self.finished and rows.ended != rows.total:
             found.append(
                 f"{rows.total} rows, but {rows.ok} ok + {rows.failed} failed + {rows.expired} expired + "
@@ -130,6 +175,11 @@ class Report:
             found.append(f"{tokens.prompt_recomputed} prompt tokens recomputed, of only {tokens.prompt_computed}")
         if self.reused.prompt_tokens > tokens.prompt or self.reused.output_tokens > tokens.output:
             found.append(f"{self.reused.prompt_tokens} prompt tokens were saved, of only {tokens.prompt}")
+        again = self.again
+        if again != Again() and again.preempted + again.given_up + again.restarted != tokens.prompt_recomputed:
+            found.append(f"{tokens.prompt_recomputed} prompt tokens recomputed, but their reasons count otherwise")
+        if (failed := sum(group.count for group in self.errors.values())) != rows.ended - rows.ok and self.running:
+            found.append(f"{rows.ended - rows.ok} rows have failed so far, but their error codes count {failed}")
         if (free := self.reused.duplicates + self.reused.cached) > rows.ok:
             found.append(f"{free} rows were answered without being computed, of only {rows.ok}")
         return found
@@ -199,8 +249,24 @@ def prompt_line(tokens: Tokens, interrupted: bool = False, reused: int = 0) -> s
 def reused_line(reused: Reused) -> str:
     """Rows that were not computed, and what that saved."""
     rows = [f"{count(reused.duplicates)} rows that ask for what an earlier one asks for"] if reused.duplicates else []
-    rows += [f"{count(reused.cached)} rows of the cache"] if reused.cached else []
+    if reused.cached:
+        of_cache = (
+            f" ({count(reused.cached_prompt_tokens)} prompt and {count(reused.cached_output_tokens)} output tokens)"
+        )
+        rows += [f"{count(reused.cached)} rows of the cache" + (of_cache if reused.duplicates else "")]
     return f"{' and '.join(rows)}: {count(reused.prompt_tokens)} prompt and {count(reused.output_tokens)} output tokens"
+
+
+def again_line(again: Again) -> str:
+    """Tokens computed more than once, each with its reason."""
+    reasons = (
+        (again.preempted, "prompt tokens of rows put off for want of memory"),
+        (again.given_up, "prompt tokens of prefixes given up for want of memory"),
+        (again.restarted, "prompt tokens after an interruption, a dead engine or a retry"),
+        (again.last, "last tokens of fully shared prompts"),
+        (again.output, "tokens of answers of rows put off for want of memory"),
+    )
+    return ", ".join(f"{count(number)} {why}" for number, why in reasons if number)
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
@@ -233,17 +299,36 @@ def facts(report: Report) -> list[tuple[str, str]]:
                 ),
             )
         )
+    if words := again_line(report.again):
+        pairs.append(("computed again", words))
+    if report.looped:
+        pairs.append(("loops", f"{count(report.looped)} answers repeat themselves up to their limit"))
+    pairs += [
+        (
+            f"slow: line {row.line}",
+            f"{duration(row.prefill + row.decode)}, after {duration(row.queue)} in the queue: {row.why}",
+        )
+        for row in report.slowest[:SHOWN]
+    ]
     if report.model:
         arithmetic = f", {report.weights} weights, {report.kv} keys and values" if report.weights else ""
         pairs.insert(0, ("model", report.model + arithmetic))
     if interrupted:
         pairs.append(("runs", f"{report.runs}, with {report.engine_restarts} restarts of the engine"))
-    pairs += [(f"error {code}", f"{count(g.count)}, as line {g.line}: {g.message}") for code, g in errors(report)]
+    pairs += [
+        (f"error {code}", f"{count(g.count)}{fault_word(g)}, as line {g.line}: {g.message}")
+        for code, g in errors(report)
+    ]
     pairs += [
         ("written", f"{path}: {count(lines)} {'line' if lines == 1 else 'lines'}")
         for path, lines in report.files.items()
     ]
     return pairs
+
+
+def fault_word(group: Failures) -> str:
+    """Whose these failures are."""
+    return f" ({group.fault})" if group.fault else ""
 
 
 def errors(report: Report) -> list[tuple[str, Failures]]:
@@ -258,7 +343,9 @@ def print_report(report: Report, console: Console) -> None:
     if lines := report.verified.differ:
         shown = ", ".join(map(str, lines[:10])) + (", …" if len(lines) > 10 else "")
         console.print(Text(f"ANSWERS ARE NOT WHAT COMPUTING THEM AGAIN GIVES: lines {shown}", style="bold red"))
-    if not report.finished:
+    if report.running:
+        console.print(Text("The job is running; what it has spent is noted every few seconds.", style="yellow"))
+    elif not report.finished:
         console.print(Text("The job has not finished: run the same command again and it continues.", style="yellow"))
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True, style="bold")

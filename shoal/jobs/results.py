@@ -16,6 +16,7 @@ from shoal.core.clock import Clock
 from shoal.core.errors import ShoalError, StateError
 from shoal.jobs.files import Files, whole
 from shoal.jobs.journal import Journal, Status
+from shoal.jobs.swap import Swap
 from shoal.jobs.tables import Form, write_table
 from shoal.jobs.write import Order, Target, Writer
 
@@ -44,12 +45,16 @@ class Results:
     After any error it is of no more use: close it and open another.
     """
 
-    def __init__(self, journal: Journal, writer: Writer, files: Files, clock: Clock, out: Path, form: Form) -> None:
+    def __init__(
+        self, journal: Journal, writer: Writer, files: Files, clock: Clock, out: Path, errors: Path | None,
+        form: Form, swap: Swap,
+    ) -> None:  # fmt: skip
         self.journal = journal
         self._writer = writer
+        self._swap = swap
         self._files = files
         self._clock = clock
-        self._out = out
+        self._out, self._errors = out, errors
         self._form = form
         self._broken = False
 
@@ -78,6 +83,11 @@ class Results:
             if self._writer.due(now):
                 self._writer.checkpoint()
 
+    def keep(self) -> None:
+        """Make durable and write what was put so far, now."""
+        with self._careful():
+            self._commit(self._clock.now())
+
     def status(self) -> Progress:
         """Return how far the job is."""
         counts = self.journal.counts
@@ -97,6 +107,8 @@ class Results:
                     self._form, self._files, self._out, lambda: (r.payload for r in ended() if r.status == "ok")
                 )
             self._write_rows()
+            self._swap.finish()
+            self._writer.moved(self._out if self._form == "jsonl" else None, self._errors)
             return progress
 
     def close(self) -> None:
@@ -176,12 +188,15 @@ def open_results(
             )
         if form != "jsonl" and errors is None:
             raise ShoalError(f"{out} holds answers only; the failed rows need a file of their own")
-        target = Target(out, files) if form == "jsonl" else None
-        writer = Writer(journal, lines, order, target, Target(errors, files) if errors is not None else None)
+        swap = Swap(journal, files, out if form == "jsonl" else None, errors)
+        swap.mend()
+        target = Target(swap.place(out), files) if form == "jsonl" else None
+        failed = Target(swap.place(errors), files) if errors is not None else None
+        writer = Writer(journal, lines, order, target, failed)
         writer.repair(files)
         writer.advance(clock.now())
         done = True
     finally:
         if not done:
             journal.close()
-    return Results(journal, writer, files, clock, out, form)
+    return Results(journal, writer, files, clock, out, errors, form, swap)

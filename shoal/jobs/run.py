@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from shoal.client import Backend, Begin, EngineProcess, News, Ready
-from shoal.core.config import EngineConfig
+from shoal.client import Backend, EngineProcess, News, Ready
 from shoal.core.errors import EngineDied, RowError, ShoalError, UsageError
 from shoal.jobs.answer import AnswerWriter
 from shoal.jobs.cache import AnswerCache
 from shoal.jobs.crew import on_all_cores
 from shoal.jobs.display import Display, PlanFacts, Progress
+from shoal.jobs.engines import POLL, Engines, pause_after
 from shoal.jobs.feed import Ended, Feed, Known
 from shoal.jobs.files import DiskFiles, Files
 from shoal.jobs.meter import Meter
+from shoal.jobs.note import NOTE, note_of
 from shoal.jobs.options import JobOptions, Order
 from shoal.jobs.patience import Patience
 from shoal.jobs.plan import Order as PlanOrder
@@ -40,10 +42,7 @@ from shoal.jobs.write import Order as WriteOrder
 # codes of lines that are no requests at all
 MALFORMED = frozenset(("invalid_json_line", "line_too_long", "malformed_row", "missing_field"))
 INTERRUPTED, BUDGET_HIT, SOME_FAILED = 5, 4, 3
-POLL = 0.1  # seconds to wait for news before looking after the files and the display
 LAST_STEP = 2.0  # seconds that an interrupted job waits for what the step under way brings
-LOADS = 3  # engines that may die while they load the model, one after the other
-DEATHS = 8  # engine deaths in a row without any row completed, after which the job gives up
 
 
 def run_job(options: JobOptions, backend: Backend | None = None, console: Console | None = None) -> int:
@@ -73,10 +72,18 @@ def run_job(options: JobOptions, backend: Backend | None = None, console: Consol
 def _again(job: Prepared, console: Console) -> int:
     """The job had ended before: say what came of it."""
     report = read_report(job.options.output)
+    if report.exit_code in (0, SOME_FAILED, BUDGET_HIT):  # as this run's budget judges it
+        code = _judge(job.options, report.rows.failed, report.rows.total)
+        report = replace(report, exit_code=code)
     if not job.options.quiet:
         console.print("This job had ended before: here is its report. To run it anew, say --restart.")
         print_report(report, console)
     return report.status
+
+
+def _judge(options: JobOptions, failed: int, total: int) -> int:
+    """The exit code of a job all of whose rows have ended."""
+    return BUDGET_HIT if options.max_failures.exceeded(failed, total) else SOME_FAILED if failed else 0
 
 
 class _Job:
@@ -87,13 +94,15 @@ class _Job:
         engine: EngineProcess | None, backend: Backend | None,
     ) -> None:  # fmt: skip
         self.job, self.files, self.console, self.stop = job, files, console, stop
-        self.engine, self.backend = engine, backend
         self.clock = WallClock()
         self.display = Display(console, self.clock, job.options.quiet)
         self.writer = AnswerWriter(job.tokenizer, job.manifest.answers, job.name, job.created, job.options.openai)
         self.meter = Meter(began)
         self.patience = Patience(self.meter.engine_seconds)
-        self.deaths = 0  # since a row was last completed
+        threads = job.options.threads or 0
+        self.engines = Engines(
+            engine, backend, lambda: EngineProcess(threads), self.meter, self.patience, self.display, stop
+        )
         self.budget_hit = False
         self.strangers = False  # whether a row has named another model
         self.cache = AnswerCache(Path(job.options.cache), job.manifest.engine) if job.options.cache else None
@@ -108,6 +117,7 @@ class _Job:
             self._refuse_malformed(plan)
         results = self._open(plan)
         try:
+            self.meter.note(self.job, plan, results)
             self.meter.resume(results)
             self._refuse_bad_rows(plan, results)
             self._check_budget(results)
@@ -115,6 +125,7 @@ class _Job:
             self.reuse = Reuse(feed, results, self.cache)
             with self.display:
                 self._recall(feed, results)
+                self.meter.note(self.job, feed.plan, results)
                 if results.status().answered < results.status().total and not (self.budget_hit or self.stop.asked):
                     self._start(plan if options.verify else feed.plan)
                     self._say_plan(feed.plan, results)
@@ -125,7 +136,7 @@ class _Job:
                 if finished and options.verify and not self.budget_hit:
                     finished = self._verify(plan, results)
                 self.display.show(self._progress(feed, results), last=True)
-            return self._end(feed.plan, results, finished)
+            return self._end(results, finished)
         finally:
             results.close()
             self.meter.close()
@@ -155,9 +166,13 @@ class _Job:
         job = self.job
         order: WriteOrder = "finish" if job.options.order is Order.FINISH else "input"
         lines = array("q", plan.lines.tobytes())
-        return open_results(
+        results = open_results(
             job.state.path, job.options.output, job.errors, lines, order, self.files, self.clock, job.form
         )
+        note = note_of(job.options)
+        if results.journal.meta(NOTE) != note:
+            results.journal.set_meta(NOTE, note)
+        return results
 
     def _refuse_malformed(self, plan: Plan) -> None:
         for _, row in plan.bad_rows():
@@ -171,47 +186,20 @@ class _Job:
                 raw = self.job.source.read(row.offset, row.length)
                 self._fail(results, row.line, raw, row.error, {})
 
-    def _fail(self, results: Results, line: int, raw: bytes | None, error: RowError, stats: dict[str, object]) -> None:
-        payload = self.writer.failure(line, raw, error)
+    def _fail(
+        self, results: Results, line: int, raw: bytes | None, error: RowError, stats: dict[str, object],
+        had: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        payload = self.writer.failure(line, raw, error, had)
         noted = {**stats, "code": error.code, "message": str(error)[:500]}
         results.put(line, row_key(self.job.manifest, raw or b""), "failed", payload, noted)
 
     # -- the engine --------------------------------------------------------------------------------
 
-    def _config(self) -> EngineConfig:
-        return replace(self.job.options.engine(), model=str(self.job.folder))
-
-    def _start(self, plan: Plan) -> None:
-        """Have an engine, unless asked to stop meanwhile."""
-        if self.backend is not None:
-            return
-        for _ in range(LOADS):
-            try:
-                return self._load(plan)
-            except EngineDied as error:
-                death = error
-                if self.stop.asked:
-                    return
-            self.engine = None
-            self.display.warn(f"{death} while it loaded the model; starting another")
-        raise ShoalError(
-            f"{death} while it loaded the model, {LOADS} times: see what it printed and whether memory is short, "
-            "and run the same command again to continue"
-        ) from death
-
-    def _load(self, plan: Plan) -> None:
-        config = self._config()
-        if self.engine is None:
-            self.engine = EngineProcess(self.job.options.threads or 0)
+    def _start(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> None:
+        config = replace(self.job.options.engine(), model=str(self.job.folder))
         useful = plan.bound + min(plan.answer_tokens, config.max_sequences * self.job.info.context)
-        self.engine.begin(Begin(config, useful))
-        while not self.stop.asked:
-            ready = self.engine.ready(POLL)
-            if ready is not None:
-                self.meter.loaded(ready, self.engine.pid)
-                self.patience.begin(self.clock.now())
-                self.backend = self.engine
-                return
+        self.engines.start(config, useful, meanwhile)
 
     def _say_plan(self, plan: Plan, results: Results) -> None:
         ready: Ready | None = self.meter.ready
@@ -231,24 +219,17 @@ class _Job:
 
     def _revive(self, plan: Plan, feed: Feed, results: Results, death: EngineDied) -> None:
         """Start another engine in place of a dead one, and give up on a row that has killed it twice alone."""
-        if self.engine is None:
-            raise death
-        if self.stop.asked:  # by a signal that has reached both
-            self.backend = None
+        if not self.engines.bury(death):
             return
-        self.deaths += 1
-        self.meter.died()
-        if self.deaths >= DEATHS:
-            raise ShoalError(
-                f"{death}, {self.deaths} times without completing a row; what was answered is kept: see what it "
-                "printed, give it more memory or a smaller --memory, and run the same command again"
-            )
-        self.display.warn(f"{death}; starting another, its unfinished rows run again")
         for line in results.died(feed.died()):
             error = RowError("the engine died twice while it ran this row alone", "engine_died")
             self._take_row(results, feed.fail(line, error))
-        self.engine, self.backend = None, None
-        self._start(plan)
+
+        def meanwhile() -> None:
+            self._pass_time(feed, results)
+
+        self.engines.wait(pause_after(self.engines.deaths), meanwhile)
+        self._start(plan, meanwhile)
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -272,7 +253,7 @@ class _Job:
         self.meter.verifying()
         feed = self._feed(plan, results)
         feed.follow(self.check.units(plan))
-        if lines and self.backend is None:
+        if lines and self.engines.backend is None:
             self._start(plan)
         if lines:
             self._loop(feed, results)
@@ -282,33 +263,45 @@ class _Job:
         plan = feed.plan
         while not self.stop.asked and not self.budget_hit:
             try:
-                assert self.backend is not None
+                assert self.engines.backend is not None
                 if self.job.options.order is not Order.FINISH:
                     feed.hurry(results.status().written)
-                requests, watched = feed.next()
+                requests, watched = feed.next(self.clock.now())
                 if requests:
-                    self.backend.submit(requests, watched)
+                    self.engines.backend.submit(requests, watched)
                 while feed.ready:
                     self._take_row(results, feed.ready.pop())
                 waiting = self.reuse.copies.waiting
                 if feed.over and not waiting:
                     break
-                news = self.backend.outputs(0.0 if waiting else POLL)
+                news = self.engines.backend.outputs(0.0 if waiting else POLL)
                 if news is not None:
                     self.patience.heard(self.clock.now())
                     self._take(news, feed, results)
-                elif self.engine is not None and (said := self.patience.words(self.clock.now(), self.engine.pid)):
-                    self.display.warn(said)
+                elif (process := self.engines.process) is not None:
+                    if said := self.patience.words(self.clock.now(), process.pid):
+                        self.display.warn(said)
             except EngineDied as death:
                 self._revive(plan, feed, results, death)
             self._pass_time(feed, results)
-        if self.stop.asked and self.backend is not None:
+            if self.check is None:  # what is compared may take its time
+                self._cancel_late(feed)
+        if self.stop.asked and self.engines.backend is not None:
             try:
-                news = self.backend.outputs(LAST_STEP)
+                news = self.engines.backend.outputs(LAST_STEP)
                 if news is not None:
                     self._take(news, feed, results)
             except EngineDied:
                 return  # its unfinished rows would have run again anyway
+
+    def _cancel_late(self, feed: Feed) -> None:
+        """Ask the engine to end what has run for longer than its row allows; it comes back with what it had."""
+        late = feed.late(self.clock.now())
+        try:
+            if late and self.engines.backend is not None:
+                self.engines.backend.cancel(late)
+        except EngineDied:
+            pass  # the next look for news finds it so too
 
     def _pass_time(self, feed: Feed, results: Results) -> None:
         """End some of the rows that are like another, and whatever is done by the clock."""
@@ -324,17 +317,17 @@ class _Job:
         self.display.show(self._progress(feed, results))
 
     def _take(self, news: News, feed: Feed, results: Results) -> None:
-        feed.started(news.started)
+        feed.started(news.started, self.clock.now())
         cancel: list[str] = []
         for output in news.outputs:
             ended, stopped = feed.take(output)
             cancel += stopped
             if ended is not None:
-                self.deaths = 0
+                self.engines.deaths = 0
                 self._take_row(results, ended)
         if cancel:
-            assert self.backend is not None
-            self.backend.cancel(cancel)
+            assert self.engines.backend is not None
+            self.engines.backend.cancel(cancel)
         self.meter.take(news, self.job.state.path)
 
     def _take_row(self, results: Results, ended: Ended) -> None:
@@ -354,7 +347,7 @@ class _Job:
     def _put(self, results: Results, ended: Ended) -> None:
         self.meter.ended(ended.stats)
         if ended.error is not None:
-            self._fail(results, ended.line, ended.raw, ended.error, ended.stats)
+            self._fail(results, ended.line, ended.raw, ended.error, ended.stats, ended.had)
         else:
             self._greet(ended.spec.body.model)
             payload = self.writer.answer(ended.spec, ended.answers)
@@ -376,21 +369,21 @@ class _Job:
         status = results.status()
         return self.meter.progress(
             feed, status.total, status.answered, status.counts["failed"], status.written, status.waiting_for,
-            self.reuse.copies.left,
+            self.reuse.copies.left, self.clock.now(),
         )  # fmt: skip
 
     # -- the end -----------------------------------------------------------------------------------
 
-    def _end(self, plan: Plan, results: Results, finished: bool) -> int:
-        failed = results.status().counts["failed"]
-        code = (SOME_FAILED if failed else 0) if finished else INTERRUPTED if self.stop.asked else BUDGET_HIT
-        if self.job.options.max_failures.exceeded(failed, results.status().total):
-            code = BUDGET_HIT
-        if self.engine is not None:
-            self.engine.close()
+    def _end(self, results: Results, finished: bool) -> int:
+        status = results.status()
+        code = _judge(self.job.options, status.counts["failed"], status.total)
+        if not finished and code != BUDGET_HIT:
+            code = INTERRUPTED if self.stop.asked else BUDGET_HIT
+        self.engines.close()
+        results.keep()  # the report counts what the journal has
         if self.cache is not None and self.cache.damaged:
             self.display.warn(f"{self.cache.damaged:,} damaged answers of the cache were removed, and not used")
-        report = self.meter.report(self.job, plan, results, finished, code, self.check)
+        report = self.meter.report(self.job, results, finished, code, self.check)
         write_report(report, self.job.state.path, self.files)
         if finished:
             self.job.state.finish(report.status)

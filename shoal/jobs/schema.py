@@ -16,6 +16,7 @@ from shoal.core.types import Constraint
 from shoal.jobs.body import FIELDS, ChatBody, CompletionBody, EmbeddingBody, Message
 from shoal.jobs.complain import UNKNOWN, explain, not_json, unsupported
 from shoal.jobs.constrain import wanted
+from shoal.jobs.loops import Rule, rule_of
 from shoal.jobs.prompt import DEFAULT_PROMPT
 from shoal.jobs.settings import JobSettings
 
@@ -82,6 +83,11 @@ class RowSpec(msgspec.Struct, frozen=True):
         if isinstance(body, ChatBody):
             return (body.top_logprobs or 0) if body.logprobs else -1
         return -1 if body.logprobs is None else body.logprobs
+
+    @property
+    def loops(self) -> Rule | None:
+        """What ends an answer that repeats itself; None when nothing does."""
+        return rule_of(self.body.repetition_detection)
 
     @property
     def echo(self) -> bool:
@@ -312,6 +318,7 @@ def _check(row: RowSpec, settings: JobSettings) -> None:
         _check_chat(row, body)
     else:
         _check_completion(row, body)
+    rule_of(body.repetition_detection)
     limit = row.max_tokens
     if body.min_tokens and limit is not None and body.min_tokens > limit:
         raise RowError(f"min_tokens {body.min_tokens} is more than max_tokens {limit}: lower it", param="min_tokens")

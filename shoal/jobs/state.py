@@ -172,6 +172,12 @@ class StateFolder:
                 )
         return found.exit_code
 
+    def reopen(self) -> None:
+        """Note that the job has not ended after all; its files stay as they are."""
+        with disk_errors(self.path):
+            self._files.remove(self.path / FINISHED)
+            self._files.sync_folder(self.path)
+
     def close(self) -> None:
         """Let go of the folder."""
         if self._lock >= 0:

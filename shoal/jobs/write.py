@@ -79,6 +79,10 @@ class Target:
                 self.file.truncate(size)
         self.size = size
 
+    def moved(self, path: Path) -> None:
+        """The file has another name now."""
+        self.path = path
+
     def close(self) -> None:
         """Close the file; what was not flushed is left out."""
         if self._file is not None:
@@ -209,6 +213,12 @@ class Writer:
             self.journal.commit(now)
             self._last = now
         self._since = None
+
+    def moved(self, out: Path | None, errors: Path | None) -> None:
+        """The files have these names now."""
+        for target, path in ((self.out, out), (self.errors, errors)):
+            if target is not None and path is not None:
+                target.moved(path)
 
     def ended(self) -> Iterator[Row]:
         """Yield the committed rows in writing order, up to the first that is missing."""

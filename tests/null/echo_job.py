@@ -23,6 +23,7 @@ from shoal.core.clock import SimClock
 from shoal.core.errors import EngineDied
 from shoal.core.types import Request
 from shoal.engine import Engine
+from shoal.jobs.engines import Engines
 from shoal.jobs.options import JobOptions
 from shoal.jobs.report import Report, read_report
 from shoal.jobs.run import run_job
@@ -69,6 +70,7 @@ class EchoJob:
     name: str = "out.jsonl"
     options: dict[str, Any] = field(default_factory=dict)
     said: str = ""  # on the terminal, by the last run
+    paused: list[float] = field(default_factory=list)  # seconds that runs would have waited before another engine
 
     @property
     def out(self) -> Path:
@@ -92,7 +94,11 @@ class EchoJob:
 
     def run_mortal(self, process: type[Mortal], **more: Any) -> int:
         """The same with engine processes that die as their class says."""
-        with mock.patch("shoal.jobs.run.EngineProcess", process):
+
+        def wait(engines: Engines, seconds: float, meanwhile: Callable[[], None]) -> None:
+            self.paused.append(seconds)
+
+        with mock.patch("shoal.jobs.run.EngineProcess", process), mock.patch.object(Engines, "wait", wait):
             return self._run(None, more)
 
     def _run(self, backend: Backend | None, more: dict[str, Any]) -> int:

@@ -20,6 +20,7 @@ from random import Random
 
 from durable_job import Job, shuffled
 from faulty import LOSSES, Disk, Loss
+from retried_job import RetryJob
 from whole_job import WholeJob
 
 import shoal.jobs.journal
@@ -49,8 +50,11 @@ class Setting:
     network: bool = False
     whole: bool = False
     step: int = 1  # every so many operations are tried
+    retry: bool = False  # whether it is results whose failed rows run again
 
-    def job(self, root: Path) -> Job | WholeJob:
+    def job(self, root: Path) -> Job | WholeJob | RetryJob:
+        if self.retry:
+            return RetryJob(root, self.rows)
         if self.whole:
             return WholeJob(root, self.rows)
         lines = tuple(line for line in range(1, self.rows + 1) if line % 11)

@@ -233,7 +233,7 @@ def test_a_failure_has_the_shape_of_openai_and_its_request() -> None:
     detail = shown["response"]["body"]["error"]
     assert detail["type"] == "invalid_request_error" and detail["code"] == "context_length_exceeded"
     assert detail["param"] == "prompt" and "shorten" in detail["message"]
-    assert shown["x_shoal"] == {"line": 3, "request": json.loads(raw)}
+    assert shown["x_shoal"] == {"line": 3, "fault": "yours", "request": json.loads(raw)}
     assert raw in WRITER.failure(3, raw, error)  # byte for byte
 
 

@@ -79,7 +79,7 @@ def test_a_line_over_the_limit_is_refused_unread(tmp_path: Path) -> None:
     (result, _) = row_encoder().encode(raws)
     assert isinstance(result, RowError) and result.code == "line_too_long"
     shown = json.loads(WRITER.failure(1, None, result))
-    assert shown["x_shoal"] == {"line": 1, "request": None}
+    assert shown["x_shoal"] == {"line": 1, "fault": "yours", "request": None}
 
 
 def test_bytes_that_are_not_utf8_never_become_another_request() -> None:

@@ -1,0 +1,106 @@
+"""One engine after the other: starts it, and another when it has died, with a longer pause each time.
+
+It knows processes and what they say of themselves; it must not know rows, nor what was lost with an engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from shoal.client import Backend, Begin, EngineProcess
+from shoal.core.config import EngineConfig
+from shoal.core.errors import EngineDied, ShoalError
+from shoal.jobs.display import Display
+from shoal.jobs.meter import Meter
+from shoal.jobs.patience import Patience
+from shoal.jobs.stop import Stop, WallClock
+
+POLL = 0.1  # seconds to wait for news before looking after the files and the display
+LOADS = 3  # engines that may die while they load the model, one after the other
+DEATHS = 8  # engine deaths in a row without any row completed, after which the job gives up
+LONGEST = 30.0  # seconds between a death and the next start, at most
+
+
+def pause_after(deaths: int) -> float:
+    """Seconds to wait after so many deaths in a row: none after the first, for most have nothing to do with what the
+    machine is short of; then longer and longer, so that whatever took the memory may go."""
+    return min(2.0 ** (deaths - 2), LONGEST) if deaths > 1 else 0.0
+
+
+class Engines:
+    """The engine that a job has now. Changed by the job's loop alone."""
+
+    def __init__(
+        self, process: EngineProcess | None, backend: Backend | None, make: Callable[[], EngineProcess],
+        meter: Meter, patience: Patience, display: Display, stop: Stop,
+    ) -> None:  # fmt: skip
+        """`process` has been started and told nothing; `make` starts another; `backend` is used instead of both."""
+        self.process, self.backend = process, backend
+        self.deaths = 0  # since a row was last completed
+        self._make, self._meter, self._patience, self._display, self._stop = make, meter, patience, display, stop
+        self._clock = WallClock()
+
+    def start(self, config: EngineConfig, useful: int, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Have an engine with memory for up to `useful` tokens, unless asked to stop meanwhile."""
+        if self.backend is not None:
+            return
+        for loads in range(1, LOADS + 1):
+            try:
+                return self._load(config, useful)
+            except EngineDied as error:
+                death = error
+                if self._stop.asked:
+                    return
+            self.process = None
+            self._display.warn(f"{death} while it loaded the model; starting another")
+            if loads < LOADS:
+                self.wait(pause_after(loads), meanwhile)
+        raise ShoalError(
+            f"{death} while it loaded the model, {LOADS} times: see what it printed and whether memory is short, "
+            "and run the same command again to continue"
+        ) from death
+
+    def _load(self, config: EngineConfig, useful: int) -> None:
+        if self.process is None:
+            self.process = self._make()
+        self.process.begin(Begin(config, useful))
+        while not self._stop.asked:
+            ready = self.process.ready(POLL)
+            if ready is not None:
+                self._meter.loaded(ready, self.process.pid)
+                self._patience.begin(self._clock.now())
+                self.backend = self.process
+                return
+
+    def bury(self, death: EngineDied) -> bool:
+        """Take note of a death. Raises when there is no sense in another engine; False when there is no time for it."""
+        if self.process is None:
+            raise death
+        if self._stop.asked:  # by a signal that has reached both
+            self.backend = None
+            return False
+        self.deaths += 1
+        self._meter.died()
+        if self.deaths >= DEATHS:
+            raise ShoalError(
+                f"{death}, {self.deaths} times without completing a row; what was answered is kept: see what it "
+                "printed, give it more memory or a smaller --memory, and run the same command again"
+            )
+        self._display.warn(f"{death}; starting another, its unfinished rows run again")
+        self.process, self.backend = None, None
+        return True
+
+    def wait(self, seconds: float, meanwhile: Callable[[], None]) -> None:
+        """Let time pass, doing `meanwhile` now and then, unless asked to stop."""
+        if seconds:
+            self._display.warn(f"waiting {seconds:g} s before the next engine")
+        end = self._clock.now() + seconds
+        while not self._stop.asked and (left := end - self._clock.now()) > 0:
+            meanwhile()
+            time.sleep(min(left, POLL))
+
+    def close(self) -> None:
+        """End it."""
+        if self.process is not None:
+            self.process.close()

@@ -1,0 +1,174 @@
+"""What a step costs on this machine: the real engine with a few layers of a model's own shapes and random weights.
+
+It knows the engine and the clock, and must not know any job. Run as a process: it prints one JSON object.
+Layers are alike, so a few of them tell what all take: the time of a step with several less that with one is theirs,
+and what is left belongs to the head, the sampler and the engine itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import cast
+
+import torch
+
+from shoal.bench.steps import RandomWeights, Skipping
+from shoal.build import WallClock
+from shoal.core.types import TOKEN, Request, Sampling, Tokens
+from shoal.engine import Engine, Executor
+from shoal.host import settle_interpreter
+from shoal.kernels import load
+from shoal.nn.arch import ModelConfig, read_config
+from shoal.nn.decoder import Decoder
+from shoal.nn.weights import KV_DTYPES, Weights
+from shoal.runtime.runner import ModelRunner
+from shoal.sched.policies.batch import BatchPolicy
+from shoal.sched.policy import Budget
+from shoal.sched.scheduler import Scheduler
+
+PAGE = 32
+LAYER_WEIGHTS = 60_000_000  # of all layers measured, about: enough to be out of the caches, few enough for seconds
+ROWS = (1, 16, 64, 256)  # sequences that each get a token
+CHUNKS = (512, 2048)  # tokens of a prompt
+FAR, CHUNK = 3584, 256  # a chunk of a prompt this far in shows what looking back costs
+LONG, LONG_ROWS = 2048, 16  # rows of this many tokens show what reading them costs
+SHARE = 0.25  # seconds of each measurement, about
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A model of a few layers, and the same with one of them alone."""
+
+    config: ModelConfig
+    few: ModelRunner
+    one: ModelRunner
+    pages: int
+
+    def close(self) -> None:
+        """End the kernels' threads."""
+        self.few.close()
+        self.one.close()
+
+
+def build(config: ModelConfig, mode: str, kv_mode: str) -> Bench:
+    """A model with some layers of `config`, random weights, and pages for what is measured."""
+    layer = config.width * (2 * (config.num_heads + config.num_kv_heads) * config.head_dim + 3 * config.inner)
+    count = min(config.num_layers, max(2, LAYER_WEIGHTS // layer))
+    few = replace(config, layers=config.layers[:count], context=min(config.context, FAR + CHUNK + 64))
+    kernels = load("auto")
+    decoder = Decoder(few, cast(Weights, RandomWeights(few, mode)), kernels, (), KV_DTYPES[kv_mode])
+    pages = LONG_ROWS * (LONG // PAGE + 2) + 4 * max(ROWS)
+    kv = decoder.new_kv(pages, PAGE)
+    for tensor in vars(kv).values():
+        if isinstance(tensor, torch.Tensor):
+            tensor.zero_()  # skipped positions are read: they must be numbers, and in memory
+    short = copy.copy(decoder)
+    short.layers = decoder.layers[:1]
+    runners = [ModelRunner(each, kernels, kv, config.vocab_size) for each in (decoder, short)]
+    return Bench(few, *runners, pages)
+
+
+def engine(executor: Executor, bench: Bench, budget: int, prompts: Sequence[Tokens], answer: int) -> Engine:
+    """An engine with all prompts in it."""
+    policy = BatchPolicy(Budget(budget, max(ROWS)))
+    made = Engine(Scheduler(policy, bench.pages, PAGE), executor, WallClock(), ahead=1)
+    for row, prompt in enumerate(prompts):
+        refused = made.add(Request(str(row), prompt, Sampling(max_tokens=answer), index=row, future=()))
+        assert refused is None, refused
+    return made
+
+
+def prompt(seed: int, count: int, vocabulary: int) -> Tokens:
+    """Tokens that no other seed's begin with."""
+    return array(TOKEN, [(7919 * (seed + 1) + 104729 * i) % vocabulary for i in range(count)])
+
+
+def decode(executor: Executor, bench: Bench, rows: int, context: int) -> float:
+    """Seconds of a step that gives each of so many rows a token."""
+    steps = 24
+    prompts = [prompt(row, context, bench.config.vocab_size) for row in range(rows)]
+    made = engine(executor, bench, 4096, prompts, steps + 8)
+    while made.last is None or made.last.num_tokens != rows or made.scheduler.waiting:
+        made.step()
+    made.step()
+    seconds, end = [], time.perf_counter() + SHARE
+    while made.busy and (len(seconds) < 3 or (len(seconds) < steps and time.perf_counter() < end)):
+        began = time.perf_counter()
+        made.step()
+        seconds.append(time.perf_counter() - began)
+    for row in range(rows):
+        made.cancel(str(row))
+    while made.busy:
+        made.step()
+    return median(seconds)
+
+
+def prefill(executor: Executor, bench: Bench, tokens: int) -> float:
+    """Seconds of the step that computes a prompt, or what is not skipped of it, and gives it a token."""
+    seconds, end = [], time.perf_counter() + SHARE
+    while len(seconds) < 2 or time.perf_counter() < end:
+        prompts = [prompt(len(seconds), tokens, bench.config.vocab_size)]
+        made = engine(executor, bench, max(tokens, 1), prompts, 1)
+        began = time.perf_counter()
+        while made.busy:
+            made.step()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def measure(bench: Bench, num_layers: int) -> dict[str, object]:
+    """The curves and rates of `sched.cost.MeasuredCost` for a model of so many layers."""
+    count = bench.config.num_layers
+    share = num_layers / max(count - 1, 1)  # of the difference between few layers and one
+
+    def both(work: object, *sizes: int) -> tuple[float, float]:
+        few = work(bench.few, bench, *sizes)  # type: ignore[operator]
+        one = work(bench.one, bench, *sizes) if count > 1 else 0.0  # type: ignore[operator]
+        return few, max(few - one, 1e-7) * share
+
+    context = min(FAR, bench.config.context - CHUNK - 64)
+    far = prefill(Skipping(bench.few, CHUNK), bench, context + CHUNK)
+    near = prefill(Skipping(bench.few, CHUNK), bench, CHUNK)
+    pair = max(far - near, 0.0) / (CHUNK * context) * num_layers / count
+    layers, answers = [], []
+    for rows in ROWS:
+        few, all_layers = both(decode, rows, 4)
+        layers.append((rows, all_layers))
+        answers.append((rows, max(few - all_layers * count / num_layers, 1e-7)))
+    for tokens in CHUNKS:
+        tokens = min(tokens, context)
+        _, all_layers = both(prefill, tokens)
+        layers.append((tokens, max(all_layers - pair * tokens * tokens / 2, layers[-1][1])))
+    rows = LONG_ROWS
+    long = decode(Skipping(bench.few), bench, rows, min(LONG, context))
+    short = decode(bench.few, bench, rows, 4)
+    position = max(long - short, 0.0) / (rows * min(LONG, context)) * num_layers / count
+    return {"layers": layers, "answers": answers, "pair": pair, "read": max(position - pair, 0.0), "block": PAGE}
+
+
+def main() -> None:
+    """Run as `python -m shoal.bench.calibrate FOLDER WEIGHTS KV BEGAN`: the last is the clock when it was started."""
+    folder, mode, kv_mode, began = sys.argv[1:]
+    started = time.monotonic() - float(began)
+    config = read_config(folder)
+    built = time.monotonic()
+    bench = build(config, mode, kv_mode)
+    ready = time.monotonic()
+    settle_interpreter()
+    decode(bench.few, bench, 8, 4)  # whatever is slow once
+    found = measure(bench, config.num_layers)
+    found |= {"start": started, "build": ready - built, "measure": time.monotonic() - ready}
+    found |= {"threads": torch.get_num_threads()}
+    bench.close()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,9 @@
 """What a step costs on this machine: the real engine with a few layers of a model's own shapes and random weights.
 
 It knows the engine and the clock, and must not know any job. Run as a process: it prints one JSON object.
-Layers are alike, so a few of them tell what all take: the time of a step with several less that with one is theirs,
-and what is left belongs to the head, the sampler and the engine itself.
+Layers are alike, so a few of them tell what all take: the time of a step with several less that with one is theirs.
+Prompts show what tokens cost, and what rows cost beyond that (head, sampling, their own attention, the engine itself)
+is left of steps that give each of many rows a token.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import sys
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import cast
@@ -27,8 +28,9 @@ from shoal.host import settle_interpreter
 from shoal.kernels import load
 from shoal.nn.arch import ModelConfig, read_config
 from shoal.nn.decoder import Decoder
-from shoal.nn.weights import KV_DTYPES, Weights
+from shoal.nn.weights import KV_DTYPES, Weights, model_bytes
 from shoal.runtime.runner import ModelRunner
+from shoal.sched.cost import along
 from shoal.sched.policies.batch import BatchPolicy
 from shoal.sched.policy import Budget
 from shoal.sched.scheduler import Scheduler
@@ -36,7 +38,7 @@ from shoal.sched.scheduler import Scheduler
 PAGE = 32
 LAYER_WEIGHTS = 60_000_000  # of all layers measured, about: enough to be out of the caches, few enough for seconds
 ROWS = (1, 16, 64, 256)  # sequences that each get a token
-CHUNKS = (512, 2048)  # tokens of a prompt
+CHUNKS = (16, 64, 256, 1024)  # tokens of a prompt
 FAR, CHUNK = 3584, 256  # a chunk of a prompt this far in shows what looking back costs
 LONG, LONG_ROWS = 2048, 16  # rows of this many tokens show what reading them costs
 SHARE = 0.25  # seconds of each measurement, about
@@ -90,7 +92,7 @@ def prompt(seed: int, count: int, vocabulary: int) -> Tokens:
     return array(TOKEN, [(7919 * (seed + 1) + 104729 * i) % vocabulary for i in range(count)])
 
 
-def decode(executor: Executor, bench: Bench, rows: int, context: int) -> float:
+def decode(executor: Executor, bench: Bench, rows: int, context: int = 4) -> float:
     """Seconds of a step that gives each of so many rows a token."""
     steps = 24
     prompts = [prompt(row, context, bench.config.vocab_size) for row in range(rows)]
@@ -126,30 +128,27 @@ def prefill(executor: Executor, bench: Bench, tokens: int) -> float:
 def measure(bench: Bench, num_layers: int) -> dict[str, object]:
     """The curves and rates of `sched.cost.MeasuredCost` for a model of so many layers."""
     count = bench.config.num_layers
-    share = num_layers / max(count - 1, 1)  # of the difference between few layers and one
 
-    def both(work: object, *sizes: int) -> tuple[float, float]:
-        few = work(bench.few, bench, *sizes)  # type: ignore[operator]
-        one = work(bench.one, bench, *sizes) if count > 1 else 0.0  # type: ignore[operator]
-        return few, max(few - one, 1e-7) * share
+    def both(work: Callable[..., float], size: int) -> tuple[float, float]:
+        """Seconds of a whole step, and of them the layers', if the model had all its layers."""
+        few = work(bench.few, bench, size)
+        layer = max(few - work(bench.one, bench, size), 0.0) / (count - 1) if count > 1 else few
+        return few + (num_layers - count) * layer, num_layers * layer
 
     context = min(FAR, bench.config.context - CHUNK - 64)
-    far = prefill(Skipping(bench.few, CHUNK), bench, context + CHUNK)
-    near = prefill(Skipping(bench.few, CHUNK), bench, CHUNK)
-    pair = max(far - near, 0.0) / (CHUNK * context) * num_layers / count
-    layers, answers = [], []
-    for rows in ROWS:
-        few, all_layers = both(decode, rows, 4)
-        layers.append((rows, all_layers))
-        answers.append((rows, max(few - all_layers * count / num_layers, 1e-7)))
-    for tokens in CHUNKS:
-        tokens = min(tokens, context)
-        _, all_layers = both(prefill, tokens)
-        layers.append((tokens, max(all_layers - pair * tokens * tokens / 2, layers[-1][1])))
-    rows = LONG_ROWS
-    long = decode(Skipping(bench.few), bench, rows, min(LONG, context))
-    short = decode(bench.few, bench, rows, 4)
-    position = max(long - short, 0.0) / (rows * min(LONG, context)) * num_layers / count
+    looking, near = (prefill(Skipping(bench.few, CHUNK), bench, tokens) for tokens in (context + CHUNK, CHUNK))
+    pair = max(looking - near, 0.0) / (CHUNK * context) * num_layers / count
+    decodes = {rows: both(decode, rows) for rows in ROWS}
+    layers = [(1, decodes[1][1])]
+    for tokens in sorted({min(tokens, context) for tokens in CHUNKS}):
+        seconds = both(prefill, tokens)[1] - pair * tokens * tokens / 2
+        layers.append((tokens, max(seconds, layers[-1][1])))
+    answers: list[tuple[int, float]] = []
+    for rows, (seconds, _) in decodes.items():
+        rest = seconds - along(tuple(layers), rows)
+        answers.append((rows, max(rest, answers[-1][1] if answers else 1e-6)))
+    long, short = decode(Skipping(bench.few), bench, LONG_ROWS, min(LONG, context)), decode(bench.few, bench, LONG_ROWS)
+    position = max(long - short, 0.0) / (LONG_ROWS * min(LONG, context)) * num_layers / count
     return {"layers": layers, "answers": answers, "pair": pair, "read": max(position - pair, 0.0), "block": PAGE}
 
 
@@ -162,10 +161,10 @@ def main() -> None:
     bench = build(config, mode, kv_mode)
     ready = time.monotonic()
     settle_interpreter()
-    decode(bench.few, bench, 8, 4)  # whatever is slow once
+    decode(bench.few, bench, 8)  # whatever is slow once
     found = measure(bench, config.num_layers)
     found |= {"start": started, "build": ready - built, "measure": time.monotonic() - ready}
-    found |= {"threads": torch.get_num_threads()}
+    found |= {"threads": torch.get_num_threads(), "measured_bytes": model_bytes(bench.config, mode)}
     bench.close()
     print(json.dumps(found))
 

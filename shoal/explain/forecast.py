@@ -187,7 +187,11 @@ class _Priced:
     """A cost model that keeps account of what steps go to."""
 
     def __init__(self, cost: MeasuredCost) -> None:
-        self.cost, self.time, self.least = cost, Time(by="the scheduler itself, in pretend time"), cost.parts(1, 1, 0, 0)
+        self.cost, self.time, self.least = (
+            cost,
+            Time(by="the scheduler itself, in pretend time"),
+            cost.parts(1, 1, 0, 0),
+        )
 
     def seconds(self, step: Step) -> float:
         """As the model has it."""

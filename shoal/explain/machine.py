@@ -36,7 +36,8 @@ class Measured(msgspec.Struct, frozen=True):
     block: int
     threads: int
     start: float  # seconds until an engine's process has loaded its libraries
-    build: float  # seconds to make and pack the weights of the measured layers
+    build: float  # seconds to make and pack the weights that were measured with
+    measured_bytes: int  # of these weights
     at: float = 0.0  # Unix time
 
     @property
@@ -63,7 +64,9 @@ def measured(folder: Path, sizes: Sizes, weights: str, kv: str, threads: int | N
         part.write_bytes(msgspec.json.encode(found))
         part.replace(path)
     except OSError as error:
-        raise ShoalError(f"{path} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can") from error
+        raise ShoalError(
+            f"{path} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can"
+        ) from error
     return found
 
 
@@ -131,7 +134,10 @@ def _code() -> str:
     """One hash over the code that measures and that is measured beside the arithmetic."""
     package, digest = Path(__file__).parents[1], hashlib.sha256()
     paths = [package / "bench" / name for name in ("calibrate.py", "steps.py")]
-    paths += [package / "engine.py", *sorted(path for name in ("kv", "sched") for path in (package / name).rglob("*.py"))]
+    paths += [
+        package / "engine.py",
+        *sorted(path for name in ("kv", "sched") for path in (package / name).rglob("*.py")),
+    ]
     for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()

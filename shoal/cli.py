@@ -251,6 +251,36 @@ def explain(
 
 
 @app.command()
+def lint(
+    input: Rows,
+    model: Model = "",
+    adapter: Adapter = None,
+    prompt: Prompt = None,
+    chat: Chat = False,
+    body: Body = "{}",
+    strict: Strict = False,
+    fix: Annotated[Path | None, typer.Option(help="Write the file here with the repairs that are safe.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON, with every line.")] = False,
+    config: Config = None,
+) -> None:
+    """Check every line of a file as run would, without the model's weights; 3 when some would fail."""
+    from shoal.explain.command import run_lint  # here, so that --help stays quick
+
+    with exit_codes():
+        job = JobOptions(
+            input=input,
+            output=Path(os.devnull),  # nothing is answered
+            model=model,
+            adapter=parse_adapters(adapter or ()),
+            prompt=prompt,
+            chat=chat,
+            body=parse_body(body),
+            strict=strict,
+        )
+        raise typer.Exit(run_lint(job, fix, json, Console()))
+
+
+@app.command()
 def cache(
     folder: Annotated[Path, typer.Argument(help="The folder that was given to --cache.")],
     keep: Annotated[str | None, typer.Option(help="Remove what was not used for longest, down to 5GB, 200MiB.")] = None,

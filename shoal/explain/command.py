@@ -1,15 +1,23 @@
-"""`shoal explain` from its options to what is shown. It knows the parts and does the work of none."""
+"""`shoal explain` and `shoal lint`, from options to what is shown. It knows the parts and does the work of none."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from rich.console import Console
 
 from shoal.explain.facts import Explanation, gather
+from shoal.explain.fix import repair
+from shoal.explain.lint import Lint, check, print_lint
+from shoal.explain.lint import to_json as lint_json
 from shoal.explain.look import look
 from shoal.explain.options import ExplainOptions
 from shoal.explain.page import page
 from shoal.explain.words import print_explanation, to_json
 from shoal.jobs.files import disk_errors
+from shoal.jobs.options import JobOptions
+
+SOME_FAIL = 3  # as a run's exit code for failed lines
 
 
 def explain(options: ExplainOptions) -> Explanation:
@@ -28,3 +36,20 @@ def run_explain(options: ExplainOptions, as_json: bool, console: Console) -> Non
         console.print(to_json(found), markup=False, highlight=False, soft_wrap=True)
     else:
         print_explanation(found, console)
+
+
+def lint(options: JobOptions, fixed: Path | None = None) -> Lint:
+    """The verdict on every line of a file; the repaired file is written to `fixed` where that is given."""
+    with look(options) as looked:
+        found = check(looked)
+        return found if fixed is None else repair(looked, found, fixed)
+
+
+def run_lint(options: JobOptions, fixed: Path | None, as_json: bool, console: Console) -> int:
+    """Check a file's lines; the exit code."""
+    found = lint(options, fixed)
+    if as_json:
+        console.print(lint_json(found), markup=False, highlight=False, soft_wrap=True)
+    else:
+        print_lint(found, console)
+    return 0 if found.clean else SOME_FAIL

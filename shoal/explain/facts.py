@@ -18,7 +18,7 @@ from shoal.explain.machine import Measured, Unmeasured, measured
 from shoal.explain.options import ExplainOptions
 from shoal.explain.prefixes import Prefix, largest
 from shoal.jobs.plan_sort import Ints
-from shoal.runtime.memory import MemoryPlan, available_host_bytes, plan_memory
+from shoal.runtime.memory import available_host_bytes, plan_memory
 from shoal.text.checkpoint import kv_mode, weight_mode
 from shoal.text.sizes import Sizes
 
@@ -224,14 +224,9 @@ def _memory(looked: Looked, config: EngineConfig, sizes: Sizes, weights: str, kv
     except ShoalError as error:
         problem = str(error)
     blocks = found.num_blocks if found is not None else 0
-    return _memory_facts(weights, kv, weight_bytes, position, useful, found, config.block_size, problem), blocks
-
-
-def _memory_facts(
-    weights: str, kv: str, weight_bytes: int, position: int, useful: int, found: MemoryPlan | None, size: int, problem: str
-) -> Memory:  # fmt: skip
-    have = found.num_blocks * size if found is not None else 0
-    return Memory(weights, kv, weight_bytes, position, useful, useful * position, have, have * position, problem)
+    have = blocks * config.block_size
+    facts = Memory(weights, kv, weight_bytes, position, useful, useful * position, have, have * position, problem)
+    return facts, blocks
 
 
 def _forecast(

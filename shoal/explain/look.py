@@ -50,9 +50,12 @@ class Listening:
         """As the encoder."""
         for results in self._encoder.stream(batches):
             for result in results:
-                good = not isinstance(result, RowError)
-                self.limits.append(result.max_tokens if good else -1)
-                self.certain.append(good and result.expect is not None)
+                if isinstance(result, RowError):
+                    self.limits.append(-1)
+                    self.certain.append(False)
+                else:
+                    self.limits.append(result.max_tokens)
+                    self.certain.append(result.expect is not None)
             yield results
 
 

@@ -12,14 +12,22 @@ from html import escape
 from shoal.explain.facts import Explanation, Lengths
 from shoal.explain.prefixes import Prefix
 from shoal.explain.words import (
-    bill_words, lengths_words, memory_modes, memory_words, rows_words, sharing_words, spans_words, time_words,
-)  # fmt: skip
+    bill_words,
+    lengths_words,
+    memory_modes,
+    memory_words,
+    rows_words,
+    sharing_words,
+    spans_words,
+    time_words,
+)
 from shoal.jobs.units import count
 
 BAR_HEIGHT, LEVEL_HEIGHT = 22, 24  # pixels
 STYLE = """
 :root { color-scheme: light dark; }
-body { font: 16px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+body { font: 16px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+body { overflow-wrap: anywhere; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 1.6rem 0 .4rem; } p { margin: .4rem 0; }
 svg { display: block; width: 100%; } svg text { font: 12px system-ui, sans-serif; fill: currentColor; }
 .bar { fill: #4a90b8; } .prefix { fill: #4a90b8; stroke: Canvas; } .deep { fill: #6fae8a; stroke: Canvas; }

@@ -48,8 +48,7 @@ def lines(found: Explanation) -> Iterator[tuple[str, str]]:
     yield "time", time_words(found)
     if found.time is not None:
         yield from (("", words) for words in spans_words(found.time))
-    for name, words in bill_words(found):
-        yield name, words
+    yield from bill_words(found)
     for advice in found.advice:
         yield "advice", f"{advice.flag}: {advice.why}"
 
@@ -72,7 +71,8 @@ def rows_words(found: Explanation) -> str:
 
 def lengths_words(found: Lengths) -> str:
     """A distribution in one line."""
-    return f"{count(found.least)} to {count(found.most)} tokens, half below {count(found.middle)}, {count(found.total)} in all"
+    spread = f"{count(found.least)} to {count(found.most)} tokens, half below {count(found.middle)}"
+    return f"{spread}, {count(found.total)} in all"
 
 
 def bars(found: Lengths) -> Iterator[str]:

@@ -40,7 +40,8 @@ LAYER_WEIGHTS = 60_000_000  # of all layers measured, about: enough to be out of
 ROWS = (1, 16, 64, 256)  # sequences that each get a token
 CHUNKS = (16, 64, 256, 1024)  # tokens of a prompt
 FAR, CHUNK = 3584, 256  # a chunk of a prompt this far in shows what looking back costs
-LONG, LONG_ROWS = 2048, 16  # rows of this many tokens show what reading them costs
+LONG, LONG_ROWS = 1024, 64  # rows of this many tokens show what reading them costs
+WAITING = 768  # rows that wait beside a full step: a job keeps so many in an engine, about
 SHARE = 0.25  # seconds of each measurement, about
 
 
@@ -77,9 +78,9 @@ def build(config: ModelConfig, mode: str, kv_mode: str) -> Bench:
     return Bench(few, *runners, pages)
 
 
-def engine(executor: Executor, bench: Bench, budget: int, prompts: Sequence[Tokens], answer: int) -> Engine:
+def engine(executor: Executor, bench: Bench, budget: Budget, prompts: Sequence[Tokens], answer: int) -> Engine:
     """An engine with all prompts in it."""
-    policy = BatchPolicy(Budget(budget, max(ROWS)))
+    policy = BatchPolicy(budget)
     made = Engine(Scheduler(policy, bench.pages, PAGE), executor, WallClock(), ahead=1)
     for row, prompt in enumerate(prompts):
         refused = made.add(Request(str(row), prompt, Sampling(max_tokens=answer), index=row, future=()))
@@ -95,9 +96,10 @@ def prompt(seed: int, count: int, vocabulary: int) -> Tokens:
 def decode(executor: Executor, bench: Bench, rows: int, context: int = 4) -> float:
     """Seconds of a step that gives each of so many rows a token."""
     steps = 24
-    prompts = [prompt(row, context, bench.config.vocab_size) for row in range(rows)]
-    made = engine(executor, bench, 4096, prompts, steps + 8)
-    while made.last is None or made.last.num_tokens != rows or made.scheduler.waiting:
+    more = WAITING if rows == max(ROWS) else 0
+    prompts = [prompt(row, context, bench.config.vocab_size) for row in range(rows + more)]
+    made = engine(executor, bench, Budget(4096, rows), prompts, steps + 8 + rows * context // 4096)
+    while made.last is None or made.last.num_tokens != rows or len(made.scheduler.running) < rows:
         made.step()
     made.step()
     seconds, end = [], time.perf_counter() + SHARE
@@ -105,7 +107,7 @@ def decode(executor: Executor, bench: Bench, rows: int, context: int = 4) -> flo
         began = time.perf_counter()
         made.step()
         seconds.append(time.perf_counter() - began)
-    for row in range(rows):
+    for row in range(len(prompts)):
         made.cancel(str(row))
     while made.busy:
         made.step()
@@ -117,7 +119,7 @@ def prefill(executor: Executor, bench: Bench, tokens: int) -> float:
     seconds, end = [], time.perf_counter() + SHARE
     while len(seconds) < 2 or time.perf_counter() < end:
         prompts = [prompt(len(seconds), tokens, bench.config.vocab_size)]
-        made = engine(executor, bench, max(tokens, 1), prompts, 1)
+        made = engine(executor, bench, Budget(tokens, 1), prompts, 1)
         began = time.perf_counter()
         while made.busy:
             made.step()

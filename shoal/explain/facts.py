@@ -5,6 +5,7 @@ It must not know how they are shown. What rests on nobody's knowledge, the lengt
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import msgspec
@@ -12,6 +13,7 @@ import numpy as np
 
 from shoal.core.config import EngineConfig
 from shoal.core.errors import ShoalError
+from shoal.explain import paperwork
 from shoal.explain.forecast import Time, predict
 from shoal.explain.look import Looked
 from shoal.explain.machine import Measured, Unmeasured, measured
@@ -82,7 +84,7 @@ class Memory(msgspec.Struct, frozen=True):
 
 
 class Span(msgspec.Struct, frozen=True):
-    """One way that the answers may turn out, and the seconds that its steps take."""
+    """One way that the answers may turn out, and the seconds from the first step to the last."""
 
     answer_tokens: int
     seconds: float
@@ -91,6 +93,7 @@ class Span(msgspec.Struct, frozen=True):
     weights: float  # shares of the seconds: reading weights (bandwidth),
     compute: float  # computing with them,
     attention: float  # looking back,
+    job: float  # reading rows and writing answers, where no core is left for that
     waited: float  # and, beside these, the share in which rows wait for memory
 
 
@@ -234,9 +237,13 @@ def _forecast(
 ) -> Forecast:
     limits, certain = looked.limits, looked.certain
 
+    paper = paperwork.measure(looked)
+    spare = len(os.sched_getaffinity(0)) > machine.threads
+
     def span(answers: Ints) -> Span:
-        time = predict(looked, answers, machine.cost, config, blocks)
-        return _span(int((answers * looked.units["samples"]).sum()), time)
+        tokens = int((answers * looked.units["samples"]).sum())
+        job = 0.0 if spare else paper.seconds(looked.plan.num_requests, tokens)
+        return _span(tokens, predict(looked, answers, machine.cost, config, blocks), job)
 
     most = span(limits)
     if bool(certain.all()):
@@ -255,10 +262,11 @@ def _forecast(
     return Forecast(least, most, likely, before + low, before + high, load, looked.seconds, limit, machine.at)
 
 
-def _span(answer_tokens: int, time: Time) -> Span:
-    whole = max(time.seconds, 1e-9)
-    shares = (round(part / whole, 4) for part in (time.weights, time.compute, time.attention, time.waited))
-    return Span(answer_tokens, time.seconds, round(time.steps), time.by, *shares)
+def _span(answer_tokens: int, time: Time, job: float) -> Span:
+    whole = max(time.seconds + job, 1e-9)
+    shares = [round(part / whole, 4) for part in (time.weights, time.compute, time.attention, job)]
+    waited = round(time.waited / max(time.seconds, 1e-9), 4)
+    return Span(answer_tokens, whole, round(time.steps), time.by, *shares, waited)
 
 
 def _advice(options: ExplainOptions, rows: Rows, memory: Memory, time: Forecast | None, kv: str) -> tuple[Advice, ...]:

@@ -139,10 +139,11 @@ def measured_words(time_: Forecast) -> str:
 def span_words(name: str, span: Span) -> str:
     """One way and where its time goes."""
     waited = f"; rows wait for memory during {100 * span.waited:.0f} %" if span.waited > 0.005 else ""
+    job = f", {100 * span.job:.0f} % reading rows and writing answers" if span.job > 0.005 else ""
     return (
         f"{name}: {duration(span.seconds)} for {count(span.answer_tokens)} answer tokens in {count(span.steps)} steps: "
         f"{100 * span.weights:.0f} % reading weights, {100 * span.compute:.0f} % computing, "
-        f"{100 * span.attention:.0f} % attention{waited} (by {span.by})"
+        f"{100 * span.attention:.0f} % attention{job}{waited} (by {span.by})"
     )
 
 

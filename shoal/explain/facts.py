@@ -275,7 +275,8 @@ def _advice(options: ExplainOptions, rows: Rows, memory: Memory, time: Forecast 
     chosen = None if time is None else time.likely or time.most
     if rows.bad:
         why = f"{rows.bad:,} rows fail: this says which and why, and repairs those that it safely can"
-        found.append(Advice(f"shoal lint {job.input} --fix FIXED", why))
+        model = f" --model {job.model}" if job.model else ""
+        found.append(Advice(f"shoal lint {job.input}{model} --fix FIXED", why))
     if rows.open:
         why = f"{rows.open:,} prompts have no max_tokens: one answer that never ends takes the rest of the context"
         found.append(Advice("--body '{\"max_tokens\": N}'", why))

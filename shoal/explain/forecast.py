@@ -92,17 +92,17 @@ class _Bulk:
     def __init__(self, work: Work, cost: MeasuredCost, config: EngineConfig, blocks: int) -> None:
         self.cost, self.least = cost, cost.parts(1, 1, 0, 0)
         self.budget, self.sequences, self.size = config.step_tokens, config.max_sequences, config.block_size
-        self.free = blocks
+        self.free = blocks * self.size
         self.time = Time()
         found = work.found - work.found % self.size  # a block that is shared in part is copied, and its own
-        need = -(-(work.prompts + work.answers - found) // self.size)
-        columns = (work.prompts, work.found, work.answers, np.minimum(need, blocks))
+        need = work.prompts + work.answers - found + self.size  # as the policy's forecast has it: see MemoryForecast
+        columns = (work.prompts, work.found, work.answers, np.minimum(need, self.free))
         self.rows: Iterator[tuple[int, int, int, int]] = zip(*(column.tolist() for column in columns), strict=True)
         self.next = next(self.rows, None)
         self.step = self.decoding = self.running = 0
         self.context = self.own = 0.0  # positions that decoding rows look at, and those that are theirs alone
-        self.ends: list[tuple[int, int, float, float]] = []  # (step, blocks, context, own) of decoding rows
-        self.prompts: deque[list[int]] = deque()  # [start, end, tokens of answer, blocks, found] being computed
+        self.ends: list[tuple[int, int, float, float]] = []  # (step, memory, context, own) of decoding rows
+        self.prompts: deque[list[int]] = deque()  # [start, end, tokens of answer, memory, found] being computed
         self.backlog = 0
 
     def run(self) -> Time:
@@ -214,11 +214,12 @@ def simulate(looked: Looked, answers: Ints, cost: MeasuredCost, config: EngineCo
             exhausted = not some
             for request in some:
                 engine.add(request)
-        waits = bool(scheduler.waiting) and len(scheduler.running) < config.max_sequences
         before = priced.time.seconds
         engine.step()
-        full = waits and bool(scheduler.waiting) and scheduler.kv.pool.num_free < scheduler.kv.pool.num_blocks // 10
-        priced.time.waited += (priced.time.seconds - before) if full else 0.0
+        seats = bool(scheduler.waiting) and len(scheduler.running) < config.max_sequences
+        room = engine.last is not None and engine.last.num_tokens < config.step_tokens
+        if seats and room and 2 * scheduler.kv.in_use > blocks:  # nothing but memory keeps the next one out
+            priced.time.waited += priced.time.seconds - before
     priced.time.prompt = scheduler.counters.prompt_computed
     return priced.time
 

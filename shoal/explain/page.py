@@ -29,7 +29,7 @@ STYLE = """
 body { font: 16px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
 body { overflow-wrap: anywhere; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 1.6rem 0 .4rem; } p { margin: .4rem 0; }
-svg { display: block; width: 100%; } svg text { font: 12px system-ui, sans-serif; fill: currentColor; }
+section > svg { display: block; width: 100%; } svg text { font: 12px system-ui, sans-serif; fill: currentColor; }
 .bar { fill: #4a90b8; } .prefix { fill: #4a90b8; stroke: Canvas; } .deep { fill: #6fae8a; stroke: Canvas; }
 .icicle text { fill: #111; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .2rem .5rem .2rem 0; border-top: 1px solid #8886; }

@@ -129,8 +129,10 @@ def test_steps_in_bulk_take_the_time_of_the_schedulers_own(tmp_path: Path, shape
     with look(options(file(tmp_path, rows(3, *shape))).job) as looked:
         one = simulate(looked, looked.limits, PRETEND.cost, config, blocks)
         bulk = in_bulk(work_of(looked, looked.limits), PRETEND.cost, config, blocks)
-    assert bulk.seconds == pytest.approx(one.seconds, rel=0.1)
-    assert bulk.steps == pytest.approx(one.steps, rel=0.1)
+    near = 0.05 if blocks == 4000 else 0.1  # short of memory the scheduler foresees ends that are not seen here
+    assert bulk.seconds == pytest.approx(one.seconds, rel=near)
+    assert bulk.steps == pytest.approx(one.steps, rel=near)
+    assert bulk.prompt == one.prompt or blocks == 60
     if blocks == 4000:
         assert bulk.waited == 0
 

@@ -153,12 +153,12 @@ def gather(options: ExplainOptions, looked: Looked) -> Explanation:
     weights = weight_mode(job.weights, words.folder)
     kv = kv_mode(job.kv, weights)
     config = job.engine()
-    memory, blocks = _memory(looked, config, sizes, weights, kv)
+    memory = _memory(looked, config, sizes, weights, kv)
     time, why = None, memory.problem or ("no row can be run" if not len(looked.units) else "")
     if not why:
         try:
             machine = measured(words.folder, sizes, weights, kv, job.threads, options.calibrate)
-            time = _forecast(options, looked, machine, config, blocks, sizes.weight_bytes(weights))
+            time = _forecast(options, looked, machine, config, memory)
         except Unmeasured as error:
             why = str(error)
     bad = _bad(looked)
@@ -212,8 +212,8 @@ def _bad(looked: Looked) -> tuple[Bad, ...]:
     return tuple(Bad(code, number, lines, message) for code, (number, lines, message) in ordered)
 
 
-def _memory(looked: Looked, config: EngineConfig, sizes: Sizes, weights: str, kv: str) -> tuple[Memory, int]:
-    """What a run's engine would be given, and its number of blocks."""
+def _memory(looked: Looked, config: EngineConfig, sizes: Sizes, weights: str, kv: str) -> Memory:
+    """What a run's engine would be given."""
     context, plan = looked.words.info.context, looked.plan
     weight_bytes, position = sizes.weight_bytes(weights), sizes.position_bytes(kv)
     useful = plan.bound + min(plan.answer_tokens, config.max_sequences * context)
@@ -226,14 +226,12 @@ def _memory(looked: Looked, config: EngineConfig, sizes: Sizes, weights: str, kv
         )  # fmt: skip
     except ShoalError as error:
         problem = str(error)
-    blocks = found.num_blocks if found is not None else 0
-    have = blocks * config.block_size
-    facts = Memory(weights, kv, weight_bytes, position, useful, useful * position, have, have * position, problem)
-    return facts, blocks
+    have = found.num_blocks * config.block_size if found is not None else 0
+    return Memory(weights, kv, weight_bytes, position, useful, useful * position, have, have * position, problem)
 
 
 def _forecast(
-    options: ExplainOptions, looked: Looked, machine: Measured, config: EngineConfig, blocks: int, weight_bytes: int
+    options: ExplainOptions, looked: Looked, machine: Measured, config: EngineConfig, memory: Memory
 ) -> Forecast:
     limits, certain = looked.limits, looked.certain
 
@@ -243,7 +241,10 @@ def _forecast(
     def span(answers: Ints) -> Span:
         tokens = int((answers * looked.units["samples"]).sum())
         job = 0.0 if spare else paper.seconds(looked.plan.num_requests, tokens)
-        return _span(tokens, predict(looked, answers, machine.cost, config, blocks), job)
+        time = predict(looked, answers, machine.cost, config, memory.have_tokens // config.block_size)
+        if memory.have_tokens >= memory.need_tokens:
+            time.waited = 0.0  # what is put off then is put off for other reasons
+        return _span(tokens, time, job)
 
     most = span(limits)
     if bool(certain.all()):
@@ -253,7 +254,7 @@ def _forecast(
         least = span(np.where(certain, limits, np.minimum(limits, 1)))
         expected = options.answer_tokens
         likely = span(np.where(certain, limits, np.minimum(limits, expected))) if expected else None
-    load = machine.start + machine.build * weight_bytes / max(machine.measured_bytes, 1)
+    load = machine.start + machine.build * memory.weight_bytes / max(machine.measured_bytes, 1)
     before = max(load, looked.seconds)
     chosen = likely or most
     shares = {"bandwidth": chosen.weights, "compute": chosen.compute, "attention": chosen.attention}
@@ -264,9 +265,14 @@ def _forecast(
 
 def _span(answer_tokens: int, time: Time, job: float) -> Span:
     whole = max(time.seconds + job, 1e-9)
-    shares = [round(part / whole, 4) for part in (time.weights, time.compute, time.attention, job)]
-    waited = round(time.waited / max(time.seconds, 1e-9), 4)
-    return Span(answer_tokens, whole, round(time.steps), time.by, *shares, waited)
+
+    def share(seconds: float) -> float:
+        return round(seconds / whole, 4)
+
+    return Span(
+        answer_tokens, whole, round(time.steps), time.by, share(time.weights), share(time.compute),
+        share(time.attention), share(job), round(time.waited / max(time.seconds, 1e-9), 4),
+    )  # fmt: skip
 
 
 def _advice(options: ExplainOptions, rows: Rows, memory: Memory, time: Forecast | None, kv: str) -> tuple[Advice, ...]:

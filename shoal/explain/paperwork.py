@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import pickle
 import time
-from array import array
 from dataclasses import dataclass
 
-from shoal.core.types import TOKEN, Finish, Output, Request
+from shoal.core.types import Finish, Output, Request
 from shoal.explain.look import Looked
 from shoal.jobs.answer import AnswerWriter
 from shoal.jobs.feed import Feed
@@ -50,8 +49,8 @@ def _take(feed: Feed, writer: AnswerWriter, requests: list[Request], tokens: int
     timing = {"arrival": 0.0, "start": 0.0, "first": 0.0, "end": 0.0, "cached": 0.0, "preemptions": 0.0}
     began = time.perf_counter()
     for request in requests:
-        answer = (request.prompt * -(-tokens // len(request.prompt)))[:tokens]
-        output = Output(request.id, array(TOKEN, answer), Finish.LENGTH, timing=timing)
+        answer = (request.prompt * -(-tokens // len(request.prompt)))[:tokens].tolist()
+        output = Output(request.id, answer, Finish.LENGTH, timing=timing)
         ended, _ = feed.take(pickle.loads(pickle.dumps(output)))
         if ended is not None and ended.error is None:
             writer.answer(ended.spec, ended.answers)

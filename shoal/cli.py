@@ -227,8 +227,8 @@ def explain(
     config: Config = None,
 ) -> None:
     """Say what a file will do before it is run: its rows, what they share, memory and time. Needs no weights."""
-    from shoal.explain.command import run_explain  # here, so that --help stays quick
-    from shoal.explain.options import ExplainOptions
+    from shoal.preview.command import run_explain  # here, so that --help stays quick
+    from shoal.preview.options import ExplainOptions
 
     with exit_codes():
         job = JobOptions(
@@ -264,7 +264,7 @@ def lint(
     config: Config = None,
 ) -> None:
     """Check every line of a file as run would, without the model's weights; 3 when some would fail."""
-    from shoal.explain.command import run_lint  # here, so that --help stays quick
+    from shoal.preview.command import run_lint  # here, so that --help stays quick
 
     with exit_codes():
         job = JobOptions(

@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_published_configs import PUBLISHED
 
-from shoal.explain import machine
 from shoal.kernels import load
 from shoal.nn.arch import make_config
 from shoal.nn.weights import KV_DTYPES, expected_shapes, model_bytes
+from shoal.preview import machine
 from shoal.text.checkpoint import EMBEDDED
 from shoal.text.sizes import Sizes
 

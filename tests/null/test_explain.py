@@ -19,15 +19,15 @@ from echo_job import EchoJob, chat, completion
 from rich.console import Console
 
 from shoal.core.config import EngineConfig
-from shoal.explain import facts, machine
-from shoal.explain.command import explain, run_explain
-from shoal.explain.facts import ERROR, lengths
-from shoal.explain.forecast import in_bulk, simulate, work_of
-from shoal.explain.look import look
-from shoal.explain.machine import Measured, Unmeasured
-from shoal.explain.options import ExplainOptions
-from shoal.explain.prefixes import largest
 from shoal.jobs.options import JobOptions
+from shoal.preview import facts, machine
+from shoal.preview.command import explain, run_explain
+from shoal.preview.facts import ERROR, lengths
+from shoal.preview.forecast import in_bulk, simulate, work_of
+from shoal.preview.look import look
+from shoal.preview.machine import Measured, Unmeasured
+from shoal.preview.options import ExplainOptions
+from shoal.preview.prefixes import largest
 from shoal.text.checkpoint import EMBEDDED
 from shoal.text.sizes import Sizes
 
@@ -194,7 +194,7 @@ def test_it_needs_neither_weights_nor_torch(tmp_path: Path) -> None:
     shutil.copytree(EMBEDDED, model, ignore=shutil.ignore_patterns("*.safetensors"))
     path = file(tmp_path, rows(1))
     code = (
-        "import sys\nfrom shoal.explain import facts\nfrom test_explain import PRETEND\n"
+        "import sys\nfrom shoal.preview import facts\nfrom test_explain import PRETEND\n"
         "facts.measured = lambda *_: PRETEND\n"
         f"sys.argv = ['shoal', 'explain', {str(path)!r}, '--model', {str(model)!r}]\n"
         "from shoal.cli import main\ntry:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"

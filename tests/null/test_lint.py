@@ -13,9 +13,9 @@ from mutate import mutants, write_file
 from rich.console import Console
 
 from shoal.core.errors import UsageError
-from shoal.explain.command import SOME_FAIL, lint, run_lint
-from shoal.explain.lint import Lint
 from shoal.jobs.options import JobOptions
+from shoal.preview.command import SOME_FAIL, lint, run_lint
+from shoal.preview.lint import Lint
 
 CONTEXT = 8192  # of the embedded model
 

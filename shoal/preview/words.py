@@ -9,8 +9,8 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from shoal.explain.facts import Explanation, Forecast, Lengths, Span
 from shoal.jobs.units import count, duration, percent, size
+from shoal.preview.facts import Explanation, Forecast, Lengths, Span
 
 BAR = 30  # characters of the longest bar
 PREFIXES = 8  # shown on a terminal

@@ -9,10 +9,10 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from shoal.explain.look import Looked
 from shoal.jobs.body import IGNORED
 from shoal.jobs.schema import ENVELOPE, unwrap
 from shoal.jobs.units import count
+from shoal.preview.look import Looked
 
 SHOWN = 10  # lines of each kind on a terminal
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])

@@ -6,16 +6,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shoal.explain.facts import Explanation, gather
-from shoal.explain.fix import repair
-from shoal.explain.lint import Lint, check, print_lint
-from shoal.explain.lint import to_json as lint_json
-from shoal.explain.look import look
-from shoal.explain.options import ExplainOptions
-from shoal.explain.page import page
-from shoal.explain.words import print_explanation, to_json
 from shoal.jobs.files import disk_errors
 from shoal.jobs.options import JobOptions
+from shoal.preview.facts import Explanation, gather
+from shoal.preview.fix import repair
+from shoal.preview.lint import Lint, check, print_lint
+from shoal.preview.lint import to_json as lint_json
+from shoal.preview.look import look
+from shoal.preview.options import ExplainOptions
+from shoal.preview.page import page
+from shoal.preview.words import print_explanation, to_json
 
 SOME_FAIL = 3  # as a run's exit code for failed lines
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from shoal.explain.look import Looked
 from shoal.jobs.plan_order import build_tree
 from shoal.jobs.plan_sort import overlaps, sort_prompts
+from shoal.preview.look import Looked
 from shoal.text.tokenizer import Tokenizer
 
 MOST = 40  # prefixes shown: more cannot be told apart in a picture

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
-from shoal.explain.facts import Explanation, Lengths
-from shoal.explain.prefixes import Prefix
-from shoal.explain.words import (
+from shoal.jobs.units import count
+from shoal.preview.facts import Explanation, Lengths
+from shoal.preview.prefixes import Prefix
+from shoal.preview.words import (
     bill_words,
     lengths_words,
     memory_modes,
@@ -21,7 +22,6 @@ from shoal.explain.words import (
     spans_words,
     time_words,
 )
-from shoal.jobs.units import count
 
 BAR_HEIGHT, LEVEL_HEIGHT = 22, 24  # pixels
 STYLE = """

@@ -10,9 +10,9 @@ import time
 from dataclasses import dataclass
 
 from shoal.core.types import Finish, Output, Request
-from shoal.explain.look import Looked
 from shoal.jobs.answer import AnswerWriter
 from shoal.jobs.feed import Feed
+from shoal.preview.look import Looked
 
 TOKENS = 64  # of a long pretended answer; the others have one
 

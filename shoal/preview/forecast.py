@@ -17,9 +17,9 @@ from shoal.core.clock import SimClock
 from shoal.core.config import EngineConfig
 from shoal.core.types import Request, Sampling, Step
 from shoal.engine import Engine
-from shoal.explain.look import Looked
 from shoal.jobs.feed import WINDOW
 from shoal.jobs.plan_sort import Ints
+from shoal.preview.look import Looked
 from shoal.sched.cost import MeasuredCost, Parts
 from shoal.sched.policies.batch import BatchPolicy
 from shoal.sched.policy import Budget

@@ -13,13 +13,13 @@ import numpy as np
 
 from shoal.core.config import EngineConfig
 from shoal.core.errors import ShoalError
-from shoal.explain import paperwork
-from shoal.explain.forecast import Time, predict
-from shoal.explain.look import Looked
-from shoal.explain.machine import Measured, Unmeasured, measured
-from shoal.explain.options import ExplainOptions
-from shoal.explain.prefixes import Prefix, largest
 from shoal.jobs.plan_sort import Ints
+from shoal.preview import paperwork
+from shoal.preview.forecast import Time, predict
+from shoal.preview.look import Looked
+from shoal.preview.machine import Measured, Unmeasured, measured
+from shoal.preview.options import ExplainOptions
+from shoal.preview.prefixes import Prefix, largest
 from shoal.runtime.memory import available_host_bytes, plan_memory
 from shoal.text.checkpoint import kv_mode, weight_mode
 from shoal.text.sizes import Sizes

@@ -14,10 +14,10 @@ from typing import IO, BinaryIO
 import msgspec
 
 from shoal.core.errors import RowError, UsageError
-from shoal.explain.lint import Lint, Repair
-from shoal.explain.look import Looked
 from shoal.jobs.encode import Encoded, RowEncoder
 from shoal.jobs.files import DiskFiles, Stream, whole
+from shoal.preview.lint import Lint, Repair
+from shoal.preview.look import Looked
 
 OVERFLOW, REPEATED = "context_length_exceeded", "duplicate_custom_id"
 CHUNK = 1 << 20  # bytes

@@ -78,12 +78,15 @@ def build(config: ModelConfig, mode: str, kv_mode: str) -> Bench:
     return Bench(few, *runners, pages)
 
 
-def engine(executor: Executor, bench: Bench, budget: Budget, prompts: Sequence[Tokens], answer: int) -> Engine:
+def engine(
+    executor: Executor, bench: Bench, budget: Budget, prompts: Sequence[Tokens], answer: int, temperature: float = 0.0
+) -> Engine:
     """An engine with all prompts in it."""
     policy = BatchPolicy(budget)
     made = Engine(Scheduler(policy, bench.pages, PAGE), executor, WallClock(), ahead=1)
     for row, prompt in enumerate(prompts):
-        refused = made.add(Request(str(row), prompt, Sampling(max_tokens=answer), index=row, future=()))
+        sampling = Sampling(max_tokens=answer, temperature=temperature, seed=row)
+        refused = made.add(Request(str(row), prompt, sampling, index=row, future=()))
         assert refused is None, refused
     return made
 
@@ -93,12 +96,12 @@ def prompt(seed: int, count: int, vocabulary: int) -> Tokens:
     return array(TOKEN, [(7919 * (seed + 1) + 104729 * i) % vocabulary for i in range(count)])
 
 
-def decode(executor: Executor, bench: Bench, rows: int, context: int = 4) -> float:
+def decode(executor: Executor, bench: Bench, rows: int, context: int = 4, temperature: float = 0.0) -> float:
     """Seconds of a step that gives each of so many rows a token."""
     steps = 24
     more = WAITING if rows == max(ROWS) else 0
     prompts = [prompt(row, context, bench.config.vocab_size) for row in range(rows + more)]
-    made = engine(executor, bench, Budget(4096, rows), prompts, steps + 8 + rows * context // 4096)
+    made = engine(executor, bench, Budget(4096, rows), prompts, steps + 8 + rows * context // 4096, temperature)
     while made.last is None or made.last.num_tokens != rows or len(made.scheduler.running) < rows:
         made.step()
     made.step()
@@ -127,6 +130,20 @@ def prefill(executor: Executor, bench: Bench, tokens: int) -> float:
     return min(seconds)
 
 
+def begin(executor: Executor, bench: Bench, step: float) -> float:
+    """Seconds to let a row in, beside a full step of so many seconds: rows come and go, and nothing else changes."""
+    rows = max(ROWS)
+    prompts = [prompt(row, 4, bench.config.vocab_size) for row in range(rows + WAITING)]
+    made = engine(executor, bench, Budget(4096, rows), prompts, 4)
+    began, steps = time.perf_counter(), 0.0
+    while made.busy:
+        made.step()
+        if made.last is not None:
+            steps += made.last.num_tokens / rows
+            made.last = None
+    return max(time.perf_counter() - began - steps * step, 0.0) / len(prompts)
+
+
 def measure(bench: Bench, num_layers: int) -> dict[str, object]:
     """The curves and rates of `sched.cost.MeasuredCost` for a model of so many layers."""
     count = bench.config.num_layers
@@ -151,7 +168,17 @@ def measure(bench: Bench, num_layers: int) -> dict[str, object]:
         answers.append((rows, max(rest, answers[-1][1] if answers else 1e-6)))
     long, short = decode(Skipping(bench.few), bench, LONG_ROWS, min(LONG, context)), decode(bench.few, bench, LONG_ROWS)
     position = max(long - short, 0.0) / (LONG_ROWS * min(LONG, context)) * num_layers / count
-    return {"layers": layers, "answers": answers, "pair": pair, "read": max(position - pair, 0.0), "block": PAGE}
+    drawn = max(decode(bench.few, bench, LONG_ROWS, temperature=1.0) - short, 0.0) / LONG_ROWS
+    came = begin(bench.few, bench, decode(bench.few, bench, max(ROWS)))
+    found = {
+        "begin": came,
+        "layers": layers,
+        "answers": answers,
+        "pair": pair,
+        "read": max(position - pair, 0.0),
+        "draw": drawn,
+    }
+    return {**found, "block": PAGE}
 
 
 def main() -> None:

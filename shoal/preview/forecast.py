@@ -103,7 +103,7 @@ class _Bulk:
         self.context = self.own = 0.0  # positions that decoding rows look at, and those that are theirs alone
         self.ends: list[tuple[int, int, float, float]] = []  # (step, memory, context, own) of decoding rows
         self.prompts: deque[list[int]] = deque()  # [start, end, tokens of answer, memory, found] being computed
-        self.backlog = 0
+        self.backlog = self.starts = 0
 
     def run(self) -> Time:
         """All steps."""
@@ -127,6 +127,7 @@ class _Bulk:
                 return True
             self.free -= need
             self.running += 1
+            self.starts += 1
             self.backlog += length - found
             self.prompts.append([found, length, answer, need, found])
             self.next = next(self.rows, None)
@@ -150,7 +151,8 @@ class _Bulk:
                 break
             done.append(self.prompts.popleft())
         read += sum(part[1] - part[4] for part in done)
-        self.time.add(self.cost.parts(tokens, rows + len(done), pairs, read), self.least, 1)
+        self.time.add(self.cost.parts(tokens, rows + len(done), pairs, read, self.starts), self.least, 1)
+        self.starts = 0
         self._passed(1)
         for _, length, answer, need, found in done:
             if answer <= 1:
@@ -204,9 +206,15 @@ def simulate(looked: Looked, answers: Ints, cost: MeasuredCost, config: EngineCo
     """The real scheduler over the whole plan, fed as a job feeds it; answers that may end anywhere are a surprise."""
     clock, priced = SimClock(), _Priced(cost)
     scheduler = Scheduler(BatchPolicy(Budget(config.step_tokens, config.max_sequences)), blocks, config.block_size)
-    lengths: dict[str, int] = {}
+    samples = looked.units["samples"].tolist()
+    lengths = {
+        f"{position}.{sample}": int(answers[number])
+        for position, number in enumerate(looked.order.tolist())
+        if answers[number] < looked.limits[number]
+        for sample in range(samples[number])
+    }
     engine = Engine(scheduler, SimExecutor(clock, priced, lengths), clock, int(config.overlap))
-    requests = _requests(looked, answers, lengths)
+    requests = _requests(looked)
     exhausted = False
     while not exhausted or engine.busy:
         if not exhausted and len(scheduler.waiting) <= WINDOW // 2:
@@ -224,16 +232,12 @@ def simulate(looked: Looked, answers: Ints, cost: MeasuredCost, config: EngineCo
     return priced.time
 
 
-def _requests(looked: Looked, answers: Ints, lengths: dict[str, int]) -> Iterator[Request]:
+def _requests(looked: Looked) -> Iterator[Request]:
     for unit, number in zip(looked.plan.units_from(), looked.order.tolist(), strict=True):
         limit, certain = int(looked.limits[number]), bool(looked.certain[number])
-        answer = int(answers[number])
         for sample in range(unit.samples):
-            id = f"{unit.position}.{sample}"
-            if answer < limit:
-                lengths[id] = answer
             yield Request(
-                id=id, prompt=unit.tokens,
+                id=f"{unit.position}.{sample}", prompt=unit.tokens,
                 sampling=Sampling(max_tokens=limit, stop=frozenset() if certain else frozenset((END,))),
                 index=unit.index + sample, future=unit.futures[sample] if unit.futures is not None else None,
             )  # fmt: skip

@@ -33,6 +33,8 @@ class Measured(msgspec.Struct, frozen=True):
     answers: tuple[tuple[float, float], ...]
     pair: float
     read: float
+    draw: float  # seconds more for a token that is drawn, instead of being the likeliest
+    begin: float  # seconds to let a row in
     block: int
     threads: int
     start: float  # seconds until an engine's process has loaded its libraries
@@ -40,10 +42,10 @@ class Measured(msgspec.Struct, frozen=True):
     measured_bytes: int  # of these weights
     at: float = 0.0  # Unix time
 
-    @property
-    def cost(self) -> MeasuredCost:
-        """As the scheduler's simulator takes it."""
-        return MeasuredCost(self.layers, self.answers, self.pair, self.read, self.block)
+    def cost(self, drawn: float = 0.0) -> MeasuredCost:
+        """As the scheduler's simulator takes it, where this share of the rows draws its tokens."""
+        answers = tuple((rows, seconds + drawn * self.draw * rows) for rows, seconds in self.answers)
+        return MeasuredCost(self.layers, answers, self.pair, self.read, self.begin, self.block)
 
 
 class Unmeasured(ShoalError):

@@ -23,6 +23,7 @@ class Paperwork:
 
     request: float  # to make it of its row, hand it over, and write its answer
     token: float  # of its answer
+    drawn: float  # share of the requests whose tokens are drawn, not the likeliest
 
     def seconds(self, requests: int, tokens: int) -> float:
         """For a whole job."""
@@ -41,7 +42,8 @@ def measure(looked: Looked) -> Paperwork:
     short = _take(feed, writer, handed[::2], 1)
     long = _take(feed, writer, handed[1::2], TOKENS)
     token = max(long - short, 0.0) / (TOKENS - 1) if len(handed) > 1 else 0.0
-    return Paperwork(opening + max(short - token, 0.0), token)
+    drawn = sum(not request.sampling.greedy for request in requests) / max(len(requests), 1)
+    return Paperwork(opening + max(short - token, 0.0), token, drawn)
 
 
 def _take(feed: Feed, writer: AnswerWriter, requests: list[Request], tokens: int) -> float:

@@ -70,13 +70,13 @@ class MeasuredCost:
     answers: Curve  # by rows that get a token
     pair: float  # of one query position with one key position, in all layers
     read: float  # of reading the keys and values of one position, in all layers
+    start: float = 0.0  # of letting a row in
     block: int = 32  # positions of a block
 
-    def parts(self, tokens: float, rows: float, pairs: float, read: float) -> Parts:
+    def parts(self, tokens: float, rows: float, pairs: float, read: float, starts: int = 0) -> Parts:
         """What a step of so many tokens takes; `rows` of them get a token, and `read` positions are looked at."""
-        return Parts(
-            along(self.layers, tokens), along(self.answers, rows) if rows else 0.0, self.pair * pairs + self.read * read
-        )
+        answers = (along(self.answers, rows) if rows else 0.0) + self.start * starts
+        return Parts(along(self.layers, tokens), answers, self.pair * pairs + self.read * read)
 
     def seconds(self, step: Step) -> float:
         """Predicted duration of the step."""
@@ -88,4 +88,4 @@ class MeasuredCost:
         rows = sum(1 for part in step.slices if part.want)
         blocks = {block for part in step.slices for block in part.blocks}
         most = sum(part.start + len(part.tokens) for part in step.slices)
-        return self.parts(tokens, rows, pairs, min(most, self.block * len(blocks)))
+        return self.parts(tokens, rows, pairs, min(most, self.block * len(blocks)), len(step.starts))

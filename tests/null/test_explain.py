@@ -33,7 +33,8 @@ from shoal.text.sizes import Sizes
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETEND = Measured(
-    layers=((1, 0.01), (64, 0.012), (1024, 0.2)), answers=((1, 0.001), (256, 0.02)), pair=1e-8, read=1e-8, block=32,
+    layers=((1, 0.01), (64, 0.012), (1024, 0.2)), answers=((1, 0.001), (256, 0.02)), pair=1e-8, read=1e-8,
+    draw=1e-4, begin=1e-4, block=32,
     threads=2, start=1.0, build=0.1, measured_bytes=10**7, at=1.0,
 )  # fmt: skip
 
@@ -127,8 +128,8 @@ def test_a_histogram_has_every_value_in_its_bar(values: list[int]) -> None:
 def test_steps_in_bulk_take_the_time_of_the_schedulers_own(tmp_path: Path, shape: tuple[int, int], blocks: int) -> None:
     config = EngineConfig(step_tokens=512, max_sequences=64)
     with look(options(file(tmp_path, rows(3, *shape))).job) as looked:
-        one = simulate(looked, looked.limits, PRETEND.cost, config, blocks)
-        bulk = in_bulk(work_of(looked, looked.limits), PRETEND.cost, config, blocks)
+        one = simulate(looked, looked.limits, PRETEND.cost(), config, blocks)
+        bulk = in_bulk(work_of(looked, looked.limits), PRETEND.cost(), config, blocks)
     near = 0.05 if blocks == 4000 else 0.1  # short of memory the scheduler foresees ends that are not seen here
     assert bulk.seconds == pytest.approx(one.seconds, rel=near)
     assert bulk.steps == pytest.approx(one.steps, rel=near)
@@ -148,6 +149,18 @@ def test_the_time_is_a_point_where_lengths_are_known_and_a_range_where_not(tmp_p
     expected = explain(options(file(tmp_path, rows(1, fixed=False)), answer_tokens=9)).time
     assert expected is not None and expected.likely is not None
     assert unknown.low < expected.low < expected.high < unknown.high
+
+
+def test_tokens_that_are_drawn_cost_more(tmp_path: Path) -> None:
+    greedy, drawn = (
+        explain(
+            options(file(tmp_path, [completion(i, f"fish {i}", ignore_eos=True, temperature=t) for i in range(50)]))
+        )
+        for t in (0, 1)
+    )
+    assert greedy.time is not None and drawn.time is not None
+    steps = [found.time.most.seconds * (1 - found.time.most.job) for found in (greedy, drawn)]  # type: ignore[union-attr]
+    assert steps[1] - steps[0] == pytest.approx(PRETEND.draw * 50 * 5, rel=0.05)
 
 
 def test_memory_that_is_short_is_named_and_costs_time(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ It must not know how a job is run, and never loads torch.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -219,6 +220,87 @@ def report(
         else:
             print_report(found, Console())
         raise typer.Exit(1 if found.problems() or found.verified.differ else 0)
+
+
+Rows = Annotated[Path, typer.Argument(metavar="FILE", help="Rows, as run takes them; - is standard input.")]
+
+
+@app.command()
+def explain(
+    input: Rows,
+    model: Model = "",
+    adapter: Adapter = None,
+    prompt: Prompt = None,
+    chat: Chat = False,
+    body: Body = "{}",
+    memory: Memory = None,
+    step_tokens: StepTokens = None,
+    weights: Weights = "auto",
+    kv: KV = "auto",
+    threads: Threads = None,
+    strict: Strict = False,
+    answer_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to expect of answers that may end anywhere.")
+    ] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="What an hour of this machine costs.")] = None,
+    watts: Annotated[float | None, typer.Option(help="What this machine takes while it works.")] = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine again.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with pictures here.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    config: Config = None,
+) -> None:
+    """Say what a file will do before it is run: its rows, what they share, memory and time. Needs no weights."""
+    from shoal.preview.command import run_explain  # here, so that --help stays quick
+    from shoal.preview.options import ExplainOptions
+
+    with exit_codes():
+        job = JobOptions(
+            input=input,
+            output=Path(os.devnull),  # nothing is answered
+            model=model,
+            adapter=parse_adapters(adapter or ()),
+            prompt=prompt,
+            chat=chat,
+            body=parse_body(body),
+            memory=None if memory is None else parse_bytes(memory),
+            step_tokens=step_tokens,
+            weights=weights,
+            kv=kv,
+            threads=threads,
+            strict=strict,
+        )
+        options = ExplainOptions(job, html, answer_tokens, price_per_hour, watts, calibrate)
+        run_explain(options, json, Console())
+
+
+@app.command()
+def lint(
+    input: Rows,
+    model: Model = "",
+    adapter: Adapter = None,
+    prompt: Prompt = None,
+    chat: Chat = False,
+    body: Body = "{}",
+    strict: Strict = False,
+    fix: Annotated[Path | None, typer.Option(help="Write the file here with the repairs that are safe.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON, with every line.")] = False,
+    config: Config = None,
+) -> None:
+    """Check every line of a file as run would, without the model's weights; 3 when some would fail."""
+    from shoal.preview.command import run_lint  # here, so that --help stays quick
+
+    with exit_codes():
+        job = JobOptions(
+            input=input,
+            output=Path(os.devnull),  # nothing is answered
+            model=model,
+            adapter=parse_adapters(adapter or ()),
+            prompt=prompt,
+            chat=chat,
+            body=parse_body(body),
+            strict=strict,
+        )
+        raise typer.Exit(run_lint(job, fix, json, Console()))
 
 
 @app.command()

@@ -63,7 +63,7 @@ class Decodes:
         )
 
 
-class _RandomWeights:
+class RandomWeights:
     """A checkpoint that is nowhere."""
 
     def __init__(self, config: ModelConfig, mode: str) -> None:
@@ -89,21 +89,21 @@ class _RandomWeights:
         return torch.ones(self._shapes[f"{name}.weight"])
 
 
-class _Skipping:
-    """Runs of a prompt only the last token, as if the others had been computed: it fills a memory with long rows in
+class Skipping:
+    """Runs of a prompt only the last tokens, as if the others had been computed: it fills a memory with long rows in
     seconds, for measuring what comes after. Answers are those of no model."""
 
-    def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
+    def __init__(self, runner: ModelRunner, keep: int = 1) -> None:
+        self._runner, self._keep = runner, keep
 
     def submit(self, step: Step) -> Pending:
         slices = tuple(self._last(part) for part in step.slices if len(part.tokens) == 1 or part.want)
         return self._runner.submit(replace(step, slices=slices))
 
-    @staticmethod
-    def _last(part: Slice) -> Slice:
-        end = part.start + len(part.tokens)
-        return replace(part, start=end - 1, tokens=part.tokens[-1:], want=min(part.want, 1))
+    def _last(self, part: Slice) -> Slice:
+        tokens = part.tokens[-self._keep :]
+        start = part.start + len(part.tokens) - len(tokens)
+        return replace(part, start=start, tokens=tokens, want=min(part.want, 1))
 
 
 def run(limits: Limits, mode: str) -> Iterator[Decodes]:
@@ -111,7 +111,7 @@ def run(limits: Limits, mode: str) -> Iterator[Decodes]:
     8,000 tokens."""
     config = make_config(QWEN)
     kernels = load("auto")
-    decoder = Decoder(config, cast(Weights, _RandomWeights(config, mode)), kernels)
+    decoder = Decoder(config, cast(Weights, RandomWeights(config, mode)), kernels)
     rows, shared, own = _LARGE
     pages = -(-shared // _PAGE) + rows * (-(-(own + 2 * _STEPS) // _PAGE) + 1)
     kv = decoder.new_kv(pages, _PAGE)
@@ -125,7 +125,7 @@ def run(limits: Limits, mode: str) -> Iterator[Decodes]:
             prompts = [_tokens(row, 32) for row in range(batch)]
             yield _decodes(runner, kernels, prompts, pages, model, limits, 32 * batch)
         prompts = [_tokens(rows, shared) + _tokens(row, own) for row in range(rows)]
-        skipping = _Skipping(runner)
+        skipping = Skipping(runner)
         yield _decodes(skipping, kernels, prompts, pages, model, limits, shared + rows * own)
     finally:
         runner.close()

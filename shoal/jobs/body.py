@@ -233,3 +233,8 @@ UNSUPPORTED = frozenset(
 
 FIELDS = frozenset(name for body in (ChatBody, CompletionBody, EmbeddingBody) for name in body.__struct_fields__)
 """Every field that a body may have."""
+
+IGNORED = frozenset(
+    each.name for kind in (ChatBody, CompletionBody) for each in msgspec.structs.fields(kind) if each.type is Raw
+)
+"""Fields that may say anything, for they change neither the tokens nor their number."""

@@ -60,14 +60,23 @@ def errors_path(output: Path) -> Path:
     return stem.with_name(stem.name + ".errors.jsonl")
 
 
-def prepare(options: JobOptions, files: Files) -> Prepared:
-    """Check and open everything. ShoalErrors say what is wrong before anything was changed, the lock apart."""
+@dataclass(frozen=True, slots=True)
+class Words:
+    """A model as far as reading a file needs it: no weights."""
+
+    folder: Path
+    name: str
+    tokenizer: Tokenizer
+    info: ModelInfo
+    encoder: RowEncoder
+
+
+def open_words(options: JobOptions) -> Words:
+    """What turns the lines of a job into tokens, or into reasons why not; for a run, and for whoever foretells one."""
     folder = resolve_model(options.model)
     tokenizer = Tokenizer.load(folder)
     info = ModelInfo.load(folder, tokenizer)
     name = options.model or folder.name
-    form = form_of(options.output)
-    errors = None if options.one_file and form == "jsonl" else errors_path(options.output)
     settings = JobSettings(
         model=name,
         strict=options.strict,
@@ -77,22 +86,30 @@ def prepare(options: JobOptions, files: Files) -> Prepared:
         chat=options.chat,
         defaults=parse_defaults(options.body, options.adapter),
     )
-    encoder = RowEncoder(tokenizer, ChatTemplate.load(folder), info, settings)
     _check_adapters(options, name)
+    return Words(folder, name, tokenizer, info, RowEncoder(tokenizer, ChatTemplate.load(folder), info, settings))
+
+
+def prepare(options: JobOptions, files: Files) -> Prepared:
+    """Check and open everything. ShoalErrors say what is wrong before anything was changed, the lock apart."""
+    words = open_words(options)
+    form = form_of(options.output)
+    errors = None if options.one_file and form == "jsonl" else errors_path(options.output)
     _check_input(options, errors)
     state = open_state(options.output, errors, files, restart=options.restart, overwrite=options.overwrite)
     opened = False
     try:
         source = open_source(options.input, state.path, files, sys.stdin.buffer)
-        manifest = _manifest(options, state.path, files, folder, source, encoder)
+        manifest = _manifest(options, state.path, files, words.folder, source, words.encoder)
         begin = state.begin(manifest)
         opened = True
     finally:
         if not opened:
             state.close()
     return Prepared(
-        options, errors, form, state, begin, manifest, source, folder, name, tokenizer, encoder, info, created()
-    )
+        options, errors, form, state, begin, manifest, source, words.folder, words.name, words.tokenizer,
+        words.encoder, words.info, created(),
+    )  # fmt: skip
 
 
 def created() -> int:

@@ -132,6 +132,9 @@ class _LooseEnvelope(_Envelope, frozen=True, forbid_unknown_fields=False):
     """The same with anything beside it."""
 
 
+ENVELOPE = frozenset(_Envelope.__struct_fields__)
+"""Fields of a line that mean something; others may stand beside them, as a user's own notes."""
+
 _envelope = msgspec.json.Decoder(_Envelope)
 _loose_envelope = msgspec.json.Decoder(_LooseEnvelope)
 _chat = msgspec.json.Decoder(ChatBody)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil  # type: ignore[import-untyped]
-import torch
 
 from shoal.core.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 RESERVE_BYTES = 10**9  # for activations, logits, the interpreter and everybody else
 _CGROUP = Path("/sys/fs/cgroup")
@@ -81,7 +84,14 @@ def plan_weights(available: int, weights: int, seats: int) -> MemoryPlan:
 def available_bytes(device: torch.device) -> int:
     """Memory that this process may still take on the device."""
     if device.type == "cuda":
+        import torch  # here, as who asks for a plan alone needs no tensors
+
         return int(torch.cuda.mem_get_info(device)[0])
+    return available_host_bytes()
+
+
+def available_host_bytes() -> int:
+    """Memory that this process may still take beside the processor."""
     return min([int(psutil.virtual_memory().available), *_control_groups()])
 
 

@@ -1,8 +1,11 @@
-"""How long a step takes: linear in four things that decide it. It must not know the clock or the hardware's name."""
+"""How long a step takes: linear in four things that decide it, or as measured. It must not know the clock or the
+hardware's name."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from shoal.core.types import Step
 
@@ -29,3 +32,60 @@ class LinearCost:
     def seconds(self, step: Step) -> float:
         """Predicted duration of the step."""
         return sum(weight * x for weight, x in zip(self.weights, shape(step), strict=True))
+
+
+class Cost(Protocol):
+    """Whatever can price a step."""
+
+    def seconds(self, step: Step) -> float:
+        """Predicted duration of the step."""
+        ...
+
+
+Curve = tuple[tuple[float, float], ...]  # (amount, seconds), amounts ascending; straight between points and beyond
+
+
+def along(curve: Curve, amount: float) -> float:
+    """Seconds of an amount. Below the first point a curve is flat: the least that anything takes."""
+    if amount <= curve[0][0] or len(curve) == 1:
+        return curve[0][1]
+    high = min(max(bisect_left(curve, (amount, 0.0)), 1), len(curve) - 1)
+    (x0, y0), (x1, y1) = curve[high - 1], curve[high]
+    return y0 + (y1 - y0) * (amount - x0) / (x1 - x0)
+
+
+class Parts(NamedTuple):
+    """The seconds of a step by what they go to."""
+
+    layers: float  # products of the layers with their weights, and what is done to each token beside them
+    answers: float  # head, sampling, and the engine's own work, by rows that get a token
+    attention: float
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredCost:
+    """A step's duration from measurements of this machine with a model's own shapes."""
+
+    layers: Curve  # by tokens of the step
+    answers: Curve  # by rows that get a token
+    pair: float  # of one query position with one key position, in all layers
+    read: float  # of reading the keys and values of one position, in all layers
+    start: float = 0.0  # of letting a row in
+    block: int = 32  # positions of a block
+
+    def parts(self, tokens: float, rows: float, pairs: float, read: float, starts: int = 0) -> Parts:
+        """What a step of so many tokens takes; `rows` of them get a token, and `read` positions are looked at."""
+        answers = (along(self.answers, rows) if rows else 0.0) + self.start * starts
+        return Parts(along(self.layers, tokens), answers, self.pair * pairs + self.read * read)
+
+    def seconds(self, step: Step) -> float:
+        """Predicted duration of the step."""
+        return sum(self.step_parts(step))
+
+    def step_parts(self, step: Step) -> Parts:
+        """What the step takes. A block that several rows look at is read once."""
+        _, tokens, _, pairs = shape(step)
+        rows = sum(1 for part in step.slices if part.want)
+        blocks = {block for part in step.slices for block in part.blocks}
+        most = sum(part.start + len(part.tokens) for part in step.slices)
+        return self.parts(tokens, rows, pairs, min(most, self.block * len(blocks)), len(step.starts))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from shoal.core.clock import SimClock
 from shoal.core.types import Step, StepResult
-from shoal.sched.cost import LinearCost
+from shoal.sched.cost import Cost
 
 END, OTHER = 1, 2  # the two tokens of a pretend text
 
@@ -37,7 +37,7 @@ class SimExecutor:
     def __init__(
         self,
         clock: SimClock,
-        cost: LinearCost,
+        cost: Cost,
         lengths: Mapping[str, int] | None = None,
         accept: float = 0.7,
         seed: int = 0,

@@ -34,7 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "jobs": JOB_SIDE,
     "llm": EVERYTHING | {"build", "jobs"},
     "bench": EVERYTHING | {"build", "client", "host", "jobs"},
-    "cli": {"core", "models", "jobs", "bench"},
+    "preview": {"core", "sched", "engine", "sim", "runtime", "text", "jobs"},
+    "cli": {"core", "models", "jobs", "bench", "preview"},
     "__main__": {"cli"},
     "__init__": {"core", "jobs", "llm"},
 }
@@ -57,6 +58,7 @@ OUTSIDE: dict[str, set[str]] = {
     "jobs": {"numpy", "msgspec", "pyarrow", "rich", "psutil", "jinja2"},
     "llm": {"torch", "numpy", "rich"},
     "bench": {"torch", "numpy"},
+    "preview": {"numpy", "msgspec", "rich"},
     "cli": {"typer", "rich", "yaml"},
     "__main__": set(),
     "__init__": set(),
@@ -167,7 +169,7 @@ def without_torch(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-TORCH_FREE_FOLDERS = ("core", "kv", "sched", "sim", "jobs", "text")
+TORCH_FREE_FOLDERS = ("core", "kv", "sched", "sim", "jobs", "text", "preview")
 
 
 @pytest.mark.parametrize("folder", TORCH_FREE_FOLDERS)

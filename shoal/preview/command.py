@@ -1,0 +1,55 @@
+"""`shoal explain` and `shoal lint`, from options to what is shown. It knows the parts and does the work of none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from shoal.jobs.files import disk_errors
+from shoal.jobs.options import JobOptions
+from shoal.preview.facts import Explanation, gather
+from shoal.preview.fix import repair
+from shoal.preview.lint import Lint, check, print_lint
+from shoal.preview.lint import to_json as lint_json
+from shoal.preview.look import look
+from shoal.preview.options import ExplainOptions
+from shoal.preview.page import page
+from shoal.preview.words import print_explanation, to_json
+
+SOME_FAIL = 3  # as a run's exit code for failed lines
+
+
+def explain(options: ExplainOptions) -> Explanation:
+    """All that can be said of a job before it runs."""
+    with look(options.job) as looked:
+        return gather(options, looked)
+
+
+def run_explain(options: ExplainOptions, as_json: bool, console: Console) -> None:
+    """Explain a job on the console, and in a page where one is asked for."""
+    found = explain(options)
+    if options.html is not None:
+        with disk_errors(options.html):
+            options.html.write_text(page(found), encoding="utf-8")
+    if as_json:
+        console.print(to_json(found), markup=False, highlight=False, soft_wrap=True)
+    else:
+        print_explanation(found, console)
+
+
+def lint(options: JobOptions, fixed: Path | None = None) -> Lint:
+    """The verdict on every line of a file; the repaired file is written to `fixed` where that is given."""
+    with look(options) as looked:
+        found = check(looked)
+        return found if fixed is None else repair(looked, found, fixed)
+
+
+def run_lint(options: JobOptions, fixed: Path | None, as_json: bool, console: Console) -> int:
+    """Check a file's lines; the exit code."""
+    found = lint(options, fixed)
+    if as_json:
+        console.print(lint_json(found), markup=False, highlight=False, soft_wrap=True)
+    else:
+        print_lint(found, console)
+    return 0 if found.clean else SOME_FAIL

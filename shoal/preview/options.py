@@ -1,0 +1,29 @@
+"""What the user wants to know of a job before it runs. It must not know how it is found out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.core.errors import UsageError
+from shoal.jobs.options import JobOptions
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainOptions:
+    """One question about a job."""
+
+    job: JobOptions
+    html: Path | None = None  # a page is written here
+    answer_tokens: int | None = None  # expected of answers whose length nobody fixes
+    price: float | None = None  # of an hour of this machine
+    watts: float | None = None  # of this machine while it works
+    calibrate: bool = False  # measure this machine again
+
+    def __post_init__(self) -> None:
+        for name, value in (("--price-per-hour", self.price), ("--watts", self.watts)):
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{name} is {value}: give a number that is not negative")
+        if self.answer_tokens is not None and self.answer_tokens < 1:
+            raise UsageError(f"--answer-tokens is {self.answer_tokens}: give at least 1")

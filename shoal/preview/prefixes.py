@@ -1,0 +1,72 @@
+"""The largest prefixes that prompts share, as a small tree with their texts.
+
+It knows sorted prompts and a tokenizer; it must not know rows, times or how a tree is drawn.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+from shoal.jobs.plan_order import build_tree
+from shoal.jobs.plan_sort import overlaps, sort_prompts
+from shoal.preview.look import Looked
+from shoal.text.tokenizer import Tokenizer
+
+MOST = 40  # prefixes shown: more cannot be told apart in a picture
+TEXT = 60  # characters shown of the two ends of a prefix's own text, together
+_WIDE = 4 * TEXT  # tokens decoded of each end
+
+
+class Prefix(msgspec.Struct, frozen=True):
+    """Tokens that several prompts begin with, after those of the prefix that it stands on."""
+
+    begin: int  # tokens of the prefix that it stands on
+    end: int  # tokens shared
+    uses: int  # prompts that begin with it
+    saved: int  # tokens that need not be computed because its own part is shared
+    above: int  # place of the one that it stands on in the list; -1: none
+    left: int  # among the sorted prompts: place of the first that begins with it
+    text: str  # of its own part, shortened
+
+
+def largest(looked: Looked, most: int = MOST) -> list[Prefix]:
+    """The prefixes whose sharing saves most, each after the one that it stands on."""
+    prompts = looked.prompts
+    if len(prompts) < 2:
+        return []
+    ranked = sort_prompts(prompts)
+    lcp = np.zeros(len(ranked), dtype=np.int64)
+    lcp[1:] = overlaps(prompts, ranked[:-1], ranked[1:])
+    tree = build_tree(lcp)
+    uses = tree.right - tree.left + 1
+    saved = (uses - 1) * (tree.depth - tree.depth[tree.parent])
+    best = np.lexsort((np.arange(len(tree)), -saved))[:most]
+    chosen = sorted((int(v) for v in best if saved[v] > 0), key=lambda v: (int(tree.left[v]), int(tree.depth[v])))
+    place = {node: number for number, node in enumerate(chosen)}
+    found: list[Prefix] = []
+    for node in chosen:
+        above = int(tree.parent[node])
+        while above not in place and above != tree.parent[above]:
+            above = int(tree.parent[above])
+        on = place.get(above, -1)
+        begin, end, many = found[on].end if on >= 0 else 0, int(tree.depth[node]), int(uses[node])
+        start = int(prompts.offset[ranked[tree.left[node]]])
+        tokens = prompts.padded[start + begin : start + end].tolist()
+        text = shortened(tokens, looked.words.tokenizer)
+        found.append(Prefix(begin, end, many, (many - 1) * (end - begin), on, int(tree.left[node]), text))
+    return found
+
+
+def shortened(tokens: list[int], tokenizer: Tokenizer) -> str:
+    """The text of tokens on one line: its beginning and its end where it is long."""
+    half = TEXT // 2
+    if len(tokens) <= 2 * _WIDE:
+        text = tokenizer.decode(tokens, skip_special=False)
+        head, tail = text, text
+    else:
+        head = tokenizer.decode(tokens[:_WIDE], skip_special=False)
+        tail = tokenizer.decode(tokens[-_WIDE:], skip_special=False)
+        text = head + tail
+    text, head, tail = (" ".join(each.split()) for each in (text, head, tail))
+    return text if len(text) <= TEXT else f"{head[:half].rstrip()} … {tail[-half:].lstrip()}"

@@ -148,6 +148,8 @@ class _Encoded:
     score_from: int = -1
     key: int = 0
     asks: tuple[bytes, ...] = ()
+    vector: bool = False
+    alone: bool = False
 
     @property
     def custom_id(self) -> str | None:

@@ -68,7 +68,7 @@ class Case {
     const int64_t padded = (rules.width + 31) / 32 * 32;
     const size_t bytes = (size_t)(pages * rules.kv_heads * PAGE * (padded + 4) * 4);
     keys.assign(bytes, (char)255), values.assign(bytes, (char)255);
-    cache = {keys.data(), values.data(), PAGE, rules.kv_heads, rules.width, rules.kind};
+    cache = {keys.data(), values.data(), pages, PAGE, rules.kv_heads, rules.width, rules.kind};
     const shoal::Kernels::Heads how = {heads, 0, nullptr, nullptr, nullptr, nullptr, 0.f, false};
     for (size_t n = 0; n < step.length.size(); n++) {
       Numbers rows = noise(random, wide, step.length[n] * row, 1.5f);

@@ -50,7 +50,7 @@ void heads(const shoal::Kernels &kernels, bool wide, bool whole, int64_t width, 
   const shoal::Kernels::Heads how = {4, rotated, (float *)cosine.at(0), (float *)sine.at(0), (float *)query_norm.at(0),
                                      (float *)key_norm.at(0), 1e-5f, whole};
   std::vector<char> keys((size_t)(8 * 64 * 512)), values(keys.size());
-  const shoal::Pages pages = {keys.data(), values.data(), 32, 2, width,
+  const shoal::Pages pages = {keys.data(), values.data(), 1, 32, 2, width,
                               wide ? shoal::Kind::fp32 : shoal::Kind::bf16};
   std::vector<int64_t> position, slot;
   for (int64_t t = 0; t < tokens; t++) position.push_back((t * 7) % positions), slot.push_back(t + 3);

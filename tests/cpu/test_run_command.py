@@ -20,10 +20,12 @@ DEADLY = "kill"
 WITH_DEADLY_POLICY = """
 import sys
 from dataclasses import replace
-import shoal.jobs.run as run
 from shoal.cli import main
-config = run._Job._config
-run._Job._config = lambda job: replace(config(job), policy="deadly_policy:Deadly", max_sequences=2)
+from shoal.jobs.engines import Engines
+load = Engines._load
+def load_deadly(engines, config, useful):
+    load(engines, replace(config, policy="deadly_policy:Deadly", max_sequences=2), useful)
+Engines._load = load_deadly
 try:
     main()
 finally:

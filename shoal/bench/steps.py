@@ -139,7 +139,8 @@ def _decodes(
     executor: Executor, kernels: Kernels, prompts: Sequence[Tokens], pages: int, model: Costs,
     limits: Limits, distinct: int,
 ) -> Decodes:  # fmt: skip
-    """Let all prompts in, then time steps that only decode: half of them unwatched, half watched."""
+    """Let all prompts in, then time steps that only decode: half of them unwatched, a quarter watched as they are, for
+    Python's share, and a quarter in parts, for the others'."""
     policy = BatchPolicy(Budget(2048, len(prompts)))
     engine = Engine(Scheduler(policy, pages, _PAGE), executor, WallClock(), ahead=1)
     for row, prompt in enumerate(prompts):
@@ -149,9 +150,14 @@ def _decodes(
         engine.step()
     engine.step()
     seconds = median(_steps(engine, _STEPS // 2))
+    with watched(kernels, parts=False) as whole:
+        wall = sum(_steps(engine, _STEPS // 4))
+    python = whole.parts(wall)["python"] / wall
     with watched(kernels) as watch:
-        wall = sum(_steps(engine, _STEPS // 2))
-    parts = {name: part / wall for name, part in watch.parts(wall).items()}
+        wall = sum(_steps(engine, _STEPS // 4))
+    parts = watch.parts(wall)
+    inside = wall - parts["python"]
+    parts = {name: (1 - python) * part / inside for name, part in parts.items()} | {"python": python}
     while engine.busy:
         engine.step()
     produced = len(prompts) * _STEPS

@@ -20,7 +20,7 @@ _PART_OF = {  # the others: rest
     "attention": "attention",
 }  # fmt: skip
 _NOT_OF_A_STEP = ("new_kv", "kv_bytes", "pack", "pack_gated", "pack_deltas", "prepare_heads", "prepare_layer")
-_WHOLE = "layer"  # many parts in one call: while watched they are called one by one
+_WHOLE = "layer"  # many parts in one call
 
 
 @dataclass(slots=True)
@@ -41,21 +41,23 @@ class Watch:
 
 
 @contextmanager
-def watched(kernels: Kernels) -> Iterator[Watch]:
-    """Time the functions of these kernels while inside, for whoever calls them through the object."""
+def watched(kernels: Kernels, parts: bool = True) -> Iterator[Watch]:
+    """Time the functions of these kernels while inside, for whoever calls them through the object.
+
+    With `parts` those of a layer are called one by one, to be told apart: that takes more of Python than a run does.
+    """
     watch = Watch()
     names = [
         name
         for name in dir(type(kernels))
-        if not name.startswith("_") and name not in (*_NOT_OF_A_STEP, _WHOLE) and callable(getattr(kernels, name))
+        if not name.startswith("_") and name not in _NOT_OF_A_STEP and callable(getattr(kernels, name))
     ]
     for name in names:
-        setattr(kernels, name, _timed(watch, name, getattr(kernels, name)))
-    setattr(kernels, _WHOLE, _not_now)
+        setattr(kernels, name, _not_now if name == _WHOLE and parts else _timed(watch, name, getattr(kernels, name)))
     try:
         yield watch
     finally:
-        for name in (*names, _WHOLE):
+        for name in names:
             delattr(kernels, name)
 
 

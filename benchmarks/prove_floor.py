@@ -74,7 +74,7 @@ class Rounds:
     limits: list[Limits]
     runs: dict[str, dict[str, list[Run]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
     beside: list[dict[str, float]] = field(default_factory=list)
-    where: dict[str, dict[str, float]] = field(default_factory=dict)  # shares of the wall, by workload
+    python: dict[str, float] = field(default_factory=dict)  # share of the wall, by workload
 
     @property
     def best(self) -> Limits:
@@ -100,8 +100,8 @@ def run_rounds(rounds: int, found: Rounds, plain: Ours, quantised: Ours, cores: 
         seen = ", ".join(f"{name} {walls(runs):.2f} s" for name, runs in found.runs["bf16"].items())
         print(f"round {number + 1}: {seen}", flush=True)
     for workload in found.workloads:
-        run, watch = plain.watch(workload)
-        found.where[workload.name] = {part: each / run.span.wall for part, each in watch.parts(run.span.wall).items()}
+        run, watch = plain.watch(workload, parts=False)
+        found.python[workload.name] = watch.parts(run.span.wall)["python"] / run.span.wall
 
 
 def summary(found: Rounds, described: ModelConfig) -> dict[str, dict[str, Any]]:
@@ -114,7 +114,7 @@ def summary(found: Rounds, described: ModelConfig) -> dict[str, dict[str, Any]]:
         rows[name] = {
             "wall": walls(runs), "cpu": median(run.span.cpu for run in runs), "floor": least.seconds,
             "over_floor": walls(runs) / least.seconds, "int8_speedup": walls(runs) / walls(found.runs["int8"][name]),
-            "cores_speedup": walls(alone) / walls(runs) if alone else None, "where": found.where[name],
+            "cores_speedup": walls(alone) / walls(runs) if alone else None, "python": found.python[name],
             "others": median(run.span.others or 0.0 for run in runs), "floor_parts": asdict(least),
         }  # fmt: skip
     for each in found.beside:
@@ -139,7 +139,7 @@ def measured(rounds: int, scale: float) -> tuple[dict[str, Any], dict[str, bool]
         "two cores against one": all(rows[name]["cores_speedup"] >= least for name, least in TWO_CORES.items()),
         "start to first token": median(first) < FIRST_TOKEN,
         "busy neighbour": median(each["over_share"] for each in found.beside) <= OVER_SHARE,
-        "Python's share of a step below 2 %": all(row["where"]["python"] < 0.02 for row in rows.values()),
+        "Python's share of a step below 2 %": all(row["python"] < 0.02 for row in rows.values()),
     }
     runs = {way: {name: [asdict(run) for run in each] for name, each in by.items()} for way, by in found.runs.items()}
     numbers = {
@@ -157,11 +157,11 @@ def main() -> int:
     asked = parser.parse_args()
     numbers, holds = measured(asked.rounds, asked.scale)
     for name, row in numbers["workloads"].items():
-        where = ", ".join(f"{part} {100 * share:.1f} %" for part, share in row["where"].items())
         cores = f"{row['cores_speedup']:.2f}" if row["cores_speedup"] else "not run"
         print(
             f"{name}: {row['wall']:.2f} s, {row['cpu']:.1f} s of processor, floor {row['floor']:.2f} s, "
-            f"{row['over_floor']:.3f} x; int8 {row['int8_speedup']:.2f} x; two cores {cores}; {where}"
+            f"{row['over_floor']:.3f} x; int8 {row['int8_speedup']:.2f} x; two cores {cores}; "
+            f"Python {100 * row['python']:.1f} %"
         )
     print(f"first token after {median(numbers['start_to_first_token']):.2f} s; beside {numbers['beside_a_neighbour']}")
     for name, held in holds.items():

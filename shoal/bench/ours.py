@@ -75,9 +75,10 @@ class Ours:
         """Answer the whole workload, as a job would. WrongAnswers when a row has not exactly the length asked for."""
         return self._run(self.plans[workload.name])
 
-    def watch(self, workload: Workload) -> tuple[Run, Watch]:
-        """The same with a clock around every kernel: for where the time goes, not for how much it is."""
-        with watched(self.built.kernels) as watch:
+    def watch(self, workload: Workload, parts: bool = True) -> tuple[Run, Watch]:
+        """The same with a clock around every kernel: for where the time goes, not for how much it is. Without `parts`
+        a layer counts as one, which it is in a run: that tells Python's share."""
+        with watched(self.built.kernels, parts) as watch:
             return self._run(self.plans[workload.name]), watch
 
     def _run(self, requests: Iterable[Request]) -> Run:

@@ -73,7 +73,7 @@ def build(config: ModelConfig, mode: str, kv_mode: str) -> Bench:
         if isinstance(tensor, torch.Tensor):
             tensor.zero_()  # skipped positions are read: they must be numbers, and in memory
     short = copy.copy(decoder)
-    short.layers = decoder.layers[:1]
+    short.layers, short.whole = decoder.layers[:1], decoder.whole[:1]
     runners = [ModelRunner(each, kernels, kv, config.vocab_size) for each in (decoder, short)]
     return Bench(few, *runners, pages)
 

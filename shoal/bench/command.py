@@ -65,6 +65,8 @@ def _workloads(options: BenchOptions, limits: Limits, record: Record) -> None:
     folder = resolve_model(config.model)
     model = read_config(folder)
     modes = [weight_mode(each, folder) for each in options.weights]
+    if len(set(modes)) < len(modes):
+        raise UsageError(f"weights {', '.join(options.weights)} are {', '.join(modes)}: name each mode once")
     workloads = [make(name, model.vocab_size, options.scale) for name in options.what or WORKLOADS]
     record["settings"] = {**config.to_mapping(), "weights": modes[0], "scale": options.scale, "runs": options.runs}
     seconds = [first_token_seconds(config, workloads[0].prompt_tokens) for _ in range(3)]

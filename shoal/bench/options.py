@@ -40,6 +40,8 @@ class BenchOptions:
             raise UsageError(f"cannot measure {strange[0]!r}; known are {', '.join((*WORKLOADS, KERNELS))}")
         if KERNELS in self.what and len(self.what) > 1:
             raise UsageError("bench kernels stands alone: name workloads in a run of their own")
+        if len(set(self.peers)) < len(self.peers):
+            raise UsageError("a peer is named twice with the same words: each needs settings of its own")
         if not self.weights or (KERNELS in self.what and len(self.weights) > 1):
             raise UsageError("bench needs one mode of weights; only workloads take several, as bf16,int8")
 

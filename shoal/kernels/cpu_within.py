@@ -24,9 +24,11 @@ def attend_within(qkv_TW: Tensor, num_heads: int, lengths: Sequence[int], scale:
     for length, same in groupby(lengths):
         count = sum(1 for _ in same)
         rows = slice(first, first + count * length)
-        q, k, v = qkv_TW[rows].view(count, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+        # In memory of their own, as floats: for 16 bits torch chooses a product by how many sequences and threads there
+        # are, and a product may depend on where its operands begin.
+        q, k, v = qkv_TW[rows].view(count, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4).float().contiguous()
         mixed_NHLE = scaled_dot_product_attention(q, k, v, scale=scale)
-        out_TD[rows] = mixed_NHLE.transpose(1, 2).reshape(count * length, -1)
+        out_TD[rows] = mixed_NHLE.transpose(1, 2).reshape(count * length, -1).to(out_TD.dtype)
         first = rows.stop
     assert first == tokens, (first, tokens)
     return out_TD

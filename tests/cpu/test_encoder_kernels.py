@@ -80,6 +80,20 @@ def test_attention_within_a_text_is_that_of_exact_arithmetic(name: str, dtype: t
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("threads", [2, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [16, 26])
+def test_attention_within_is_the_same_in_any_company(name: str, threads: int, dtype: torch.dtype, width: int) -> None:
+    """Also with heads whose rows begin anywhere, and with more threads than texts."""
+    kernels, lengths, heads = backend(name), [64, 64, 64, 64, 64, 200, 41, 41, 41, 9, 9, 300, 1], 12
+    qkv = noise(sum(lengths), 3 * heads * width, seed=4).to(dtype)
+    set_threads(1)
+    alone = [kernels.attention_within(part, heads, [len(part)], 0.25) for part in qkv.split(lengths)]
+    set_threads(threads)
+    assert same_bits(kernels.attention_within(qkv, heads, lengths, 0.25).float(), torch.cat(alone).float())
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_company_and_threads_change_no_bit(name: str, threads: int) -> None:
     kernels, lengths = backend(name), [200, 40, 40, 40, 9, 9, 300, 1]

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
@@ -21,6 +21,9 @@ from shoal import __version__
 from shoal.core.config import parse_bytes
 from shoal.core.errors import ShoalError
 from shoal.jobs.options import FailureBudget, JobOptions, Order, parse_adapters, parse_body, parse_share
+
+if TYPE_CHECKING:
+    from shoal.jobs.retry import Again
 
 INTERRUPTED = 5
 PREFIX = "SHOAL_"
@@ -108,11 +111,11 @@ def exit_codes() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from interruption
 
 
-def answer(options: JobOptions) -> int:
+def answer(options: JobOptions, again: Again | None = None) -> int:
     """Run the job; its exit code."""
     from shoal.jobs.run import run_job  # here, so that --help and report need not load what a job needs
 
-    return run_job(options)
+    return run_job(options, again=again)
 
 
 @app.command()

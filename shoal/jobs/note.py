@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from shoal.core.errors import StateError
+from shoal.jobs.journal import Journal
 from shoal.jobs.look import View
 from shoal.jobs.options import STDIN, JobOptions
 from shoal.jobs.spool import SPOOL
@@ -33,6 +34,13 @@ def note_of(options: JobOptions) -> str:
     """The note of a job that starts now in this folder."""
     note = JobNote(replace(options, restart=False, overwrite=False), os.getcwd())
     return msgspec.json.encode(note, enc_hook=str).decode()
+
+
+def keep_note(journal: Journal, options: JobOptions) -> None:
+    """Note a job that starts now, unless its journal says the same already."""
+    note = note_of(options)
+    if journal.meta(NOTE) != note:
+        journal.set_meta(NOTE, note)
 
 
 def read_note(view: View) -> JobNote:

@@ -111,6 +111,14 @@ class Results:
             self._writer.moved(self._out if self._form == "jsonl" else None, self._errors)
             return progress
 
+    def forget(self, lines: Sequence[int]) -> None:
+        """Forget these lines, which are answered again beside the files of before. Then close this and open another."""
+        with self._careful():
+            self._commit(self._clock.now())
+            self._writer.checkpoint()
+            self._swap.begin(lines)
+        self._broken = True  # what it knows is of before: nothing of it may be written
+
     def close(self) -> None:
         """Keep all that was put, durably, and close. After an error, only what was committed before it."""
         try:

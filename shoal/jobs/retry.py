@@ -6,56 +6,82 @@ It knows journals and faults; it must not know how rows are run: the job goes on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from shoal.core.errors import fault_of
-from shoal.jobs.files import DiskFiles, Files
 from shoal.jobs.journal import Journal
 from shoal.jobs.look import View
 from shoal.jobs.note import options_of, read_note
 from shoal.jobs.options import JobOptions
-from shoal.jobs.prepare import errors_path
-from shoal.jobs.state import open_state
-from shoal.jobs.swap import NOTE, RUNNING
-from shoal.jobs.tables import form_of
+from shoal.jobs.results import Results
+from shoal.jobs.state import StateFolder
+from shoal.jobs.swap import NOTE
 from shoal.jobs.tally import code_of
 from shoal.jobs.units import count
 
 
-def failed_lines(journal: Journal, every: bool, late: bool) -> Iterator[int]:
-    """Lines that failed by no fault of their own, or all that failed; `late`: also those whose time was up."""
-    for line, status, stats in journal.stats():
-        if status != "ok":
-            code = code_of(status, json.loads(stats))
-            if every or fault_of(code) != "yours" or (late and code == "row_timeout"):
-                yield line
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Which rows of a job are to run again: those that failed by no fault of their own, or all that failed."""
 
+    every: bool = False
+    late: bool = False  # also those whose time was up
+    say: Callable[[str], None] = lambda words: None  # tells the user what becomes of it
 
-def reopen(options: JobOptions, files: Files, every: bool, late: bool = False) -> int | None:
-    """Have the job forget its failed rows, so that its next run answers them. Returns how many these are; None when an
-    earlier call has done so, and they have not all ended."""
-    one_file = options.one_file and form_of(options.output) == "jsonl"
-    with open_state(options.output, None if one_file else errors_path(options.output), files) as state:
-        journal = Journal(state.path)
+    def idle(self, folder: Path) -> bool:
+        """Whether no row of the finished job in `folder` is to run again; it is said then."""
+        journal = Journal(folder)
         try:
-            if journal.meta(NOTE):
-                return None
-            lines = list(failed_lines(journal, every, late))
-            if lines:
-                state.reopen()  # first: a job that is finished does not look into its journal
-                journal.reopen(lines, NOTE, RUNNING)
-            return len(lines)
+            found = bool(self._lines(journal))
         finally:
             journal.close()
+        if not found:
+            self.say(self._words(0, False))
+        return not found
+
+    def open(self, opened: Callable[[], Results], state: StateFolder) -> Results:
+        """The results of a job, its failed rows forgotten so that they are answered again.
+
+        `opened` opens them, ends what an earlier retry left half done, and compares both files with the journal: only
+        then nothing that a user has put there can be written over.
+        """
+        results = opened()
+        lines: list[int] | None = None
+        try:
+            lines = self._lines(results.journal)
+            self.say(self._words(len(lines), bool(results.journal.meta(NOTE))))
+            if lines:
+                state.reopen()  # first: a job that is finished does not look into its journal
+                results.forget(lines)
+        finally:
+            if lines != []:
+                results.close()
+        return opened() if lines else results
+
+    def _lines(self, journal: Journal) -> list[int]:
+        found = []
+        for line, status, stats in journal.stats():
+            if status != "ok":
+                code = code_of(status, json.loads(stats))
+                if self.every or fault_of(code) != "yours" or (self.late and code == "row_timeout"):
+                    found.append(line)
+        return found
+
+    def _words(self, number: int, goes_on: bool) -> str:
+        if goes_on:
+            more = f", and {count(number)} failed rows more" if number else ""
+            return f"the rows of an earlier retry go on{more}"
+        left = "" if self.every or number else ": failed lines that are left are yours; --all runs these too"
+        return f"{count(number)} failed rows run again{left}"
 
 
 def retry_job(
-    output: Path, every: bool, change: dict[str, object], timeout: float | None, run: Callable[[JobOptions], int],
-    console: Console,
+    output: Path, every: bool, change: dict[str, object], timeout: float | None,
+    run: Callable[[JobOptions, Again], int], console: Console,
 ) -> int:  # fmt: skip
     """Run the failed rows of the job of `output` again, with the options it had but for `change`; the exit code.
 
@@ -67,9 +93,9 @@ def retry_job(
         options = replace(options, **change)  # type: ignore[arg-type]  # names and kinds are the command's
         if timeout is not None:
             options = replace(options, body=options.body | {"timeout": timeout})
-        again = reopen(options, DiskFiles(), every, late=timeout is not None)
-        if not options.quiet:
-            more = "" if every or again else ": failed lines that are left are yours; --all runs these too"
-            words = "failed rows of an earlier retry" if again is None else f"{count(again)} failed rows"
-            console.print(f"retry   {words} run again{more}", soft_wrap=True)
-        return run(options)
+
+        def say(words: str) -> None:
+            if not options.quiet:
+                console.print(f"retry   {words}", soft_wrap=True)
+
+        return run(options, Again(every, timeout is not None, say))

@@ -23,7 +23,7 @@ from shoal.jobs.engines import POLL, Engines, pause_after
 from shoal.jobs.feed import Ended, Feed, Known
 from shoal.jobs.files import DiskFiles, Files
 from shoal.jobs.meter import Meter
-from shoal.jobs.note import NOTE, note_of
+from shoal.jobs.note import keep_note
 from shoal.jobs.options import JobOptions, Order
 from shoal.jobs.patience import Patience
 from shoal.jobs.plan import Order as PlanOrder
@@ -32,6 +32,7 @@ from shoal.jobs.prepare import Prepared, prepare
 from shoal.jobs.report import NAME as REPORT
 from shoal.jobs.report import print_report, read_report, write_report
 from shoal.jobs.results import Results, open_results
+from shoal.jobs.retry import Again
 from shoal.jobs.reuse import Reuse, forget
 from shoal.jobs.state import Begin as JobBegin
 from shoal.jobs.state import row_key
@@ -45,8 +46,10 @@ INTERRUPTED, BUDGET_HIT, SOME_FAILED = 5, 4, 3
 LAST_STEP = 2.0  # seconds that an interrupted job waits for what the step under way brings
 
 
-def run_job(options: JobOptions, backend: Backend | None = None, console: Console | None = None) -> int:
-    """Run the job, or go on with it, to its end. Returns the exit code; ShoalErrors carry theirs.
+def run_job(
+    options: JobOptions, backend: Backend | None = None, console: Console | None = None, again: Again | None = None
+) -> int:  # fmt: skip
+    """Run the job, or go on with it, to its end; with failed rows `again`. The exit code; ShoalErrors carry theirs.
 
     `backend` replaces the engine process: it is used as it is, and not started again when it dies.
     """
@@ -58,9 +61,10 @@ def run_job(options: JobOptions, backend: Backend | None = None, console: Consol
         try:
             job = prepare(options, files)
             try:
-                if job.begin is JobBegin.FINISHED and (job.state.path / REPORT).is_file() and not options.verify:
-                    return _again(job, console)
-                return _Job(job, files, console, stop, began, engine, backend).run()
+                ended = job.begin is JobBegin.FINISHED and (job.state.path / REPORT).is_file() and not options.verify
+                if ended and (again is None or again.idle(job.state.path)):
+                    return _ended_before(job, console)
+                return _Job(job, files, console, stop, began, engine, backend, again).run()
             finally:
                 job.source.close()
                 job.state.close()
@@ -69,7 +73,7 @@ def run_job(options: JobOptions, backend: Backend | None = None, console: Consol
                 engine.close()
 
 
-def _again(job: Prepared, console: Console) -> int:
+def _ended_before(job: Prepared, console: Console) -> int:
     """The job had ended before: say what came of it."""
     report = read_report(job.options.output)
     if report.exit_code in (0, SOME_FAILED, BUDGET_HIT):  # as this run's budget judges it
@@ -91,9 +95,9 @@ class _Job:
 
     def __init__(
         self, job: Prepared, files: Files, console: Console, stop: Stop, began: float,
-        engine: EngineProcess | None, backend: Backend | None,
+        engine: EngineProcess | None, backend: Backend | None, again: Again | None,
     ) -> None:  # fmt: skip
-        self.job, self.files, self.console, self.stop = job, files, console, stop
+        self.job, self.files, self.console, self.stop, self.again = job, files, console, stop, again
         self.clock = WallClock()
         self.display = Display(console, self.clock, job.options.quiet)
         self.writer = AnswerWriter(job.tokenizer, job.manifest.answers, job.name, job.created, job.options.openai)
@@ -166,12 +170,11 @@ class _Job:
         job = self.job
         order: WriteOrder = "finish" if job.options.order is Order.FINISH else "input"
         lines = array("q", plan.lines.tobytes())
-        results = open_results(
-            job.state.path, job.options.output, job.errors, lines, order, self.files, self.clock, job.form
-        )
-        note = note_of(job.options)
-        if results.journal.meta(NOTE) != note:
-            results.journal.set_meta(NOTE, note)
+        args = (job.state.path, job.options.output, job.errors, lines, order, self.files, self.clock, job.form)
+        if self.again is not None:  # options that a retry changes are its own: the note is left as it is
+            return self.again.open(lambda: open_results(*args), job.state)
+        results = open_results(*args)
+        keep_note(results.journal, job.options)
         return results
 
     def _refuse_malformed(self, plan: Plan) -> None:

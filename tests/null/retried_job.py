@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from durable_job import MANIFEST, Job, payload
 
 from shoal.core.clock import SimClock
 from shoal.jobs.files import Files
-from shoal.jobs.options import JobOptions
 from shoal.jobs.results import open_results
-from shoal.jobs.retry import reopen
+from shoal.jobs.retry import Again
 from shoal.jobs.state import Begin, StateFolder, open_state, row_key
 from shoal.jobs.swap import NOTE
 from shoal.jobs.write import Order
@@ -22,26 +22,28 @@ class RetryJob:
     def __init__(self, root: Path, rows: int, hopeless: bool = True, order: Order = "input") -> None:
         self.root, self.lines, self.hopeless, self.order = root, range(1, rows + 1), hopeless, order
         self.out, self.errors = root / "answers.jsonl", root / "answers.errors.jsonl"
+        self.every = False
 
     def run(self, files: Files) -> int:
         """`shoal run`, which may have ended before, and `shoal retry`."""
         with open_state(self.out, self.errors, files) as state:
             if state.begin(MANIFEST) is not Begin.FINISHED:
                 self._answer(state, files)
-        if reopen(JobOptions(Path("in"), self.out), files, every=False) != 0:
-            self.answer_again(files)
+        self.retry(files)
         return 3
 
-    def answer_again(self, files: Files) -> None:
-        """What `shoal retry` does when the rows are chosen."""
+    def retry(self, files: Files) -> None:
+        """`shoal retry`, of all rows that failed if `every`."""
+        chosen = Again(self.every)
         with open_state(self.out, self.errors, files) as state:
-            state.begin(MANIFEST)
-            self._answer(state, files)
+            if state.begin(MANIFEST) is not Begin.FINISHED or not chosen.idle(state.path):
+                self._answer(state, files, chosen)
 
-    def _answer(self, state: StateFolder, files: Files) -> None:
+    def _answer(self, state: StateFolder, files: Files, chosen: Again | None = None) -> None:
         clock = SimClock()
         args = (state.path, self.out, self.errors, self.lines, self.order, files, clock)
-        with open_results(*args) as results:
+        opened = partial(open_results, *args)
+        with opened() if chosen is None else chosen.open(opened, state) as results:
             again = bool(results.journal.meta(NOTE))
             for line in self.lines:
                 if results.done(line):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -16,10 +17,13 @@ from rich.console import Console
 from shoal.client import InProcess, News
 from shoal.core.errors import StateError
 from shoal.core.types import Finish
-from shoal.jobs.look import output_of
+from shoal.jobs.files import DiskFiles
+from shoal.jobs.look import View, output_of
+from shoal.jobs.note import read_note
 from shoal.jobs.options import FailureBudget, JobOptions, Order
-from shoal.jobs.retry import retry_job
+from shoal.jobs.retry import Again, retry_job
 from shoal.jobs.run import run_job
+from shoal.jobs.tally import look_report
 
 BAD = json.dumps({"custom_id": "bad", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": []}})
 ROWS = [chat(i) for i in range(12)] + [BAD] + [chat(i) for i in range(12, 24)]
@@ -56,13 +60,20 @@ def retry(
     """`shoal retry`, over an engine that hashes."""
     console = Console(file=io.StringIO(), width=400)
 
-    def run(options: JobOptions) -> int:
-        return run_job(options, backend or echo_backend(), console)
+    def run(options: JobOptions, again: Again) -> int:
+        return run_job(options, backend or echo_backend(), console, again)
 
     try:
         return retry_job(output_of(out or one.out), every, {}, timeout, run, console)
     finally:
         one.said = console.file.getvalue()  # type: ignore[attr-defined]
+
+
+class CutOff(Stumbles):
+    """The same for a run that is stopped before anything comes back."""
+
+    def outputs(self, timeout: float = 0.0) -> News | None:
+        raise KeyboardInterrupt
 
 
 Jobs = Callable[..., EchoJob]
@@ -115,13 +126,8 @@ def test_a_retry_that_is_cut_off_goes_on_with_either_command(job: Jobs) -> None:
         one = job(ROWS)
         one.run(Stumbles({3, 4, 20}))
         before = one.final()
-
-        class Broken(Stumbles):
-            def outputs(self, timeout: float = 0.0) -> News | None:
-                raise KeyboardInterrupt
-
         with pytest.raises(KeyboardInterrupt):
-            retry(one, Broken(set()))
+            retry(one, CutOff(set()))
         assert one.final() == before, "until it is done both files are those of before"
         assert (retry(one) if command == "retry" else one.run()) == 3
         assert one.final() == whole.final()
@@ -196,6 +202,94 @@ def test_what_was_read_from_standard_input_runs_again_from_the_state_folder(
     monkeypatch.setattr("shoal.jobs.prepare.sys.stdin", Stdin)
     one.run(Stumbles({3}), input=Path("-"))
     assert retry(one) == 3 and one.codes() == ["invalid_request"]
+    with View(one.out) as view:
+        assert read_note(view).options.input == Path("-"), "a retry leaves the note of the job as it was"
+
+
+EDITS: dict[str, Callable[[bytes], bytes]] = {
+    "longer": lambda text: text + b"mine\n",
+    "as long": lambda text: text.replace(b"r2", b"me"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("which", ["out", "errors"])
+def test_a_file_that_somebody_has_edited_is_not_written_over(
+    job: Jobs, which: str, edit: Callable[[bytes], bytes]
+) -> None:
+    whole, one = job(ROWS), job(ROWS)
+    whole.run()
+    one.run(Stumbles({3, 4, 20}))
+    path, engine = getattr(one, which), Stumbles(set())
+    text = path.read_bytes()
+    edited = edit(text)
+    path.write_bytes(edited)
+    assert edited != text
+    with pytest.raises(StateError, match="(?i)bring"):
+        retry(one, engine)
+    assert path.read_bytes() == edited and engine.asked == []
+    path.write_bytes(text)
+    assert retry(one) == 3 and one.final() == whole.final(), "nothing was forgotten"
+
+
+def test_an_edit_of_a_job_that_has_not_ended_is_not_written_over(job: Jobs) -> None:
+    one = job([BAD, *ROWS[:5]])
+    with pytest.raises(KeyboardInterrupt):
+        one.run(CutOff(set()))
+    edited = one.errors.read_bytes().replace(b"bad", b"new")
+    one.errors.write_bytes(edited)
+    with pytest.raises(StateError, match="Bring the file back"):
+        retry(one, every=True)
+    assert one.errors.read_bytes() == edited
+
+
+def test_an_edit_made_while_a_retry_was_cut_off_is_not_written_over(job: Jobs) -> None:
+    whole, one = job(ROWS), job(ROWS)
+    whole.run()
+    one.run(Stumbles({3, 4, 20}))
+    with pytest.raises(KeyboardInterrupt):
+        retry(one, CutOff(set()))
+    out, edited = one.out.read_bytes(), one.errors.read_bytes().replace(b"Question", b"My words")
+    one.errors.write_bytes(edited)
+    with pytest.raises(StateError, match="move it away"):
+        retry(one)
+    assert one.final() == (out, edited)
+    one.errors.rename(one.root / "mine.jsonl")
+    assert retry(one) == 3 and one.final() == whole.final()
+
+
+def test_a_retry_that_may_not_run_forgets_nothing(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    whole, one = job(ROWS), job(ROWS)
+    whole.run()
+    one.run(Stumbles({3, 4, 20}))
+    before = {path.name: path.read_bytes() for path in one.state.iterdir() if path.suffix == ".json"}
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    with pytest.raises(StateError, match="belongs to another job"):
+        retry(one)
+    assert {name: (one.state / name).read_bytes() for name in before} == before
+    assert look_report(one.out).rows.failed == 4
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    assert retry(one) == 3 and one.final() == whole.final()
+
+
+def test_rows_that_failed_again_in_a_retry_that_was_killed_while_it_renamed_run_again(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, one = job(ROWS), job(ROWS)
+    whole.run()
+    one.run(Stumbles({3, 4, 20}))
+
+    def kill(self: DiskFiles, source: Path, target: Path) -> None:
+        if target == one.errors:
+            raise KeyboardInterrupt
+        os.replace(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(DiskFiles, "replace", kill)
+        retry(one, Stumbles({4}))
+    engine = Stumbles(set())
+    assert retry(one, engine) == 3 and engine.asked == [4] and one.final() == whole.final()
 
 
 # -- the budget ------------------------------------------------------------------------------------

@@ -85,6 +85,38 @@ def test_until_all_has_ended_both_files_are_those_of_before(folder: Path) -> Non
     assert seen == sorted(seen, key=[old, mixed, new].index) and seen.count(mixed) <= 3
 
 
+@pytest.mark.parametrize("loss", ("lost", "scattered", "kept"))
+def test_a_crash_while_another_retry_takes_more_rows_changes_no_byte(folder: Path, loss: Loss) -> None:
+    """The first retry has written some lines when it is stopped; the second runs all that failed."""
+    whole = make(folder, "unbroken")
+    files = FaultyFiles()
+    whole.run(files)
+
+    def stopped(name: str) -> RetryJob:
+        job = make(folder, name)
+        with pytest.raises(Crash):
+            job.run(FaultyFiles(middle))
+        job.every = True
+        return job
+
+    retried = Path("answers.jsonl.shoal", "retried.output")
+    for middle in range(files.count - 1, 0, -1):
+        job = stopped(f"middle{middle}")
+        if (job.root / retried).exists() and (job.root / retried).stat().st_size < whole.out.stat().st_size // 2:
+            break
+    counted = FaultyFiles()
+    job.retry(counted)
+    assert job.final() == whole.final() and counted.count > 20
+    for at in range(counted.count):
+        job = stopped(f"crash{at}")
+        broken = FaultyFiles(at)
+        with pytest.raises(Crash):
+            job.retry(broken)
+        broken.crash(loss, Random(at))
+        job.retry(DiskFiles())
+        assert job.final() == whole.final(), f"crash at operation {at}"
+
+
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
 def test_a_refusal_at_every_point_can_be_resumed(folder: Path, error: int) -> None:
     whole = make(folder, "unbroken")

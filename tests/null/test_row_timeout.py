@@ -8,9 +8,11 @@ from unittest import mock
 
 import pytest
 from echo_job import EchoJob, chat, completion, echo_backend
-from test_retry import retry
+from test_retry import CutOff, Stumbles, retry
 from whole_job import SteppingClock
 
+from shoal.jobs.look import View
+from shoal.jobs.note import read_note
 from shoal.jobs.watches import Watches
 
 Jobs = Callable[..., EchoJob]
@@ -57,6 +59,17 @@ def test_the_limit_is_no_part_of_what_a_job_is_so_a_retry_may_have_more_time(job
     assert run(one) == 3 and one.codes() == ["row_timeout"]
     assert retry(one) == 3, "it is the line's own failure"
     assert retry(one, timeout=10**6) == 0 and len(one.answers()) == 2
+
+
+def test_another_retry_takes_what_a_retry_that_was_cut_off_did_not(job: Jobs) -> None:
+    slow = chat(2, max_tokens=900, ignore_eos=True, temperature=0)
+    one, whole = (job([chat(1), slow, chat(3)], body={"timeout": limit}) for limit in (30, 10**6))
+    assert run(whole) == 0 and run(one, backend=Stumbles({1})) == 3 and one.codes() == ["internal", "row_timeout"]
+    with pytest.raises(KeyboardInterrupt):
+        retry(one, CutOff(set()))
+    assert retry(one, timeout=10**6) == 0 and one.out.read_bytes() == whole.out.read_bytes()
+    with View(one.out) as view:
+        assert read_note(view).options.body == {"timeout": 30}, "the next retry has the options that the job had"
 
 
 def test_equal_rows_do_not_all_fail_for_want_of_one_s_time(job: Jobs) -> None:

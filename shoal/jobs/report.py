@@ -66,7 +66,7 @@ class Again:
     """Tokens computed more than once, by reason. The first three are Tokens.prompt_recomputed."""
 
     preempted: int = 0  # prompt tokens of rows that were put off for want of memory
-    given_up: int = 0  # of shared prefixes that were given up for want of memory
+    other: int = 0  # all else: shared prefixes given up for want of memory, rows that were moved up
     restarted: int = 0  # after an interruption, a dead engine or a retry; want of memory is not told apart then
     last: int = 0  # last tokens of fully shared prompts: their hidden state is needed
     output: int = 0  # of answers of rows that were put off for want of memory
@@ -176,7 +176,7 @@ class Report:
         if self.reused.prompt_tokens > tokens.prompt or self.reused.output_tokens > tokens.output:
             found.append(f"{self.reused.prompt_tokens} prompt tokens were saved, of only {tokens.prompt}")
         again = self.again
-        if again != Again() and again.preempted + again.given_up + again.restarted != tokens.prompt_recomputed:
+        if again != Again() and again.preempted + again.other + again.restarted != tokens.prompt_recomputed:
             found.append(f"{tokens.prompt_recomputed} prompt tokens recomputed, but their reasons count otherwise")
         if (failed := sum(group.count for group in self.errors.values())) != rows.ended - rows.ok and self.running:
             found.append(f"{rows.ended - rows.ok} rows have failed so far, but their error codes count {failed}")
@@ -261,7 +261,7 @@ def again_line(again: Again) -> str:
     """Tokens computed more than once, each with its reason."""
     reasons = (
         (again.preempted, "prompt tokens of rows put off for want of memory"),
-        (again.given_up, "prompt tokens of prefixes given up for want of memory"),
+        (again.other, "prompt tokens for other reasons"),
         (again.restarted, "prompt tokens after an interruption, a dead engine or a retry"),
         (again.last, "last tokens of fully shared prompts"),
         (again.output, "tokens of answers of rows put off for want of memory"),

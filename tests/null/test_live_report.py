@@ -40,7 +40,7 @@ def test_from_the_journal_a_finished_job_s_report_is_its_report(job: Jobs, block
     assert look_report(one.out) == one.report
     assert one.report.problems() == [] and one.report.rows.total == 121
     again, tokens = one.report.again, one.report.tokens
-    assert again.preempted + again.given_up == tokens.prompt_recomputed and again.restarted == 0
+    assert again.preempted + again.other == tokens.prompt_recomputed and again.restarted == 0
 
 
 def test_with_a_cache_too(job: Jobs, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_after_an_interruption_what_is_computed_again_says_so(job: Jobs) -> None
     one = job([chat(i, LONG * 20 + f"{i}", max_tokens=40) for i in range(40)])
     assert one.run(Watched(echo_backend(), interrupt(12))) == 5
     assert one.run() == 0
-    assert one.report.again.restarted > 0 and one.report.again.given_up == 0
+    assert one.report.again.restarted > 0 and one.report.again.other == 0
     assert "after an interruption" in again_line(one.report.again)
 
 
@@ -154,16 +154,18 @@ def test_every_token_computed_again_has_one_reason(
     spent |= {"output_preempted": output, "runs": runs, "restarts": restarts}
     found = tally(Report(Rows(), Tokens(1000, 400)), [], {name: float(number) for name, number in spent.items()})
     again = found.again
-    assert (
-        again.preempted + again.given_up + again.restarted == found.tokens.prompt_recomputed == max(0, computed - 400)
-    )
+    assert again.preempted + again.other + again.restarted == found.tokens.prompt_recomputed == max(0, computed - 400)
     assert (again.last, again.output) == (last, output) and again.preempted <= preempted
-    assert again.given_up == 0 if runs > 1 or restarts else again.restarted == 0
+    assert again.other == 0 if runs > 1 or restarts else again.restarted == 0
     assert found.problems() == []
 
 
+def test_what_is_left_over_is_not_given_a_reason_that_nobody_has_looked_for() -> None:
+    assert again_line(Again(other=3)) == "3 prompt tokens for other reasons"
+
+
 def test_reasons_that_do_not_add_up_are_a_problem() -> None:
-    good = Report(Rows(1, 1), Tokens(1000, 400, 450, 50), again=Again(preempted=20, given_up=30))
+    good = Report(Rows(1, 1), Tokens(1000, 400, 450, 50), again=Again(preempted=20, other=30))
     assert good.problems() == [] and replace(good, again=Again(preempted=20)).problems()
 
 

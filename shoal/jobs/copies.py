@@ -8,6 +8,7 @@ stopped at, what has ended needs no other row, and what has not can be made agai
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,10 +56,15 @@ class Copies:
         if original != ended.row:
             self.left -= 1
         left = [row for row in self._left(original) if row != ended.row]
-        if not left:
-            return [ended]
-        if ended.error is not None and ended.error.code in LUCK and self._tried(original, ended.row) < TRIES:
-            self._run_instead(original, left[0])
+        code = ended.error.code if left and ended.error is not None else ""
+        instead: int | None = None
+        if code in LUCK and self._tried(original, ended.row) < TRIES:
+            instead = left[0]
+        elif code == "row_timeout":
+            instead = self._more_patient(left, ended.spec.body.timeout)
+        if instead is not None:
+            self._run_instead(original, instead)
+        if instead is not None or not left:
             return [ended]
         self._groups.append(_Group(ended, iter(left)))
         return []
@@ -83,13 +89,25 @@ class Copies:
         """Rows of a group that have failed, up to this one."""
         return 1 if row == original else 2 + self._plan.copies_of(original).index(row)
 
+    def _more_patient(self, rows: list[int], limit: float | None) -> int | None:
+        """Of these rows one that may run for longest, if that is longer than the limit [s] at which another failed."""
+        best, most = None, math.inf if limit is None else limit
+        for row in rows:
+            own = self._feed.read(row)[2].body.timeout
+            if own is None:
+                return row
+            if own > most:
+                best, most = row, own
+        return best
+
     def _run_instead(self, original: int, row: int) -> None:
         self._original[row] = original
         self._feed.lead(row)
 
     def _copy(self, row: int, ended: Ended) -> Ended:
         line, raw, spec = self._feed.read(row)
-        return Ended(row, line, raw, spec, ended.answers, ended.error, free_stats(ended) | {"copy_of": ended.line})
+        stats = free_stats(ended) | {"copy_of": ended.line}
+        return Ended(row, line, raw, spec, ended.answers, ended.error, stats, had=ended.had)
 
 
 def free_stats(ended: Ended) -> dict[str, object]:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from shoal.core.clock import Clock
 from shoal.jobs.units import count, duration, percent, size
+from shoal.jobs.watches import Straggler
 
 WINDOW = 15.0  # seconds over which rates are taken: long enough for a step of long prompts, short enough to follow
 LIVE_EVERY = 0.25  # seconds between pictures on a terminal
@@ -60,19 +61,6 @@ class PlanFacts:
         if self.resumed:
             words.append(f"resume  {count(self.resumed)} rows were answered by an earlier run")
         return words
-
-
-@dataclass(frozen=True, slots=True)
-class Straggler:
-    """A row that runs for longer than others."""
-
-    line: int
-    seconds: float
-    alone: float = 0.0  # of them, those in which nothing else was left to start: what it costs the job
-
-    def __str__(self) -> str:
-        cost = f", {duration(self.alone)} of it with nothing left to start" if self.alone > 0 else ""
-        return f"line {count(self.line)} has run for {duration(self.seconds)}{cost}"
 
 
 @dataclass(frozen=True, slots=True)

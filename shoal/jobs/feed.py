@@ -13,13 +13,12 @@ from shoal.core.errors import RowError, StateError
 from shoal.core.types import Finish, Output, Request, Tokens, TokenScore
 from shoal.jobs.answer import PromptAnswers, Sample
 from shoal.jobs.cache import Kept
-from shoal.jobs.display import Straggler
 from shoal.jobs.encode import RowEncoder
 from shoal.jobs.part import Part, row_error
 from shoal.jobs.plan import Plan, Unit
 from shoal.jobs.read import Source
 from shoal.jobs.schema import RowSpec
-from shoal.jobs.watches import Watches
+from shoal.jobs.watches import Straggler, Watches
 from shoal.text.detok import Detokenizer
 from shoal.text.tokenizer import Tokenizer
 
@@ -43,6 +42,7 @@ class Row:
     asks: dict[int, bytes] = field(default_factory=dict)  # by prompt number: its request's key
     scores: dict[int, list[TokenScore]] = field(default_factory=dict)
     error: RowError | None = None
+    began: float | None = None  # when the first of its requests ran
     seconds: dict[str, float] = field(default_factory=dict)
     cached: int = 0  # prompt tokens
     kept: int = 0  # samples that were not computed
@@ -232,10 +232,17 @@ class Feed:
         for id in ids:
             self._unstarted.discard(id)
             if (part := self._parts.get(id)) is not None:
-                self._watches.start(id, now, part.row.spec.body.timeout)
-                part.row.seconds["queue"] = max(part.row.seconds.get("queue", 0.0), now - part.handed)
+                self._start(part, now)
         if self._exhausted and self._drained is None and not (self._unstarted or self._first or self._groups):
             self._drained = now
+
+    def _start(self, part: Part, now: float) -> None:
+        row = part.row
+        if row.began is None:
+            row.began = now
+        limit = row.spec.body.timeout
+        if self._watches.start(part.request.id, now, None if limit is None else row.began + limit - now):
+            row.seconds["queue"] = max(row.seconds.get("queue", 0.0), now - part.handed)
 
     def late(self, now: float) -> list[str]:
         """Requests to cancel because they, or others of their rows, have run for longer than their rows allow."""
@@ -338,6 +345,7 @@ class Feed:
         return lines if len(lines) == 1 else []
 
     def _fresh(self, part: Part) -> Part:
+        part.row.began = None  # another engine, another try
         return Part(part.row, part.number, part.request, self._detokenizer(part.row.spec))
 
     def fail(self, line: int, error: RowError) -> Ended:

@@ -1,4 +1,4 @@
-"""Which requests run, since when, and which of them have run for too long. It must not know what they are for.
+"""Which requests run, since when, and which have run for long or too long. It must not know what they are for.
 
 The time is the caller's: seconds on the job's clock.
 """
@@ -6,6 +6,22 @@ The time is the caller's: seconds on the job's clock.
 from __future__ import annotations
 
 import heapq
+from dataclasses import dataclass
+
+from shoal.jobs.units import count, duration
+
+
+@dataclass(frozen=True, slots=True)
+class Straggler:
+    """A row that runs for longer than others."""
+
+    line: int
+    seconds: float
+    alone: float = 0.0  # of them, those in which nothing else was left to start: what it costs the job
+
+    def __str__(self) -> str:
+        cost = f", {duration(self.alone)} of it with nothing left to start" if self.alone > 0 else ""
+        return f"line {count(self.line)} has run for {duration(self.seconds)}{cost}"
 
 
 class Watches:
@@ -15,12 +31,14 @@ class Watches:
         self._since: dict[str, float] = {}  # in the order in which they started
         self._due: list[tuple[float, str]] = []  # a heap; entries of requests that have ended are skipped
 
-    def start(self, id: str, now: float, limit: float | None) -> None:
-        """A request runs, for `limit` seconds at most. One that runs already goes on."""
-        if id not in self._since:
-            self._since[id] = now
-            if limit is not None:
-                heapq.heappush(self._due, (now + limit, id))
+    def start(self, id: str, now: float, limit: float | None) -> bool:
+        """A request runs, for `limit` seconds more at most. False for one that runs already: it goes on."""
+        if id in self._since:
+            return False
+        self._since[id] = now
+        if limit is not None:
+            heapq.heappush(self._due, (now + limit, id))
+        return True
 
     def stop(self, id: str) -> None:
         """It has ended."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -11,6 +12,7 @@ from echo_job import EchoJob, chat, completion, echo_backend
 from test_retry import CutOff, Stumbles, retry
 from whole_job import SteppingClock
 
+from shoal.client import InProcess, News
 from shoal.jobs.look import View
 from shoal.jobs.note import read_note
 from shoal.jobs.watches import Watches
@@ -80,6 +82,50 @@ def test_equal_rows_do_not_all_fail_for_want_of_one_s_time(job: Jobs) -> None:
     one = job(same)
     assert run(one) == 3
     assert one.codes() == ["row_timeout"] and len(one.answers()) == 4
+
+
+def test_a_row_without_a_limit_does_not_fail_for_want_of_another_s_time(job: Jobs) -> None:
+    limits: list[dict[str, int]] = [{"timeout": 20}] * 4 + [{}]
+    one = job([chat(i, "the same", max_tokens=900, ignore_eos=True, temperature=0, **m) for i, m in enumerate(limits)])
+    assert run(one) == 3
+    assert one.codes() == ["row_timeout"] * 3 and len(one.answers()) == 2, "three have tried, and the last one may"
+
+
+def test_equal_rows_that_fail_with_another_have_what_it_had(job: Jobs) -> None:
+    one = job([chat(i, "the same", max_tokens=900, ignore_eos=True, temperature=0, timeout=20) for i in range(5)])
+    assert run(one) == 3 and one.codes() == ["row_timeout"] * 5
+    assert all(line["x_shoal"]["answers"][0] for line in one.failures())
+
+
+def test_the_time_is_counted_from_the_first_of_a_row_s_requests(job: Jobs) -> None:
+    """Each takes less than a fifth of it."""
+    prompts = [f"prompt {i}" for i in range(40)]
+    one = job([completion(1, prompts, max_tokens=10, ignore_eos=True, timeout=100), chat(2)])
+    assert run(one, backend=echo_backend(sequences=1)) == 3 and one.codes() == ["row_timeout"]
+    alone = job([completion(1, prompts[:1], max_tokens=10, ignore_eos=True, timeout=20)])
+    assert run(alone, backend=echo_backend(sequences=1)) == 0
+
+
+class Reminds(InProcess):
+    """Names every request again and again, as one that goes on after it was put off."""
+
+    def __init__(self) -> None:
+        super().__init__(echo_backend(sequences=2).engine)
+        self.named: tuple[str, ...] = ()
+
+    def outputs(self, timeout: float = 0.0) -> News | None:
+        news = super().outputs(timeout)
+        self.named += news.started if news is not None else ()
+        return None if news is None else replace(news, started=self.named)
+
+
+def test_a_row_that_goes_on_after_it_was_put_off_has_not_waited_for_longer(job: Jobs) -> None:
+    def queues(backend: InProcess) -> list[float]:
+        one = job([chat(i, max_tokens=20) for i in range(8)])
+        assert run(one, backend=backend) == 0
+        return [json.loads(line)["queue_seconds"] for line in (one.state / "rows.jsonl").read_text().splitlines()]
+
+    assert queues(Reminds()) == queues(echo_backend(sequences=2))
 
 
 @pytest.mark.parametrize("wrong", [0, -1, "soon"])

@@ -111,7 +111,10 @@ class Copies:
 
 
 def free_stats(ended: Ended) -> dict[str, object]:
-    """What is noted of a row that has the answers of `ended` without being computed: its usage, and what it saved."""
+    """What is noted of a row that has the answers of `ended` without being computed: its usage, what it saved, and
+    whether it repeats itself."""
     prompt, output = ended.stats["prompt_tokens"], ended.stats["completion_tokens"]
     assert isinstance(prompt, int)
-    return {"prompt_tokens": prompt, "completion_tokens": output, "prompt_saved": prompt * ended.spec.n}
+    stats = {"prompt_tokens": prompt, "completion_tokens": output, "prompt_saved": prompt * ended.spec.n}
+    loop = ended.stats.get("loop_period")
+    return stats if loop is None else stats | {"loop_period": loop}

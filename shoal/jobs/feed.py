@@ -14,7 +14,7 @@ from shoal.core.types import Finish, Output, Request, Tokens, TokenScore
 from shoal.jobs.answer import PromptAnswers, Sample
 from shoal.jobs.cache import Kept
 from shoal.jobs.encode import RowEncoder
-from shoal.jobs.part import Part, row_error
+from shoal.jobs.part import Part, loop_period, row_error
 from shoal.jobs.plan import Plan, Unit
 from shoal.jobs.read import Source
 from shoal.jobs.schema import RowSpec
@@ -200,6 +200,7 @@ class Feed:
         if kept is None:
             return False
         row.samples[unit.prompt, sample] = kept.sample
+        row.loop = max(row.loop, loop_period(row.spec, kept.sample))
         if kept.scores:
             row.scores[unit.prompt] = list(kept.scores)
         row.left -= 1
@@ -293,7 +294,7 @@ class Feed:
             row.error = row.error or row_error(output.error)
         else:
             sample = row.samples[part.number, part.request.sampling.sample] = part.sample(output)
-            row.loop = max(row.loop, part.period(sample))
+            row.loop = max(row.loop, loop_period(row.spec, sample))
             if part.scores:
                 row.scores[part.number] = part.scores
         row.left -= 1

@@ -94,6 +94,7 @@ class Meter:
 
     def ended(self, stats: Mapping[str, object]) -> None:
         """A row of this run has ended; what it cost says how long the others will take."""
+        self._looped += "loop_period" in stats
         if "copy_of" in stats or "cache" in stats:
             return  # it has cost nothing
         tokens = stats.get("completion_tokens", 0)
@@ -103,7 +104,6 @@ class Meter:
         seconds = stats.get("run_seconds", 0.0)
         assert isinstance(seconds, float)
         self._ended_seconds += seconds
-        self._looped += "loop_period" in stats
 
     def verifying(self) -> None:
         """All rows have ended: what is computed from here on is no part of the job."""

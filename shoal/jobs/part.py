@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from shoal.core.errors import RowError
 from shoal.core.types import TOKEN, Finish, Output, Request, Tokens, TokenScore
 from shoal.jobs.answer import Sample
-from shoal.jobs.loops import LOOP
+from shoal.jobs.loops import LOOP, Rule
+from shoal.jobs.schema import RowSpec
 from shoal.text.detok import Detokenizer
 
 if TYPE_CHECKING:
@@ -30,16 +31,20 @@ class Part:
     detok: Detokenizer
     cancelled: bool = False  # we ended it; the engine may not know yet
     looped: bool = False
+    loops: Rule | None = field(init=False)  # what ends an answer that repeats itself
     handed: float = 0.0  # when it was handed out [s]
     text: list[str] = field(default_factory=list)
     tokens: Tokens = field(default_factory=lambda: array(TOKEN))
     logprobs: list[TokenScore] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.loops = self.row.spec.loops
+
     @property
     def watched(self) -> bool:
         """Whether its text may end it before the engine knows."""
-        return bool(self.row.spec.stop) or self.row.spec.loops is not None
+        return bool(self.row.spec.stop) or self.loops is not None
 
     @property
     def over(self) -> bool:
@@ -53,8 +58,8 @@ class Part:
         spec = self.row.spec
         tokens = output.tokens
         stop_token = output.finish is Finish.STOP and bool(tokens)
-        if spec.loops is not None:
-            end = spec.loops.end(self.tokens, array(TOKEN, tokens[:-1] if stop_token else tokens))
+        if self.loops is not None:
+            end = self.loops.end(self.tokens, array(TOKEN, tokens[:-1] if stop_token else tokens))
             if end >= 0:
                 self.looped, tokens, stop_token = True, tokens[:end], False
         shown = tokens[:-1] if stop_token and not spec.body.include_stop_str_in_output else tokens
@@ -75,11 +80,13 @@ class Part:
             reason = self.tokens[-1] if self.tokens[-1] in (self.row.spec.body.stop_token_ids or ()) else None
         return Sample("".join(self.text), self.tokens, finish, reason, self.logprobs, output.vector or ())
 
-    def period(self, sample: Sample) -> int:
-        """The period of the loop in which the answer was cut off; 0 for one that ended by itself."""
-        if self.looped and self.row.spec.loops is not None and sample.stop_reason == LOOPED:
-            return self.row.spec.loops.period(sample.tokens)
-        return LOOP.period(sample.tokens) if sample.finish == "length" else 0
+
+def loop_period(spec: RowSpec, sample: Sample) -> int:
+    """The period of the loop in which an answer was cut off; 0 for one that ended by itself."""
+    if sample.finish != "length":
+        return 0
+    rule = spec.loops if sample.stop_reason == LOOPED else None
+    return (rule or LOOP).period(sample.tokens)
 
 
 def row_error(text: str) -> RowError:

@@ -15,6 +15,7 @@ from shoal.jobs.answer import PromptAnswers
 from shoal.jobs.cache import AnswerCache, Kept
 from shoal.jobs.copies import Copies, free_stats
 from shoal.jobs.feed import Ended, Feed
+from shoal.jobs.part import loop_period
 from shoal.jobs.plan import Unit
 from shoal.jobs.results import Results
 
@@ -66,6 +67,8 @@ class Reuse:
             "prompt_tokens": sum(len(answer.prompt) for answer in answers),
             "completion_tokens": sum(len(sample.tokens) for answer in answers for sample in answer.samples),
         }
+        if loop := max((loop_period(spec, sample) for answer in answers for sample in answer.samples), default=0):
+            stats["loop_period"] = loop
         ended = Ended(row, line, raw, spec, answers, None, stats)
         return replace(ended, stats=free_stats(ended) | {"cache": True})
 

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from shoal.core.errors import UsageError
+from shoal.core.errors import RowError, UsageError
 from shoal.jobs.body import FIELDS, Body, ChatBody, CompletionBody, EmbeddingBody
+from shoal.jobs.loops import rule_of
 from shoal.jobs.prompt import PromptTemplate
 
 B = TypeVar("B", bound=Body)
@@ -94,4 +95,8 @@ def parse_defaults(fields: Mapping[str, Any], adapters: Collection[str] = ()) ->
                     complaints.append(str(error))
         if complaints and not any(name in values for values in (chat, completions, embeddings)):
             raise UsageError(f"the default {name}={value!r} cannot be: {complaints[0]}")
+    try:
+        rule_of((chat | completions).get("repetition_detection"))
+    except RowError as error:
+        raise UsageError(f"a default for all rows cannot be: {error}") from error
     return Defaults(*(tuple(sorted(values.items())) for values in (chat, completions, embeddings)))

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from echo_job import BLOCK, EchoJob, chat
@@ -16,10 +17,12 @@ from hypothesis import strategies as st
 
 from shoal.client import InProcess
 from shoal.core.clock import SimClock
+from shoal.core.errors import UsageError
 from shoal.core.types import Request, Slice
 from shoal.engine import Engine
-from shoal.jobs.display import Progress, Rates, Straggler, plain_line
-from shoal.jobs.loops import LOOP, Rule
+from shoal.jobs.display import Progress, Rates, plain_line
+from shoal.jobs.loops import LOOP, Rule, rule_of
+from shoal.jobs.watches import Straggler
 from shoal.sched.policies.batch import BatchPolicy
 from shoal.sched.policy import Budget
 from shoal.sched.scheduler import Scheduler
@@ -161,6 +164,33 @@ def test_a_rule_that_makes_no_sense_fails_its_row(job: Jobs, asked: dict[str, in
     one = job([chat(1), chat(2, repetition_detection=asked)])
     assert one.run() == 3 and one.codes() == ["invalid_request"]
     assert one.failures()[0]["response"]["body"]["error"]["param"] == "repetition_detection"
+
+
+@pytest.mark.parametrize("asked", NONSENSE)
+def test_for_all_rows_it_is_refused_before_any(job: Jobs, asked: dict[str, int]) -> None:
+    one = job([chat(1)], body={"repetition_detection": asked})
+    with pytest.raises(UsageError, match="repetition_detection"):
+        one.run()
+    assert not one.out.exists()
+
+
+def test_answers_that_were_not_computed_are_told_to_repeat_themselves_too(job: Jobs, tmp_path: Path) -> None:
+    asked = {"max_pattern_size": 8, "min_count": 3}
+    rows = [chat(i, LONG * 2, max_tokens=100, temperature=0) for i in range(3)]
+    rows += [chat(i, LONG * 3, max_tokens=100, temperature=0, repetition_detection=asked) for i in range(3, 5)]
+    first, second = (job(rows, cache=tmp_path / "kept") for _ in range(2))
+    for one in (first, second):
+        assert one.run(parrot()) == 0 and one.report.looped == 5 and "5 repeat themselves" in one.said
+        found = [json.loads(line)["loop_period"] for line in (one.state / "rows.jsonl").read_text().splitlines()]
+        assert found == [5] * 5
+    assert first.report.reused.duplicates == 3 and second.report.reused.cached > 0
+
+
+def test_the_rule_is_made_a_few_times_for_a_row_not_for_each_token(job: Jobs) -> None:
+    one = job([chat(1, LONG * 2, max_tokens=200, repetition_detection={"max_pattern_size": 8, "min_count": 90})])
+    with mock.patch("shoal.jobs.schema.rule_of", wraps=rule_of) as made:
+        assert one.run(parrot()) == 0
+    assert 0 < made.call_count < 20
 
 
 def test_a_straggler_is_named_with_what_it_costs() -> None:

@@ -20,9 +20,9 @@ from shoal.preview.look import Looked
 from shoal.preview.machine import Measured, Unmeasured, measured
 from shoal.preview.options import ExplainOptions
 from shoal.preview.prefixes import Prefix, largest
+from shoal.preview.sizes import Sizes
 from shoal.runtime.memory import available_host_bytes, plan_memory
 from shoal.text.checkpoint import kv_mode, weight_mode
-from shoal.text.sizes import Sizes
 
 ERROR = 0.15  # what a prediction may be off where all answers' lengths are known
 BARS = 12  # of a histogram, at most

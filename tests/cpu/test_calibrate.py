@@ -14,8 +14,8 @@ from shoal.kernels import load
 from shoal.nn.arch import make_config
 from shoal.nn.weights import KV_DTYPES, expected_shapes, model_bytes
 from shoal.preview import machine
+from shoal.preview.sizes import Sizes
 from shoal.text.checkpoint import EMBEDDED
-from shoal.text.sizes import Sizes
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

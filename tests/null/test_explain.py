@@ -28,8 +28,8 @@ from shoal.preview.look import look
 from shoal.preview.machine import Measured, Unmeasured
 from shoal.preview.options import ExplainOptions
 from shoal.preview.prefixes import largest
+from shoal.preview.sizes import Sizes
 from shoal.text.checkpoint import EMBEDDED
-from shoal.text.sizes import Sizes
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETEND = Measured(

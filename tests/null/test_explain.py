@@ -18,7 +18,7 @@ import pytest
 from echo_job import EchoJob, chat, completion
 from rich.console import Console
 
-from shoal.core.config import EngineConfig
+from shoal.core.config import WEIGHTS, EngineConfig
 from shoal.jobs.options import JobOptions
 from shoal.preview import facts, machine
 from shoal.preview.command import explain, run_explain
@@ -257,3 +257,13 @@ def test_a_measurement_is_kept_for_what_it_was_made_for(tmp_path: Path, monkeypa
         path.write_bytes(b"{")
     ask()
     assert len(made) == 6
+
+
+@pytest.mark.parametrize("mode", WEIGHTS)
+def test_every_kind_of_weights_can_be_asked_for(tmp_path: Path, mode: str) -> None:
+    path = file(tmp_path, rows(1))
+    job = JobOptions(input=path, output=path.with_name("nothing"), weights=mode)
+    found = explain(ExplainOptions(job))
+    assert found.time is not None and found.memory is not None and not found.memory.problem
+    plain = Sizes.load(EMBEDDED).weight_bytes("bf16")
+    assert found.memory.weight_bytes < plain if "int" in mode else found.memory.weight_bytes >= plain

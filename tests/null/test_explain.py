@@ -16,7 +16,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from echo_job import EchoJob, chat, completion
+from encoder_folder import write_pooling
 from rich.console import Console
+from test_embeddings import embedding
 
 from shoal.core.config import WEIGHTS, EngineConfig
 from shoal.jobs.options import JobOptions
@@ -267,3 +269,43 @@ def test_every_kind_of_weights_can_be_asked_for(tmp_path: Path, mode: str) -> No
     assert found.time is not None and found.memory is not None and not found.memory.problem
     plain = Sizes.load(EMBEDDED).weight_bytes("bf16")
     assert found.memory.weight_bytes < plain if "int" in mode else found.memory.weight_bytes >= plain
+
+
+def odd_rows(seed: int) -> list[str]:
+    """Rows that share beginnings, and are scored, from anywhere or with no answer at all, or share under a salt only."""
+    luck, found = random.Random(seed), []
+    for number, line in enumerate(rows(seed, groups=4, each=16)):
+        row = json.loads(line)
+        kind: dict[str, Any] = luck.choice([
+            {}, {"echo": True, "logprobs": 1, "max_tokens": 0, "n": 1}, {"prompt_logprobs": 1},
+            {"prompt_logprobs": 0, "score_from": luck.randrange(1, 90)}, {"cache_salt": luck.choice("ab")},
+        ])  # fmt: skip
+        if "score_from" in kind:
+            row["body"]["prompt"] = row["body"]["prompt"] + " far" * 90
+        row["body"] |= kind | {"seed": number}
+        found.append(json.dumps(row))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_scheduler_computes_no_more_in_pretend_time_than_the_plan_says(tmp_path: Path, seed: int) -> None:
+    path = file(tmp_path, odd_rows(seed))
+    with look(options(path).job) as looked:
+        config = EngineConfig(step_tokens=512, max_sequences=64)
+        one = simulate(looked, looked.limits, PRETEND.cost(), config, 4000)
+        assert looked.plan.num_bad == 0 and one.prompt == looked.plan.bound + looked.plan.last_again
+    found = explain(options(path))
+    assert found.time is not None and found.time.most.answer_tokens > 0
+
+
+def test_rows_without_answers_take_time_too(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    write_pooling(folder, "last")
+    scored = [completion(i, f"fish {i}", echo=True, max_tokens=0, logprobs=1) for i in range(9)]
+    made = [embedding(i, [f"a river {i}", "a stone"]) for i in range(9)]
+    for lines in (scored, made):
+        path = file(tmp_path, lines)
+        found = explain(ExplainOptions(JobOptions(input=path, output=tmp_path / "nothing", model=str(folder))))
+        assert found.rows.bad == 0 and found.time is not None
+        assert found.time.most.seconds > 0 and found.time.most.answer_tokens == 0

@@ -340,3 +340,12 @@ def test_an_encoder_is_explained_as_it_runs(tmp_path: Path) -> None:
     console, html = Console(file=io.StringIO(), width=200), tmp_path / "page.html"
     run_explain(ExplainOptions(job, html=html), False, console)
     assert "memory" not in console.file.getvalue() and "Memory" not in html.read_text()  # type: ignore[attr-defined]
+
+
+def test_the_prefixes_whose_own_part_saves_most_come_first(tmp_path: Path) -> None:
+    system, task = list(range(300, 330)), list(range(400, 420))
+    lines = [completion(i, [*system, *task, 500 + i]) for i in range(5)]
+    lines += [completion(5 + i, [*system, 600 + i]) for i in range(5)]
+    with look(options(file(tmp_path, lines)).job) as looked:
+        shown = [[(each.end, each.uses) for each in largest(looked, most)] for most in (1, 2, 9)]
+    assert shown == [[(30, 10)], [(30, 10), (50, 5)], [(30, 10), (50, 5)]]

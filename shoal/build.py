@@ -33,7 +33,7 @@ from shoal.sched.policy import Budget, Policy
 from shoal.sched.scheduler import Scheduler
 from shoal.text.checkpoint import kv_mode, resolve_model, weight_mode
 from shoal.text.grammar import Grammars
-from shoal.text.pooling import is_encoder, makes_vectors, read_pooling
+from shoal.text.pooling import Pooling, decoder_pooling, is_encoder, read_pooling
 from shoal.text.tokenizer import Tokenizer
 
 _LEAST_TOKENS = 2048  # without --memory, the KV memory must hold a row of this length (or of the whole context)
@@ -93,7 +93,8 @@ def build_engine(
     if is_encoder(values):
         return _build_encoder(config, folder, make_encoder_config(values), began)
     model = make_config(values, config.context)
-    normalize = makes_vectors(folder) and read_pooling(folder, encoder=False).normalize
+    pooling = decoder_pooling(folder)
+    normalize = isinstance(pooling, Pooling) and pooling.normalize
     mode = weight_mode(config.weights, folder)
     kv_name = kv_mode(config.kv, mode)
     kv_dtype = KV_DTYPES[kv_name]

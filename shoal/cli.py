@@ -47,7 +47,7 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"cannot read {path}: {error}") from error
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{path} must hold lines of the form flag_name: value")
-    known = {str(parameter.name) for parameter in ctx.command.params if parameter.name != "config"}
+    known = {str(each.name) for each in ctx.command.params if isinstance(each, TyperOption) and each.name != "config"}
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
@@ -225,12 +225,20 @@ def report(
         raise typer.Exit(1 if found.problems() or found.verified.differ else 0)
 
 
-Rows = Annotated[Path, typer.Argument(metavar="FILE", help="Rows, as run takes them; - is standard input.")]
+Rows = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Rows, as run takes them; - is standard input.")]
+RowsFlag = Annotated[Path | None, typer.Option("--input", "-i", help="The same, as run has it.")]
+
+
+def typed(ctx: typer.Context, name: str) -> bool:
+    """Whether a flag is on the command line itself, not in the environment or a file."""
+    return getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
 
 
 @app.command()
 def explain(
-    input: Rows,
+    ctx: typer.Context,
+    file: Rows = None,
+    input: RowsFlag = None,
     model: Model = "",
     adapter: Adapter = None,
     prompt: Prompt = None,
@@ -254,11 +262,11 @@ def explain(
 ) -> None:
     """Say what a file will do before it is run: its rows, what they share, memory and time. Needs no weights."""
     from shoal.preview.command import run_explain  # here, so that --help stays quick
-    from shoal.preview.options import ExplainOptions
+    from shoal.preview.options import ExplainOptions, rows_of
 
     with exit_codes():
         job = JobOptions(
-            input=input,
+            input=rows_of(file, input, typed(ctx, "input")),
             output=Path(os.devnull),  # nothing is answered
             model=model,
             adapter=parse_adapters(adapter or ()),
@@ -278,7 +286,9 @@ def explain(
 
 @app.command()
 def lint(
-    input: Rows,
+    ctx: typer.Context,
+    file: Rows = None,
+    input: RowsFlag = None,
     model: Model = "",
     adapter: Adapter = None,
     prompt: Prompt = None,
@@ -291,10 +301,11 @@ def lint(
 ) -> None:
     """Check every line of a file as run would, without the model's weights; 3 when some would fail."""
     from shoal.preview.command import run_lint  # here, so that --help stays quick
+    from shoal.preview.options import rows_of
 
     with exit_codes():
         job = JobOptions(
-            input=input,
+            input=rows_of(file, input, typed(ctx, "input")),
             output=Path(os.devnull),  # nothing is answered
             model=model,
             adapter=parse_adapters(adapter or ()),

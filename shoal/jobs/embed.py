@@ -9,11 +9,13 @@ from shoal.core.types import Tokens
 from shoal.jobs.body import EmbeddingBody
 
 
-def check_kind(body: object, width: int, encoder: bool) -> None:
-    """Refuse a row that the model has no answer for; `width` is that of its vectors, 0 where it makes none."""
+def check_kind(body: object, width: int, encoder: bool, why_none: str = "") -> None:
+    """Refuse a row that the model has no answer for; `width` is that of its vectors, 0 where it makes none, and
+    `why_none` says why not where its folder says how."""
     if isinstance(body, EmbeddingBody) and not width:
+        why = why_none or "run the row with an encoder, or a folder that has modules.json"
         raise RowError(
-            "this model makes texts and no embeddings: run the row with an encoder, or a folder that has modules.json",
+            f"this model makes texts and no embeddings: {why}",
             "not_supported",
             "url",
         )

@@ -92,7 +92,8 @@ class RowEncoder:
     @property
     def fingerprint(self) -> str:
         """Another one whenever the same line could become other tokens, or be refused."""
-        model = (self.model.context, self.model.vocab_size)
+        known = self.model
+        model = (known.context, known.vocab_size, known.vector, known.vector_context, known.no_vector)
         files = (self.tokenizer.hash, self.template.hash if self.template else "")
         return hashlib.sha256(repr((files, model, self.settings)).encode()).hexdigest()
 
@@ -178,7 +179,7 @@ class RowEncoder:
         """The texts to tokenize, and whether the tokenizer adds its special tokens. Token-id prompts are not here."""
         body = row.body
         special = body.add_special_tokens
-        check_kind(body, self.model.vector, self.model.encoder)
+        check_kind(body, self.model.vector, self.model.encoder, self.model.no_vector)
         if isinstance(body, ChatBody):
             return [self._render(body)], bool(special)
         return [prompt for prompt in row.prompts if isinstance(prompt, str)], special is not False
@@ -256,7 +257,7 @@ class RowEncoder:
     def _to_embed(self, row: RowSpec, body: EmbeddingBody, prompts: list[Tokens]) -> Encoded:
         """A row of texts that become vectors."""
         check_dimensions(body, self.model.vector)
-        prompts = fit(body, row.prompts, prompts, self.model.context, self.tokenizer.num_after)
+        prompts = fit(body, row.prompts, prompts, self.model.vector_context, self.tokenizer.num_after)
         for prompt in prompts:
             self._check_length(len(prompt), 0, "input")
             self._check_words(prompt, "input")

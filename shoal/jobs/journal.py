@@ -229,12 +229,6 @@ class Journal:
         with self._errors():
             yield from self._database.execute("SELECT line, status, stats FROM results ORDER BY line")
 
-    def total(self, name: str) -> float:
-        """Return the sum of one number of the statistics over all committed rows; 0 when no row has it."""
-        with self._errors():
-            query = "SELECT total(json_extract(stats, ?)) FROM results"
-            return float(self._database.execute(query, (f'$."{name}"',)).fetchone()[0])
-
     def noted(self, name: str) -> list[int]:
         """Return the committed lines whose statistics have this name, ascending."""
         query = "SELECT line FROM results WHERE json_type(stats, ?) IS NOT NULL ORDER BY line"

@@ -16,6 +16,7 @@ from shoal.jobs.journal import NAME, SCHEMA, Status
 from shoal.jobs.state import folder_of
 
 SUFFIX = folder_of(Path("x")).suffix
+PAGE = 4096  # rows read at once where reading keeps the job from writing
 
 
 def output_of(path: Path) -> Path:
@@ -37,6 +38,7 @@ class View:
             self._database = sqlite3.connect(self.path, timeout=30.0, isolation_level=None)
             self._database.execute("PRAGMA query_only=ON")
             version = int(self._database.execute("PRAGMA user_version").fetchone()[0])
+            self._logged = self._database.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
         if version != SCHEMA:
             self._database.close()
             raise StateError(
@@ -51,9 +53,21 @@ class View:
         return None if found is None else str(found[0])
 
     def stats(self) -> Iterator[tuple[int, Status, str]]:
-        """(line, status, statistics as JSON) of the rows that have ended, in line order; all of one moment."""
+        """(line, status, statistics as JSON) of the rows that have ended, in line order; all of one moment, but where
+        the job has no write-ahead log: there it cannot write while we read, and so we read a page at a time."""
+        query = "SELECT line, status, stats FROM results WHERE line > ? ORDER BY line LIMIT ?"
+        if self._logged:
+            with self._errors():
+                yield from self._database.execute(query, (0, -1))
+            return
+        last = 0
+        while page := self._page(query, last):
+            yield from page
+            last = page[-1][0]
+
+    def _page(self, query: str, last: int) -> list[tuple[int, Status, str]]:
         with self._errors():
-            yield from self._database.execute("SELECT line, status, stats FROM results ORDER BY line")
+            return self._database.execute(query, (last, PAGE)).fetchall()
 
     def close(self) -> None:
         """Let go of the journal."""

@@ -76,7 +76,6 @@ class Plan:
         self.bound: int = summary["bound"]  # the least number of prompt tokens that must be computed
         self.answer_tokens: int = summary["answer_tokens"]  # the most that all requests may produce
         self.last_again: int = summary["last_again"]  # fully cached prompts whose last token is computed again
-        self._largest: list[tuple[int, int, int]] = [(d, uses, unit) for d, uses, unit in summary["largest"]]
         self._arena = Arena(folder / store.ARENA)
         self._rows, self._units, self._error_end = arrays["rows"], arrays["units"], arrays["error_end"]
         self._asks, self._copies = arrays["asks"], arrays["copies"]
@@ -196,15 +195,6 @@ class Plan:
         first = int(self._index[position])
         (last,) = self._staircases(position, position + 1)
         return _sample_futures(first, int(unit["samples"]), int(unit["goal"]), last)[index - first]
-
-    def largest_prefixes(self, most: int = 8) -> list[tuple[int, int, int]]:
-        """(tokens shared, prompts that share them, unit number of one) of the prefixes whose own part saves most."""
-        return self._largest[:most]
-
-    def unit_tokens(self, number: int) -> array[int]:
-        """The tokens of unit `number` in file order, for showing a prefix."""
-        unit = self._units[number]
-        return self._arena.slice(int(unit["offset"]), int(unit["length"]))
 
     def _staircases(self, low: int, high: int) -> list[Staircase]:
         """Staircases of the last samples of the units at positions low … high - 1."""

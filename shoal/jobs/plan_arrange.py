@@ -5,7 +5,6 @@ It knows tables and the arena; it must not know where they came from or who read
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,8 @@ import numpy.typing as npt
 
 from shoal.jobs.arena import Arena
 from shoal.jobs.plan_future import Staircases, neighbour_staircases, staircases
-from shoal.jobs.plan_order import NO_LIMIT, Floats, Tree, build_tree, computed, largest_prefixes, walk
+from shoal.jobs.plan_order import NO_LIMIT, Floats, Tree, build_tree, computed, walk
 from shoal.jobs.plan_sort import Ints, Prompts, overlaps, sort_prompts
-
-LARGEST = 64  # shared prefixes kept for showing
 
 _NONE = np.zeros(0, dtype=np.int64)
 
@@ -55,8 +52,7 @@ def arrange(units: npt.NDArray[Any], arena: Arena, order: str) -> tuple[dict[str
     walked = ranked[places]
     overlap = _neighbour_overlaps(facts.prompts, walked)
     cost = computed(facts.prompts.length[walked], overlap, facts.reach[walked])
-    largest = [(depth, uses, int(ranked[place])) for depth, uses, place in largest_prefixes(tree, LARGEST)]
-    totals = _totals(units, int(cost.sum()), _last_again(units[walked], cost), largest)
+    totals = _totals(units, int(cost.sum()), _last_again(units[walked], cost))
     if order == "input":
         places = np.argsort(ranked)
     served = ranked[places]
@@ -116,9 +112,7 @@ def _last_again(units: npt.NDArray[Any], cost: Ints) -> int:
     return int((sampled & (cost == 0)).sum() + (sampled * (units["samples"] - 1)).sum())
 
 
-def _totals(
-    units: npt.NDArray[Any], bound: int = 0, last_again: int = 0, largest: Sequence[tuple[int, int, int]] = ()
-) -> dict[str, Any]:
+def _totals(units: npt.NDArray[Any], bound: int = 0, last_again: int = 0) -> dict[str, Any]:
     samples = units["samples"].astype(np.int64)
     return {
         "units": len(units),
@@ -126,7 +120,6 @@ def _totals(
         "prompt_tokens": int((units["length"] * samples).sum()),
         "bound": bound,
         "last_again": last_again,
-        "largest": list(largest),
     }
 
 

@@ -163,11 +163,3 @@ def computed(goal: Ints, overlap: Ints, reach: Ints) -> Ints:
     overlap is with the prompt before it in that order. Only the first of n samples computes anything.
     """
     return goal - np.minimum(reach, overlap)
-
-
-def largest_prefixes(tree: Tree, most: int) -> list[tuple[int, int, int]]:
-    """(tokens shared, prompts, place of one of them) of the nodes whose own part saves most tokens, best first."""
-    uses = tree.right - tree.left + 1
-    saved = (uses - 1) * (tree.depth - tree.depth[tree.parent])
-    rank = np.lexsort((np.arange(len(tree)), -saved))[:most]
-    return [(int(tree.depth[v]), int(uses[v]), int(tree.left[v])) for v in rank if saved[v] > 0]

@@ -20,9 +20,9 @@ from shoal.preview.look import Looked
 from shoal.preview.machine import Measured, Unmeasured, measured
 from shoal.preview.options import ExplainOptions
 from shoal.preview.prefixes import Prefix, largest
+from shoal.preview.sizes import Sizes
 from shoal.runtime.memory import available_host_bytes, plan_memory
 from shoal.text.checkpoint import kv_mode, weight_mode
-from shoal.text.sizes import Sizes
 
 ERROR = 0.15  # what a prediction may be off where all answers' lengths are known
 BARS = 12  # of a histogram, at most
@@ -138,7 +138,7 @@ class Explanation(msgspec.Struct, frozen=True):
     prompt_tokens: int  # of all rows, equal ones too
     bound: int  # of them, those a run computes with room for all prefixes
     prefixes: tuple[Prefix, ...]
-    memory: Memory
+    memory: Memory | None  # None: an encoder keeps no keys and values
     time: Forecast | None
     no_time: str  # why there is none
     advice: tuple[Advice, ...]
@@ -149,18 +149,7 @@ class Explanation(msgspec.Struct, frozen=True):
 def gather(options: ExplainOptions, looked: Looked) -> Explanation:
     """All facts of a job. What cannot be measured here leaves out the times, and nothing else."""
     job, plan, words = options.job, looked.plan, looked.words
-    sizes = Sizes.load(words.folder)
-    weights = weight_mode(job.weights, words.folder)
-    kv = kv_mode(job.kv, weights)
-    config = job.engine()
-    memory = _memory(looked, config, sizes, weights, kv)
-    time, why = None, memory.problem or ("no row can be run" if not len(looked.units) else "")
-    if not why:
-        try:
-            machine = measured(words.folder, sizes, weights, kv, job.threads, options.calibrate)
-            time = _forecast(options, looked, machine, config, memory)
-        except Unmeasured as error:
-            why = str(error)
+    memory, time, why = _foretell(options, looked)
     bad = _bad(looked)
     overflow = sum(each.count for each in bad if each.code == "context_length_exceeded")
     length = looked.units["length"].astype(np.int64)
@@ -174,8 +163,28 @@ def gather(options: ExplainOptions, looked: Looked) -> Explanation:
         model=words.name + ("" if job.model else " (the embedded model)"),
         context=words.info.context, rows=rows, bad=bad, prompts=lengths(length), answers=lengths(looked.limits),
         prompt_tokens=plan.prompt_tokens, bound=plan.bound, prefixes=tuple(largest(looked)), memory=memory, time=time,
-        no_time=why, advice=_advice(options, rows, memory, time, kv), bill=_bill(options, time), seconds=looked.seconds,
+        no_time=why, advice=_advice(options, rows, memory, time), bill=_bill(options, time), seconds=looked.seconds,
     )  # fmt: skip
+
+
+def _foretell(options: ExplainOptions, looked: Looked) -> tuple[Memory | None, Forecast | None, str]:
+    """Memory and time, or why there is no time."""
+    job, words = options.job, looked.words
+    if words.info.encoder:
+        return None, None, "an encoder's steps are not measured"
+    sizes = Sizes.load(words.folder)
+    weights = weight_mode(job.weights, words.folder)
+    kv = kv_mode(job.kv, weights)
+    config = job.engine()
+    memory = _memory(looked, config, sizes, weights, kv)
+    why = memory.problem or ("" if len(looked.units) else "no row can be run")
+    if why:
+        return memory, None, why
+    try:
+        machine = measured(words.folder, sizes, weights, kv, job.threads, options.calibrate)
+    except Unmeasured as error:
+        return memory, None, str(error)
+    return memory, _forecast(options, looked, machine, config, memory), ""
 
 
 def lengths(values: Ints) -> Lengths:
@@ -275,7 +284,7 @@ def _span(answer_tokens: int, time: Time, job: float) -> Span:
     )  # fmt: skip
 
 
-def _advice(options: ExplainOptions, rows: Rows, memory: Memory, time: Forecast | None, kv: str) -> tuple[Advice, ...]:
+def _advice(options: ExplainOptions, rows: Rows, memory: Memory | None, time: Forecast | None) -> tuple[Advice, ...]:
     """Flags that would help, each with its reason; none that merely could be set."""
     found, job = [], options.job
     chosen = None if time is None else time.likely or time.most
@@ -286,13 +295,15 @@ def _advice(options: ExplainOptions, rows: Rows, memory: Memory, time: Forecast 
     if rows.open:
         why = f"{rows.open:,} prompts have no max_tokens: one answer that never ends takes the rest of the context"
         found.append(Advice("--body '{\"max_tokens\": N}'", why))
+    if memory is None:
+        return tuple(found)
     if memory.problem:
         found.append(Advice("--memory, --weights int8 or a smaller model", memory.problem))
     if chosen is not None and chosen.waited > 0.05:
         share = f"rows wait for memory during {100 * chosen.waited:.0f} % of the steps"
         if job.memory is not None:
             found.append(Advice("--memory larger than now, or left out", share))
-        elif kv == "bf16":
+        elif memory.kv == "bf16":
             found.append(Advice("--kv int8", f"{share}: keys and values in half the memory (rounded: answers change)"))
     if chosen is not None and chosen.weights > 0.5 and memory.weights == "bf16":
         why = "most of the time goes to reading weights: as int8 they are half as many bytes (answers change)"

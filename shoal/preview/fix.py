@@ -1,7 +1,8 @@
 """The repairs of a file that cannot change what was meant: answers' limits that fit, ids of their own, no blank lines.
 
 It knows how a request line is written; what is wrong with one it takes from the run's own checks, and asks them again
-about every line that it changes. All other bytes of a line stay as they are.
+about every line that it changes. All other bytes stay as they are, those between the lines too. A line under a new id
+that draws its tokens and has no seed draws others than it would have under the old one.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import msgspec
 from shoal.core.errors import RowError, UsageError
 from shoal.jobs.encode import Encoded, RowEncoder
 from shoal.jobs.files import DiskFiles, Stream, whole
+from shoal.jobs.read import BOM
 from shoal.preview.lint import Lint, Repair
 from shoal.preview.look import Looked
+from shoal.preview.splice import place, replaced
 
 OVERFLOW, REPEATED = "context_length_exceeded", "duplicate_custom_id"
 CHUNK = 1 << 20  # bytes
@@ -49,18 +52,22 @@ class _Repairing:
         self.left = 0
         self._taken = set(self._ids())  # by any line
         self._seen: set[str] = set()  # by lines above that can be run
+        self._next: dict[str, int] = {}  # by id: all lower numbers are taken
 
     def write(self, stream: IO[bytes]) -> None:
         """Every line, repaired where it can be."""
-        with self.looked.source.path.open("rb") as file:
-            for line, offset, length in self.looked.source:
-                raw = self.looked.source.read(offset, length)
+        source = self.looked.source
+        if source.read(0, len(BOM)) == BOM:
+            stream.write(BOM)
+        with source.path.open("rb") as file:
+            for line, offset, length in source:
+                raw = source.read(offset, length)
                 if raw is None:
                     self.left += 1
                     _copy(file, offset, length, stream)
                 else:
                     stream.write(self._line(line, raw))
-                stream.write(b"\n")
+                stream.write(_end(source.read(offset + length, 2) or b""))
 
     def _ids(self) -> Iterator[str]:
         """The custom_id of every line that can be run, or perhaps after a repair."""
@@ -96,14 +103,13 @@ class _Repairing:
 
     def _number(self, raw: bytes, custom_id: str) -> tuple[bytes, str] | None:
         """The line under an id that no other has; None for a line that is not itself a request."""
-        number = 2
+        number = self._next.get(custom_id, 2)
         while f"{custom_id}-{number}" in self._taken:
             number += 1
-        name = f"{custom_id}-{number}"
-        envelope = _fields.decode(raw)
-        if "x_shoal" in envelope:
+        self._next[custom_id], name = number, f"{custom_id}-{number}"
+        if "x_shoal" in _fields.decode(raw):
             return None
-        changed = msgspec.json.encode({**envelope, "custom_id": name})
+        changed = replaced(raw.decode(), "custom_id", msgspec.json.encode(name).decode()).encode()
         if not isinstance(self.encoder.encode([changed])[0], Encoded):
             return None
         self._taken.add(name)
@@ -119,9 +125,11 @@ def clamp(raw: bytes, encoder: RowEncoder) -> tuple[bytes, str] | None:
     was = encoder.parse(raw).max_tokens
     given = [each for each in ("max_completion_tokens", "max_tokens") if bytes(body.get(each, b"null")) != b"null"]
     name = given[0] if given else "max_tokens"
+    text = raw.decode()
+    start = place(text, "body")
 
     def limited(limit: int) -> tuple[bytes, Encoded | RowError]:
-        changed = msgspec.json.encode({**envelope, "body": {**body, name: limit}})
+        changed = replaced(text, name, str(limit), start).encode()
         return changed, encoder.encode([changed])[0]
 
     _, shortest = limited(max(encoder.parse(raw).body.min_tokens or 0, 1))
@@ -130,6 +138,11 @@ def clamp(raw: bytes, encoder: RowEncoder) -> tuple[bytes, str] | None:
     room = encoder.model.context - max(map(len, shortest.prompts))
     changed, found = limited(room)
     return (changed, f"{name} {was} is now {room}") if isinstance(found, Encoded) else None
+
+
+def _end(after: bytes) -> bytes:
+    """What ends a line, of the two bytes behind it: nothing where the file ends."""
+    return after if after == b"\r\n" else after[:1]
 
 
 def _copy(file: BinaryIO, offset: int, length: int, stream: IO[bytes]) -> None:

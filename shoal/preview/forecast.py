@@ -15,7 +15,7 @@ import numpy as np
 
 from shoal.core.clock import SimClock
 from shoal.core.config import EngineConfig
-from shoal.core.types import Request, Sampling, Step
+from shoal.core.types import Answer, Request, Sampling, Step
 from shoal.engine import Engine
 from shoal.jobs.feed import WINDOW
 from shoal.jobs.plan_sort import Ints
@@ -233,12 +233,17 @@ def simulate(looked: Looked, answers: Ints, cost: MeasuredCost, config: EngineCo
 
 
 def _requests(looked: Looked) -> Iterator[Request]:
+    units, limits = looked.units, looked.limits
+    vector = (limits == 0) & (units["goal"] == units["length"])  # nothing is sampled, and all is computed
+    score_from = np.where(~vector & (units["reach"] >= 0), units["reach"] + 1, -1)
     for unit, number in zip(looked.plan.units_from(), looked.order.tolist(), strict=True):
-        limit, certain = int(looked.limits[number]), bool(looked.certain[number])
+        limit, certain = int(limits[number]), bool(looked.certain[number])
         for sample in range(unit.samples):
             yield Request(
                 id=f"{unit.position}.{sample}", prompt=unit.tokens,
                 sampling=Sampling(max_tokens=limit, stop=frozenset() if certain else frozenset((END,))),
+                answer=Answer.VECTOR if vector[number] else Answer.TOKENS,
+                score_from=-1 if sample else int(score_from[number]), salt=str(units["root"][number]),
                 index=unit.index + sample, future=unit.futures[sample] if unit.futures is not None else None,
             )  # fmt: skip
 

@@ -25,6 +25,7 @@ from shoal.jobs.crew import Crew, on_all_cores
 from shoal.jobs.encode import Encoded, RowEncoder
 from shoal.jobs.files import DiskFiles
 from shoal.jobs.options import JobOptions, Order
+from shoal.jobs.plan import Order as PlanOrder
 from shoal.jobs.plan import Plan, build_plan
 from shoal.jobs.plan_order import NO_LIMIT, computed
 from shoal.jobs.plan_sort import Ints, Prompts, overlaps
@@ -68,6 +69,7 @@ class Looked:
     plan: Plan
     prompts: Prompts  # of each the tokens that must be computed
     units: npt.NDArray[Any]  # plan_store.UNIT
+    reach: Ints  # most tokens that a prompt may take from others
     limits: Ints  # most tokens of an answer
     certain: npt.NDArray[np.bool_]  # whether an answer has exactly so many
     order: Ints  # units as they are served
@@ -85,8 +87,8 @@ def look(options: JobOptions) -> Iterator[Looked]:
         folder = Path(scratch)
         with open_source(options.input, folder, files, sys.stdin.buffer) as source:
             listening = Listening(on_all_cores(words.encoder, words.info, source.size))
-            order = "input" if options.order is Order.INPUT else "prefix"
-            plan = build_plan(source, listening, folder / "plan", order, words.encoder.fingerprint)  # type: ignore[arg-type]
+            order: PlanOrder = "input" if options.order is Order.INPUT else words.encoder.order
+            plan = build_plan(source, listening, folder / "plan", order, words.encoder.fingerprint)
             yield _facts(words, source, plan, listening, began)
 
 
@@ -105,7 +107,7 @@ def _facts(words: Words, source: Source, plan: Plan, listening: Listening, began
     rows = units["row"]
     room = words.info.context - units["length"].astype(np.int64)
     return Looked(
-        words=words, source=source, plan=plan, prompts=prompts, units=units,
+        words=words, source=source, plan=plan, prompts=prompts, units=units, reach=reach,
         limits=np.minimum(limits[rows].astype(np.int64), room), certain=certain[rows] > 0,
         order=order, overlap=overlap, cost=cost, seconds=time.monotonic() - began,
     )  # fmt: skip

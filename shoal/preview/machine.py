@@ -19,8 +19,8 @@ import msgspec
 
 from shoal.core.errors import ShoalError
 from shoal.jobs.prepare import arithmetic, instruction_set
+from shoal.preview.sizes import Sizes
 from shoal.sched.cost import MeasuredCost
-from shoal.text.sizes import Sizes
 
 TIMEOUT = 120  # seconds: a measurement takes a few
 PROCESSOR = ("model name", "cpu family", "model", "stepping", "cache size", "CPU part", "CPU implementer")

@@ -27,3 +27,13 @@ class ExplainOptions:
                 raise UsageError(f"{name} is {value}: give a number that is not negative")
         if self.answer_tokens is not None and self.answer_tokens < 1:
             raise UsageError(f"--answer-tokens is {self.answer_tokens}: give at least 1")
+
+
+def rows_of(file: Path | None, flag: Path | None, typed: bool) -> Path:
+    """The rows' file: given by its place, or by the flag; `typed` is whether the flag is on the command line too."""
+    if file is not None and flag is not None and typed:
+        raise UsageError(f"{file} and --input {flag} are both given: leave one of them out")
+    found = file or flag
+    if found is None:
+        raise UsageError("there is nothing to read: give FILE or --input FILE; - is standard input")
+    return found

@@ -50,8 +50,9 @@ def page(found: Explanation) -> str:
             "Answers at most", _paragraphs([lengths_words(found.answers)]) + histogram(found.answers, "Answer limits")
         ),
         _section("Shared prefixes", _paragraphs([sharing_words(found)]) + _prefixes(found)),
-        _section("Memory", _paragraphs([memory_words(found)])),
     ]
+    if found.memory is not None:
+        parts.append(_section("Memory", _paragraphs([memory_words(found.memory)])))
     if found.advice:
         advice = "".join(f"<li><code>{escape(a.flag)}</code>: {escape(a.why)}</li>" for a in found.advice)
         parts.append(_section("Advice", f"<ul>{advice}</ul>"))

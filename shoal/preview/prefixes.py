@@ -8,8 +8,8 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from shoal.jobs.plan_order import build_tree
-from shoal.jobs.plan_sort import overlaps, sort_prompts
+from shoal.jobs.plan_order import Tree, build_tree
+from shoal.jobs.plan_sort import Ints, overlaps, sort_prompts
 from shoal.preview.look import Looked
 from shoal.text.tokenizer import Tokenizer
 
@@ -39,8 +39,8 @@ def largest(looked: Looked, most: int = MOST) -> list[Prefix]:
     lcp = np.zeros(len(ranked), dtype=np.int64)
     lcp[1:] = overlaps(prompts, ranked[:-1], ranked[1:])
     tree = build_tree(lcp)
-    uses = tree.right - tree.left + 1
-    saved = (uses - 1) * (tree.depth - tree.depth[tree.parent])
+    uses, reach = tree.right - tree.left + 1, looked.reach[ranked]
+    saved = _saved(tree, uses, reach)
     best = np.lexsort((np.arange(len(tree)), -saved))[:most]
     chosen = sorted((int(v) for v in best if saved[v] > 0), key=lambda v: (int(tree.left[v]), int(tree.depth[v])))
     place = {node: number for number, node in enumerate(chosen)}
@@ -54,8 +54,28 @@ def largest(looked: Looked, most: int = MOST) -> list[Prefix]:
         start = int(prompts.offset[ranked[tree.left[node]]])
         tokens = prompts.padded[start + begin : start + end].tolist()
         text = shortened(tokens, looked.words.tokenizer)
-        found.append(Prefix(begin, end, many, (many - 1) * (end - begin), on, int(tree.left[node]), text))
+        taken = np.clip(reach[tree.left[node] : tree.right[node] + 1], begin, end) - begin
+        found.append(Prefix(begin, end, many, int(taken.sum() - taken.min()), on, int(tree.left[node]), text))
     return found
+
+
+def _saved(tree: Tree, uses: Ints, reach: Ints) -> Ints:
+    """Tokens of each node's own part that its prompts take from each other: all of them but one, which computes it.
+
+    That one is the one that may take least, and what others may not take they compute too.
+    """
+    own = tree.depth - tree.depth[tree.parent]
+    lost, most = np.zeros(len(tree), dtype=np.int64), np.zeros(len(tree), dtype=np.int64)
+    node = tree.leaf_parent
+    while len(node):  # from each prompt up to the node that it may take whole
+        low = reach < tree.depth[node]
+        node, reach = node[low], reach[low]
+        alone = np.minimum(tree.depth[node] - reach, own[node])
+        np.add.at(lost, node, alone)
+        np.maximum.at(most, node, alone)
+        node = tree.parent[node]
+    saved: Ints = (uses - 1) * own - (lost - most)
+    return saved
 
 
 def shortened(tokens: list[int], tokenizer: Tokenizer) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from shoal.jobs.units import count, duration, percent, size
-from shoal.preview.facts import Explanation, Forecast, Lengths, Span
+from shoal.preview.facts import Explanation, Forecast, Lengths, Memory, Span
 
 BAR = 30  # characters of the longest bar
 PREFIXES = 8  # shown on a terminal
@@ -44,7 +44,8 @@ def lines(found: Explanation) -> Iterator[tuple[str, str]]:
             "", f"tokens {count(prefix.begin)} to {count(prefix.end)} of {count(prefix.uses)} prompts, "
             f"saves {count(prefix.saved)}: {prefix.text}"
         )  # fmt: skip
-    yield "memory", memory_words(found)
+    if found.memory is not None:
+        yield "memory", memory_words(found.memory)
     yield "time", time_words(found)
     if found.time is not None:
         yield from (("", words) for words in spans_words(found.time))
@@ -55,6 +56,8 @@ def lines(found: Explanation) -> Iterator[tuple[str, str]]:
 
 def memory_modes(found: Explanation) -> str:
     """How weights, keys and values are kept."""
+    if found.memory is None:
+        return "an encoder, which takes every text by itself"
     return f"{found.memory.weights} weights, {found.memory.kv} keys and values"
 
 
@@ -93,9 +96,8 @@ def sharing_words(found: Explanation) -> str:
     )
 
 
-def memory_words(found: Explanation) -> str:
+def memory_words(memory: Memory) -> str:
     """Keys and values against what there is for them."""
-    memory = found.memory
     if memory.problem:
         return memory.problem
     enough = "all that the job can fill" if memory.have_tokens >= memory.need_tokens else "less than the job can fill"

@@ -5,6 +5,7 @@ It must not compute anything, and nothing it knows about lengths may reach the s
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class SimExecutor:
     ) -> None:
         self.clock, self.cost, self.accept = clock, cost, accept
         self._lengths = lengths or {}
-        self._ends: dict[int, int] = {}  # ticket -> position of its END token
+        self._texts: dict[int, tuple[float, int]] = {}  # ticket -> positions of its first token and of its END token
         self._free_at, self._luck = 0.0, random.Random(seed)
 
     def submit(self, step: Step) -> SimPending:
@@ -52,16 +53,17 @@ class SimExecutor:
         seconds = self.cost.seconds(step)
         self._free_at = max(self._free_at, self.clock.now()) + seconds
         for ticket in step.drops:
-            self._ends.pop(ticket, None)
+            self._texts.pop(ticket, None)
         for start in step.starts:
-            length = self._lengths.get(start.request.id)
-            self._ends[start.ticket] = -1 if length is None else len(start.request.prompt) + length - 1
+            length, prompt = self._lengths.get(start.request.id), len(start.request.prompt)
+            ends = -1 if length is None else prompt + length - 1
+            self._texts[start.ticket] = (prompt if start.request.samples else math.inf, ends)
         tokens = {}
         for part in step.slices:
-            if part.want:
+            at, (first, ends) = part.start + len(part.tokens), self._texts[part.ticket]
+            if part.want and at >= first:  # hidden states may also be wanted to score a prompt, or as a vector
                 count = 1
                 while count <= part.draft and self._luck.random() < self.accept:
                     count += 1
-                at, ends = part.start + len(part.tokens), self._ends[part.ticket]
                 tokens[part.ticket] = [END if at + i == ends else OTHER for i in range(count)]
         return SimPending(self.clock, self._free_at, StepResult(tokens, seconds=seconds))

@@ -13,7 +13,7 @@ from typing import Any
 
 from shoal.core.errors import ModelError, UsageError
 from shoal.text.files import read_json
-from shoal.text.pooling import is_encoder, makes_vectors, read_pooling
+from shoal.text.pooling import Pooling, decoder_pooling, is_encoder, read_pooling
 from shoal.text.tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "models" / "minnow"
@@ -96,6 +96,8 @@ class ModelInfo:
     sampling: Mapping[str, float]  # of generation_config.json, where it says: temperature, top_k, top_p, min_p, …
     max_tokens: int | None = None  # of generation_config.json
     vector: int = 0  # numbers of the vectors that it makes; 0: it makes none
+    vector_context: int = 0  # tokens of a text that becomes a vector, at most
+    no_vector: str = ""  # why it makes none, where its folder says how and that cannot be done
     encoder: bool = False  # it makes no texts, and takes every text by itself
 
     @classmethod
@@ -109,21 +111,24 @@ class ModelInfo:
         trained = _count(described, "max_position_embeddings", 131072 if isinstance(inner, dict) else None)
         if context is not None and context < 1:
             raise UsageError(f"a context of {context} tokens holds nothing: give at least 1")
-        vector, encoder = 0, is_encoder(config)
-        if encoder or makes_vectors(folder):
-            vector = _count(described, "hidden_size", None)
-            trained = min(trained, read_pooling(folder, encoder).most_tokens or trained)
-            context = min(context or trained, trained)
+        encoder = is_encoder(config)
+        pooling = read_pooling(folder) if encoder else decoder_pooling(folder)
+        limit = (pooling.most_tokens if isinstance(pooling, Pooling) else None) or trained
+        if encoder:
+            context = min(context or trained, trained, limit)
+        context = context or trained
         generation = read_json(folder / "generation_config.json")
-        limit = generation.get("max_new_tokens")
+        answer = generation.get("max_new_tokens")
         return cls(
             folder=folder,
-            context=context or trained,
+            context=context,
             vocab_size=_count(described, "vocab_size", 262208 if isinstance(inner, dict) else None),
             eos=tokenizer.eos,
             sampling=_sampling(generation),
-            max_tokens=limit if isinstance(limit, int) and limit > 0 else None,
-            vector=vector,
+            max_tokens=answer if isinstance(answer, int) and answer > 0 else None,
+            vector=_count(described, "hidden_size", None) if isinstance(pooling, Pooling) else 0,
+            vector_context=min(context, limit),
+            no_vector=str(pooling) if isinstance(pooling, ModelError) else "",
             encoder=encoder,
         )
 

@@ -80,6 +80,17 @@ def read_pooling(folder: Path, encoder: bool = True) -> Pooling:
     return Pooling(kind, normalize, most, tuple(files))
 
 
+def decoder_pooling(folder: Path) -> Pooling | ModelError | None:
+    """How a decoder's vectors are made: None where the folder does not say, and why not where that cannot be done.
+
+    The latter is for whoever asks for vectors: texts need none of it.
+    """
+    try:
+        return read_pooling(folder, encoder=False) if makes_vectors(folder) else None
+    except ModelError as error:
+        return error
+
+
 def _modules(folder: Path) -> list[dict[str, Any]]:
     path = folder / MODULES
     try:

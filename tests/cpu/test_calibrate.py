@@ -12,10 +12,10 @@ from test_published_configs import PUBLISHED
 
 from shoal.kernels import load
 from shoal.nn.arch import make_config
-from shoal.nn.weights import KV_DTYPES, expected_shapes, model_bytes
+from shoal.nn.weights import KV_DTYPES, MODES, expected_shapes, model_bytes
 from shoal.preview import machine
+from shoal.preview.sizes import Sizes
 from shoal.text.checkpoint import EMBEDDED
-from shoal.text.sizes import Sizes
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -23,7 +23,7 @@ def test_sizes_are_those_of_the_tensors(tmp_path: Path, name: str) -> None:
     values: dict[str, Any] = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(values))
     sizes, config = Sizes.load(tmp_path), make_config(values)
-    for mode in ("fp32", "bf16", "int8", "int4"):
+    for mode in MODES:
         assert sizes.weight_bytes(mode) == pytest.approx(
             model_bytes(config, mode), rel=0.01 if "int" not in mode else 0.1
         )

@@ -11,7 +11,6 @@ from byte_model import save_byte_model
 from encoders import write_pooling
 
 import shoal
-from shoal.core.errors import ModelError
 from shoal.jobs.report import Report
 from shoal.text.tokenizer import Tokenizer
 
@@ -46,8 +45,10 @@ def test_vectors_of_a_decoder_are_those_of_transformers(tmp_path: Path, normaliz
     assert tokens.prompt_computed == tokens.prompt_bound <= tokens.prompt - 3 * len(STEM) * 2 // 3
 
 
-def test_other_pooling_over_a_decoder_is_refused(tmp_path: Path) -> None:
+def test_other_pooling_over_a_decoder_fails_the_rows_that_need_it(tmp_path: Path) -> None:
     save_byte_model(tmp_path / "model")
-    write_pooling(tmp_path / "model", "mean")
-    with pytest.raises(ModelError, match="over a decoder"):
-        run(tmp_path / "model", tmp_path, [("/v1/embeddings", {"input": "a"})])
+    write_pooling(tmp_path / "model", "mean", max_seq_length=4)
+    chat = {"messages": [{"role": "user", "content": "longer than vectors may be"}], "max_tokens": 3}
+    report = run(tmp_path / "model", tmp_path, [("/v1/embeddings", {"input": "a"}), ("/v1/chat/completions", chat)])
+    assert report.exit_code == 3 and (report.rows.ok, report.rows.failed) == (1, 1)
+    assert "over a decoder" in report.errors["not_supported"].message

@@ -12,6 +12,7 @@ from test_cache import fill
 from typer.core import TyperOption
 
 import shoal.cli
+import shoal.preview.command
 from shoal.cli import build_command
 from shoal.core.config import parse_bytes
 from shoal.core.errors import EngineDied, ModelError, StateError, UsageError
@@ -228,3 +229,28 @@ def test_a_failure_budget_is_a_count_or_a_share(failed: int, total: int) -> None
     assert FailureBudget.parse("10").exceeded(failed, total) == (failed > 10)
     assert FailureBudget.parse("10%").exceeded(failed, total) == (failed > 0.1 * total)
     assert not FailureBudget().exceeded(failed, total)
+
+
+@pytest.mark.parametrize("command", ["explain", "lint"])
+def test_rows_may_be_named_as_run_has_them_or_by_their_place(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Path] = []
+
+    def take(options: Any, *_: object) -> int:
+        seen.append(getattr(options, "job", options).input)
+        return 0
+
+    monkeypatch.setattr(shoal.preview.command, f"run_{command}", take)
+    (tmp_path / "shoal.yaml").write_text("input: c\n")
+    for words in (["a"], ["-i", "a"], ["--input", "a"], ["a", "--config", str(tmp_path / "shoal.yaml")]):
+        assert call(command, *words) == 0
+    assert call(command, "--config", str(tmp_path / "shoal.yaml")) == 0
+    monkeypatch.setenv("SHOAL_INPUT", "d")
+    assert call(command) == call(command, "a") == 0
+    assert [str(path) for path in seen] == ["a", "a", "a", "a", "c", "d", "a"]
+    assert call(command, "a", "-i", "b") == 2 and "leave one of them out" in capsys.readouterr().err
+    monkeypatch.delenv("SHOAL_INPUT")
+    assert call(command) == 2 and "nothing to read" in capsys.readouterr().err
+    (tmp_path / "shoal.yaml").write_text("file: c\n")
+    assert call(command, "--config", str(tmp_path / "shoal.yaml")) == 2 and len(seen) == 7

@@ -16,9 +16,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from echo_job import EchoJob, chat, completion
+from encoder_folder import write_encoder, write_pooling
 from rich.console import Console
+from test_embeddings import embedding
 
-from shoal.core.config import EngineConfig
+from shoal.core.config import WEIGHTS, EngineConfig
 from shoal.jobs.options import JobOptions
 from shoal.preview import facts, machine
 from shoal.preview.command import explain, run_explain
@@ -28,8 +30,8 @@ from shoal.preview.look import look
 from shoal.preview.machine import Measured, Unmeasured
 from shoal.preview.options import ExplainOptions
 from shoal.preview.prefixes import largest
+from shoal.preview.sizes import Sizes
 from shoal.text.checkpoint import EMBEDDED
-from shoal.text.sizes import Sizes
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETEND = Measured(
@@ -167,6 +169,7 @@ def test_memory_that_is_short_is_named_and_costs_time(tmp_path: Path) -> None:
     path = file(tmp_path, rows(1, 40, 5))
     job = JobOptions(input=path, output=path.with_name("nothing"), memory=2_000_000)
     short, enough = explain(ExplainOptions(job)), explain(options(path))
+    assert short.memory is not None and enough.memory is not None
     assert short.memory.have_tokens < short.memory.need_tokens <= enough.memory.have_tokens
     assert short.time is not None and enough.time is not None
     assert short.time.most.waited > 0.5 and short.time.limit == "memory" and enough.time.most.waited == 0
@@ -226,7 +229,8 @@ def test_where_nothing_can_be_measured_all_but_the_time_is_said(
 
     monkeypatch.setattr(facts, "measured", refuse)
     found = explain(options(file(tmp_path, rows(1))))
-    assert found.time is None and found.no_time == "no kernels" and found.bound > 0 and found.memory.have_tokens > 0
+    assert found.time is None and found.no_time == "no kernels" and found.bound > 0
+    assert found.memory is not None and found.memory.have_tokens > 0
 
 
 def test_a_measurement_is_kept_for_what_it_was_made_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,3 +261,91 @@ def test_a_measurement_is_kept_for_what_it_was_made_for(tmp_path: Path, monkeypa
         path.write_bytes(b"{")
     ask()
     assert len(made) == 6
+
+
+@pytest.mark.parametrize("mode", WEIGHTS)
+def test_every_kind_of_weights_can_be_asked_for(tmp_path: Path, mode: str) -> None:
+    path = file(tmp_path, rows(1))
+    job = JobOptions(input=path, output=path.with_name("nothing"), weights=mode)
+    found = explain(ExplainOptions(job))
+    assert found.time is not None and found.memory is not None and not found.memory.problem
+    plain = Sizes.load(EMBEDDED).weight_bytes("bf16")
+    assert found.memory.weight_bytes < plain if "int" in mode else found.memory.weight_bytes >= plain
+
+
+def odd_rows(seed: int) -> list[str]:
+    """Rows that share beginnings, some of them scored, without an answer, or under a salt of their own."""
+    luck, found = random.Random(seed), []
+    for number, line in enumerate(rows(seed, groups=4, each=16)):
+        row = json.loads(line)
+        kind: dict[str, Any] = luck.choice([
+            {}, {"echo": True, "logprobs": 1, "max_tokens": 0, "n": 1}, {"prompt_logprobs": 1},
+            {"prompt_logprobs": 0, "score_from": luck.randrange(1, 90)}, {"cache_salt": luck.choice("ab")},
+        ])  # fmt: skip
+        if "score_from" in kind:
+            row["body"]["prompt"] = row["body"]["prompt"] + " far" * 90
+        row["body"] |= kind | {"seed": number}
+        found.append(json.dumps(row))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_scheduler_computes_no_more_in_pretend_time_than_the_plan_says(tmp_path: Path, seed: int) -> None:
+    path = file(tmp_path, odd_rows(seed))
+    with look(options(path).job) as looked:
+        config = EngineConfig(step_tokens=512, max_sequences=64)
+        one = simulate(looked, looked.limits, PRETEND.cost(), config, 4000)
+        assert looked.plan.num_bad == 0 and one.prompt == looked.plan.bound + looked.plan.last_again
+    found = explain(options(path))
+    assert found.time is not None and found.time.most.answer_tokens > 0
+
+
+def test_rows_without_answers_take_time_too(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    write_pooling(folder, "last")
+    scored = [completion(i, f"fish {i}", echo=True, max_tokens=0, logprobs=1) for i in range(9)]
+    made = [embedding(i, [f"a river {i}", "a stone"]) for i in range(9)]
+    for lines in (scored, made):
+        path = file(tmp_path, lines)
+        found = explain(ExplainOptions(JobOptions(input=path, output=tmp_path / "nothing", model=str(folder))))
+        assert found.rows.bad == 0 and found.time is not None
+        assert found.time.most.seconds > 0 and found.time.most.answer_tokens == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_prefixes_save_together_what_the_plan_saves(tmp_path: Path, seed: int) -> None:
+    with look(options(file(tmp_path, odd_rows(seed))).job) as looked:
+        saved = sum(prefix.saved for prefix in largest(looked, most=10**6))
+        assert saved == int(looked.units["goal"].sum() - looked.cost.sum()) > 0
+
+
+def test_prompts_that_are_scored_from_their_beginning_save_nothing(tmp_path: Path) -> None:
+    path = file(tmp_path, [completion(i, "a river and a fish " * 9 + str(i), prompt_logprobs=0) for i in range(5)])
+    with look(options(path).job) as looked:
+        assert largest(looked) == [] and looked.plan.bound == looked.plan.prompt_tokens
+
+
+def test_an_encoder_is_explained_as_it_runs(tmp_path: Path) -> None:
+    folder = write_encoder(tmp_path / "model")
+    path = file(tmp_path, [embedding(i, "one two three " + "four " * (i % 7) + "five") for i in range(40)])
+    job = JobOptions(input=path, output=tmp_path / "nothing", model=str(folder))
+    with look(job) as looked:
+        assert looked.plan.order == "length" and largest(looked) == []
+        served = looked.units["length"][looked.order].tolist()
+        assert served == sorted(served, reverse=True) and int(looked.cost.sum()) == sum(served)
+    found = explain(ExplainOptions(job))
+    assert found.memory is None and found.time is None and "encoder" in found.no_time
+    assert found.rows.equal == 33 and found.rows.bad == 0 and not found.advice
+    console, html = Console(file=io.StringIO(), width=200), tmp_path / "page.html"
+    run_explain(ExplainOptions(job, html=html), False, console)
+    assert "memory" not in console.file.getvalue() and "Memory" not in html.read_text()  # type: ignore[attr-defined]
+
+
+def test_the_prefixes_whose_own_part_saves_most_come_first(tmp_path: Path) -> None:
+    system, task = list(range(300, 330)), list(range(400, 420))
+    lines = [completion(i, [*system, *task, 500 + i]) for i in range(5)]
+    lines += [completion(5 + i, [*system, 600 + i]) for i in range(5)]
+    with look(options(file(tmp_path, lines)).job) as looked:
+        shown = [[(each.end, each.uses) for each in largest(looked, most)] for most in (1, 2, 9)]
+    assert shown == [[(30, 10)], [(30, 10), (50, 5)], [(30, 10), (50, 5)]]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,7 +17,9 @@ from rich.console import Console
 from shoal.core.errors import UsageError
 from shoal.jobs.options import JobOptions
 from shoal.preview.command import SOME_FAIL, lint, run_lint
-from shoal.preview.lint import Lint
+from shoal.preview.fix import _Repairing
+from shoal.preview.lint import Lint, check
+from shoal.preview.look import look
 
 CONTEXT = 8192  # of the embedded model
 
@@ -66,7 +70,7 @@ def test_what_it_repairs_runs_and_nothing_else_changes(tmp_path: Path) -> None:
     assert again.blank == 0 and found.blank > 0
     assert "duplicate_custom_id" not in codes(again).values()
     changed = {repair.line for repair in found.repairs}
-    raw = [line.removesuffix(b"\r") for line in path.read_bytes().split(b"\n")]
+    raw = path.read_bytes().split(b"\n")
     kept = [line for number, line in enumerate(raw, 1) if line.strip() and number not in changed]
     fixed = out.read_bytes().split(b"\n")
     assert [line for line in fixed if line in set(kept)] == kept
@@ -139,3 +143,59 @@ def test_a_repaired_file_never_replaces_one(tmp_path: Path) -> None:
         lint(options(path), path)
     with pytest.raises(UsageError, match="rows of columns"):
         lint(options(path, prompt="{custom_id}"), tmp_path / "out.jsonl")
+
+
+class Counting(set[str]):
+    """A set that counts how often it is asked."""
+
+    asked = 0
+
+    def __contains__(self, key: object) -> bool:
+        self.asked += 1
+        return super().__contains__(key)
+
+
+def test_equal_ids_are_numbered_without_trying_all_lower_numbers_again(tmp_path: Path) -> None:
+    rows = 200
+    with look(options(file(tmp_path, *[chat(1)] * rows))) as looked:
+        work = _Repairing(looked, {fault.line: fault.code for fault in check(looked).faults})
+        work._taken = taken = Counting(work._taken)
+        work.write(io.BytesIO())
+    assert work.left == 0 and len(taken) == rows == len(work.repairs) + 1
+    assert taken.asked <= 2 * rows
+
+
+def spaced(line: str, luck: Random) -> str:
+    """The same JSON in another hand: space, an escape, numbers, a second use of a name."""
+    gap = luck.choice([" ", "", "\t", "   "])
+    line = re.sub(r'([:,{])(?= ?")', lambda sign: sign[1] + gap, line).replace("custom_id", "custom\\u005fid")
+    return f'{gap}{{"custom_id": "x",{gap}"note": [1.50e3, 0.10, "\\ud83d\\udc1f é"],{line.lstrip()[1:-1]}{gap}}}'
+
+
+@pytest.mark.parametrize(("end", "last", "mark"), [(b"\r\n", b"", b"\xef\xbb\xbf"), (b"\n", b"\n", b"")])
+def test_a_repair_changes_the_value_that_it_names_and_no_other_byte(
+    tmp_path: Path, end: bytes, last: bytes, mark: bytes
+) -> None:
+    luck, path, out = Random(8), tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [completion(i, "fish", max_tokens=luck.choice([3, CONTEXT])) for i in range(40)]
+    lines += [chat(i, max_tokens=None, max_completion_tokens=CONTEXT) for i in range(40, 50)] + [chat(3), chat(3)]
+    raw = [spaced(line, luck).encode() for line in lines]
+    path.write_bytes(mark + end.join(raw) + last)
+    found = lint(options(path), out)
+    assert found.left == 0 and lint(options(out)).clean and len(found.repairs) > 15
+    expected = list(raw)
+    for repair in found.repairs:
+        for what in repair.what.split("; "):
+            name, was, now = re.match(r"(\w+) (.*?) ?is now (.*)", what).groups()  # type: ignore[union-attr]
+            old, new = (f"{was}", now) if was else ('"r3"', json.dumps(now.strip("'")))
+            before, after = expected[repair.line - 1].decode().rsplit(old, 1)
+            expected[repair.line - 1] = f"{before}{new}{after}".encode()
+    assert out.read_bytes() == mark + end.join(expected) + last
+
+
+def test_a_limit_that_the_command_gave_is_put_into_the_line(tmp_path: Path) -> None:
+    line = '{"custom_id": "a", "url": "/v1/completions", "method": "POST", "body": { "prompt": "fish" } }'
+    out = tmp_path / "out.jsonl"
+    lint(options(file(tmp_path, line), body={"max_tokens": CONTEXT}), out)
+    tokens = CONTEXT - len(JobTokens().encode("fish"))
+    assert out.read_text() == line.replace('"fish" }', f'"fish", "max_tokens": {tokens} }}') + "\n"

@@ -142,15 +142,6 @@ def test_rows_with_different_roots_share_nothing(tmp_path: Path) -> None:
     assert [plan.future(i) for i in range(4)].count(()) == 3
 
 
-def test_the_largest_prefixes_are_those_whose_own_part_saves_most(tmp_path: Path) -> None:
-    system, task = tuple(range(30)), tuple(range(100, 120))
-    lines = [Line(((*system, *task, 200 + i),)) for i in range(5)] + [Line(((*system, 300 + i),)) for i in range(5)]
-    plan = plan_of(lines, tmp_path)
-    (depth, uses, unit), second = plan.largest_prefixes(2)
-    assert (depth, uses, tuple(plan.unit_tokens(unit)[:depth])) == (30, 10, system)
-    assert second[:2] == (50, 5)
-
-
 def test_a_unit_is_plain_data(tmp_path: Path) -> None:
     unit = plan_of([Line(((1, 2),), samples=2)], tmp_path).unit(0)
     assert unit == Unit(0, 0, 0, 0, array("i", [1, 2]), 2, (((2, 1),), ()))

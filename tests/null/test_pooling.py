@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from echo_job import chat
 from encoder_folder import CONTEXT, FLAGS, WIDTH, write_encoder, write_pooling
+from test_embeddings import embedding
 
-from shoal.core.errors import ModelError
-from shoal.text.checkpoint import ModelInfo
+from shoal.core.errors import ModelError, RowError
+from shoal.jobs.encode import Encoded, RowEncoder
+from shoal.jobs.settings import JobSettings
+from shoal.text.chat import ChatTemplate
+from shoal.text.checkpoint import EMBEDDED, ModelInfo
 from shoal.text.pooling import read_pooling
 from shoal.text.tokenizer import Tokenizer
 
@@ -66,3 +72,37 @@ def test_an_encoder_without_these_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "modules.json").unlink()
     with pytest.raises(ModelError, match="sentence-transformers"):
         read_pooling(tmp_path)
+
+
+def decoder_folder(tmp_path: Path, kind: str) -> Path:
+    """The embedded model's folder as one that makes vectors too, of at most 8 tokens."""
+    shutil.copytree(EMBEDDED, tmp_path, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    write_pooling(tmp_path, kind, max_seq_length=8)
+    return tmp_path
+
+
+def encoded(folder: Path, lines: list[str]) -> list[Encoded | RowError]:
+    tokenizer = Tokenizer.load(folder)
+    info = ModelInfo.load(folder, tokenizer)
+    encoder = RowEncoder(tokenizer, ChatTemplate.load(folder), info, JobSettings("any"))
+    return encoder.encode([line.encode() for line in lines])
+
+
+def test_what_limits_vectors_limits_no_text_of_a_decoder(tmp_path: Path) -> None:
+    folder = decoder_folder(tmp_path, "last")
+    long = "a river and a stone and a fish"
+    text, short, cut = encoded(folder, [chat(1, long), embedding(2, "a"), embedding(3, long)])
+    assert isinstance(text, Encoded) and isinstance(short, Encoded)
+    assert isinstance(cut, RowError) and cut.code == "context_length_exceeded" and "8 tokens" in str(cut)
+    whole = ModelInfo.load(folder, Tokenizer.load(folder))
+    assert (whole.context, whole.vector_context) == (ModelInfo.load(EMBEDDED, Tokenizer.load(EMBEDDED)).context, 8)
+
+
+def test_pooling_that_a_decoder_cannot_do_fails_the_rows_that_need_it(tmp_path: Path) -> None:
+    folder = decoder_folder(tmp_path, "mean")
+    text, vector = encoded(folder, [chat(1), embedding(2, "a")])
+    assert isinstance(text, Encoded)
+    assert isinstance(vector, RowError) and "over a decoder pooling is by lasttoken" in str(vector)
+    (folder / "modules.json").write_text("[")
+    text, vector = encoded(folder, [chat(1), embedding(2, "a")])
+    assert isinstance(text, Encoded) and isinstance(vector, RowError) and "not valid JSON" in str(vector)

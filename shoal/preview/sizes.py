@@ -18,6 +18,7 @@ _HEADS = {"gemma2": 256, "gemma3": 256, "gemma3_text": 256, "qwen3": 128}  # num
 _GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208, "tie_word_embeddings": True}
 _TIED = ("gemma2", "gemma3", "gemma3_text", "smollm3")
 _BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5, "int4-a16": 0.5}  # of one weight of a layer
+HEAD = "+head"  # ends the modes whose head is kept in 8 bits, beside the embedding even where the two are tied
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,9 @@ class Sizes:
 
     def weight_bytes(self, mode: str) -> int:
         """Bytes of a loaded model, biases, norms and scales of quantised weights left out: a hundredth, about."""
-        tables = self.vocab_size * self.width * (1 if self.tied else 2)
-        return int(self.num_layers * self.layer_weights * _BYTES[mode] + tables * (4 if mode == "fp32" else 2))
+        kept = self.vocab_size * self.width * (4 if mode == "fp32" else 2)  # of one table
+        head = self.vocab_size * self.width if mode.endswith(HEAD) else 0 if self.tied else kept
+        return int(self.num_layers * self.layer_weights * _BYTES[mode.removesuffix(HEAD)]) + kept + head
 
     def position_bytes(self, kv: str) -> int:
         """Bytes of the keys and values of one position in all layers, as the compiled kernels keep them."""

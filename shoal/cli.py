@@ -250,9 +250,7 @@ def explain(
     kv: KV = "auto",
     threads: Threads = None,
     strict: Strict = False,
-    answer_tokens: Annotated[
-        int | None, typer.Option(help="Tokens to expect of answers that may end anywhere.")
-    ] = None,
+    answer_tokens: Annotated[int | None, typer.Option(help="Tokens to expect of answers that end anywhere.")] = None,
     price_per_hour: Annotated[float | None, typer.Option(help="What an hour of this machine costs.")] = None,
     watts: Annotated[float | None, typer.Option(help="What this machine takes while it works.")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine again.")] = False,
@@ -343,9 +341,7 @@ def bench(
     threads: Threads = None,
     runs: Annotated[int, typer.Option(help="Timed runs of each workload; the median counts.")] = 5,
     json: Annotated[Path | None, typer.Option(help="Write all numbers here.")] = None,
-    peer: Annotated[
-        str, typer.Option(help='Alternate with vllm,openvino,llamacpp; "vllm:--mnbt 8192" has words for its runner.')
-    ] = "",
+    peer: Annotated[str, typer.Option(help='Alternate with vllm,openvino,llamacpp; "vllm:--mnbt 8192" sets it.')] = "",
     memory: Memory = None,
     step_tokens: StepTokens = None,
 ) -> None:

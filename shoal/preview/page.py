@@ -126,7 +126,10 @@ def _prefixes(found: Explanation) -> str:
 
 def _table(names: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "".join("<tr>" + "".join(_cell(text) for text in row) + "</tr>" for row in rows)
+    # The last column is text, even where a prefix of it is a number.
+    body = "".join(
+        "<tr>" + "".join(_cell(text) for text in row[:-1]) + f"<td>{printable(row[-1])}</td></tr>" for row in rows
+    )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 

@@ -306,8 +306,9 @@ class CpuKernels:
         tokens, heads = len(x_TD), prepared.about.about
         assert x_TD.shape == (plan.num_tokens, prepared.width) and x_TD.is_contiguous(), (x_TD.shape, prepared)
         assert x_TD.dtype == kv.activations, (x_TD.dtype, kv.activations)
-        if plan.memory is None:
-            plan.memory = torch.empty(prepared.layer.memory(tokens), dtype=torch.uint8)
+        needed = prepared.layer.memory(tokens)  # layers may differ in width inside
+        if plan.memory is None or plan.memory.numel() < needed:
+            plan.memory = torch.empty(needed, dtype=torch.uint8)
         prepared.layer(
             plan.plan, kv.pages[layer], x_TD.data_ptr(), tokens, batch.pos_T.data_ptr(), batch.slot_T.data_ptr(),
             plan.memory.data_ptr(), plan.states_for(heads.num_heads, heads.head_dim),

@@ -18,13 +18,13 @@ import torch
 
 from shoal.core.types import Answer, Request, Slice, Start, Step, StepResult, TokenScore
 from shoal.kernels.api import KV, Batch, Kernels
+from shoal.nn.encoder import LEAST_NORM
 from shoal.nn.masks import Masks
 from shoal.nn.sampler import Sampler
 from shoal.nn.scores import score
 from shoal.runtime.batch import Layout, lay_out, moves_tensor
 
 _LOGIT_BYTES = 32 << 20  # of float32 logits at a time; reductions over them need about six times as much beside
-LEAST_NORM = 1e-12  # a vector shorter than this is divided by this, as torch's normalize does
 _TILE = 16  # rows of a matrix product: a multiple wastes none
 
 

@@ -1,31 +1,26 @@
-"""The command line: flags, environment and config file become JobOptions; errors become exit codes.
+"""The command line: every command, and the options that its flags become.
 
 It must not know how a job is run, and never loads torch.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-import yaml
 from rich.console import Console
 from typer.core import TyperGroup, TyperOption
 
-from shoal import __version__
+from shoal import __version__, flags
 from shoal.core.config import parse_bytes
-from shoal.core.errors import ShoalError
+from shoal.flags import exit_codes
 from shoal.jobs.options import FailureBudget, JobOptions, Order, parse_adapters, parse_body, parse_share
 
 if TYPE_CHECKING:
     from shoal.jobs.retry import Again
 
-INTERRUPTED = 5
 PREFIX = "SHOAL_"
 
 app = typer.Typer(
@@ -37,80 +32,6 @@ app = typer.Typer(
 )
 
 
-def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Take the flags' defaults from a YAML file. A key that is no flag of the command is an error."""
-    if path is None:
-        return None
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise typer.BadParameter(f"cannot read {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise typer.BadParameter(f"{path} must hold lines of the form flag_name: value")
-    known = {str(each.name) for each in ctx.command.params if isinstance(each, TyperOption) and each.name != "config"}
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}"
-            raise typer.BadParameter(f"{path} has the unknown key {key!r}{hint}")
-    for parameter in ctx.command.params:
-        given = values.get(parameter.name)
-        if getattr(parameter, "multiple", False) and given is not None:
-            pairs = [f"{name}={value}" for name, value in given.items()] if isinstance(given, dict) else given
-            values[parameter.name] = [pairs] if isinstance(pairs, str) else pairs
-    ctx.default_map = {**(ctx.default_map or {}), **values}
-    return path
-
-
-Input = Annotated[Path, typer.Option("--input", "-i", help="Rows: JSONL, CSV or Parquet; - is standard input.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Answers, in input order; run again to continue.")]
-Model = Annotated[str, typer.Option(help="Folder or hub id; without it, the small model that ships in the package.")]
-Adapter = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=FOLDER", help="LoRA adapter for rows whose model is NAME; repeatable.")
-]
-Prompt = Annotated[str | None, typer.Option(help="Prompt of plain rows over their columns: 'Summarize: {text}'.")]
-Chat = Annotated[bool, typer.Option("--chat", help="Put plain rows through the model's chat template.")]
-Body = Annotated[str, typer.Option(help="Request fields for rows that lack them, as JSON: '{\"max_tokens\": 64}'.")]
-OrderFlag = Annotated[Order, typer.Option(help="plan: share most; input: as the file has them; finish: write at once.")]
-Memory = Annotated[str | None, typer.Option(help="Memory for keys and values: 2GB, 512MiB. Without it, what is free.")]
-StepTokens = Annotated[int | None, typer.Option(help="Most tokens in one step of the model.")]
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
-Weights = Annotated[
-    str, typer.Option(help="Weights: fp32, bf16, int8[+head], int4[+head], int4-a16; auto: as the checkpoint.")
-]
-KV = Annotated[
-    str, typer.Option("--kv", "--kv-cache-dtype", help="Keys and values: int8 takes half the memory of auto.")
-]
-Threads = Annotated[int | None, typer.Option(help="Threads of the model. Without it, one for each core.")]
-Seed = Annotated[int, typer.Option(help="Decides the seed of rows that bring none.")]
-MaxFailures = Annotated[str | None, typer.Option(help="End the job after so many failed lines: 100 or 1%.")]
-Strict = Annotated[
-    bool, typer.Option("--strict", help="A malformed line ends the job; a row that names another model fails.")
-]
-Restart = Annotated[bool, typer.Option("--restart", help="Forget what an earlier run has answered.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that no job of ours has written.")]
-OpenAI = Annotated[bool, typer.Option("--openai", help="Write plain rows in the OpenAI batch shape too.")]
-Cache = Annotated[Path | None, typer.Option(help="Folder of answers, kept for every later job that asks the same.")]
-Verify = Annotated[str, typer.Option(help="Share of the answers to compute again and compare at the end: 1%.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
-Config = Annotated[
-    Path | None, typer.Option(is_eager=True, callback=read_config, help="YAML file with flag_name: value.")
-]
-
-
-@contextmanager
-def exit_codes() -> Iterator[None]:
-    """Turn our own errors, and an interruption, into a message and an exit code."""
-    try:
-        yield
-    except ShoalError as error:
-        typer.echo(f"shoal: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
-    except KeyboardInterrupt as interruption:
-        typer.echo("shoal: interrupted; run the same command again and it continues", err=True)
-        raise typer.Exit(INTERRUPTED) from interruption
-
-
 def answer(options: JobOptions, again: Again | None = None) -> int:
     """Run the job; its exit code."""
     from shoal.jobs.run import run_job  # here, so that --help and report need not load what a job needs
@@ -120,30 +41,30 @@ def answer(options: JobOptions, again: Again | None = None) -> int:
 
 @app.command()
 def run(
-    input: Input,
-    output: Output,
-    model: Model = "",
-    adapter: Adapter = None,
-    prompt: Prompt = None,
-    chat: Chat = False,
-    body: Body = "{}",
-    order: OrderFlag = Order.PLAN,
-    memory: Memory = None,
-    step_tokens: StepTokens = None,
-    device: Device = "cpu",
-    weights: Weights = "auto",
-    kv: KV = "auto",
-    threads: Threads = None,
-    seed: Seed = 0,
-    max_failures: MaxFailures = None,
-    strict: Strict = False,
-    restart: Restart = False,
-    overwrite: Overwrite = False,
-    openai: OpenAI = False,
-    cache: Cache = None,
-    verify: Verify = "0%",
-    quiet: Quiet = False,
-    config: Config = None,
+    input: flags.Input,
+    output: flags.Output,
+    model: flags.Model = "",
+    adapter: flags.Adapter = None,
+    prompt: flags.Prompt = None,
+    chat: flags.Chat = False,
+    body: flags.Body = "{}",
+    order: flags.OrderFlag = Order.PLAN,
+    memory: flags.Memory = None,
+    step_tokens: flags.StepTokens = None,
+    device: flags.Device = "cpu",
+    weights: flags.Weights = "auto",
+    kv: flags.KV = "auto",
+    threads: flags.Threads = None,
+    seed: flags.Seed = 0,
+    max_failures: flags.MaxFailures = None,
+    strict: flags.Strict = False,
+    restart: flags.Restart = False,
+    overwrite: flags.Overwrite = False,
+    openai: flags.OpenAI = False,
+    cache: flags.Cache = None,
+    verify: flags.Verify = "0%",
+    quiet: flags.Quiet = False,
+    config: flags.Config = None,
 ) -> None:
     """Answer every line of a file. Run it again and it continues where it stopped."""
     with exit_codes():
@@ -180,7 +101,7 @@ def run_batch(
     input: Annotated[Path, typer.Option("--input-file", "--input", "-i", help="Rows in the OpenAI batch shape.")],
     output: Annotated[Path, typer.Option("--output-file", "--output", "-o", help="Answers and errors, one file.")],
     model: Annotated[str, typer.Option(help="Folder or hub id; the rows must name it.")],
-    config: Config = None,
+    config: flags.Config = None,
 ) -> None:
     """As run, with the flags and the one output file of vLLM's command of that name."""
     with exit_codes():
@@ -192,8 +113,8 @@ def retry(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The output file of a job, or its state folder.")],
     every: Annotated[bool, typer.Option("--all", help="Run lines again too that failed by their own fault.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Seconds a row may run, of rows that do not say.")] = None,
-    memory: Memory = None,
-    quiet: Quiet = False,
+    memory: flags.Memory = None,
+    quiet: flags.Quiet = False,
 ) -> None:
     """Run the failed rows of a job again, and put what comes of them into both its files."""
     from shoal.jobs.look import output_of  # here, so that --help stays quick
@@ -225,10 +146,6 @@ def report(
         raise typer.Exit(1 if found.problems() or found.verified.differ else 0)
 
 
-Rows = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Rows, as run takes them; - is standard input.")]
-RowsFlag = Annotated[Path | None, typer.Option("--input", "-i", help="The same, as run has it.")]
-
-
 def typed(ctx: typer.Context, name: str) -> bool:
     """Whether a flag is on the command line itself, not in the environment or a file."""
     return getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
@@ -237,26 +154,26 @@ def typed(ctx: typer.Context, name: str) -> bool:
 @app.command()
 def explain(
     ctx: typer.Context,
-    file: Rows = None,
-    input: RowsFlag = None,
-    model: Model = "",
-    adapter: Adapter = None,
-    prompt: Prompt = None,
-    chat: Chat = False,
-    body: Body = "{}",
-    memory: Memory = None,
-    step_tokens: StepTokens = None,
-    weights: Weights = "auto",
-    kv: KV = "auto",
-    threads: Threads = None,
-    strict: Strict = False,
+    file: flags.Rows = None,
+    input: flags.RowsFlag = None,
+    model: flags.Model = "",
+    adapter: flags.Adapter = None,
+    prompt: flags.Prompt = None,
+    chat: flags.Chat = False,
+    body: flags.Body = "{}",
+    memory: flags.Memory = None,
+    step_tokens: flags.StepTokens = None,
+    weights: flags.Weights = "auto",
+    kv: flags.KV = "auto",
+    threads: flags.Threads = None,
+    strict: flags.Strict = False,
     answer_tokens: Annotated[int | None, typer.Option(help="Tokens to expect of answers that end anywhere.")] = None,
     price_per_hour: Annotated[float | None, typer.Option(help="What an hour of this machine costs.")] = None,
     watts: Annotated[float | None, typer.Option(help="What this machine takes while it works.")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine again.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with pictures here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    config: Config = None,
+    config: flags.Config = None,
 ) -> None:
     """Say what a file will do before it is run: its rows, what they share, memory and time. Needs no weights."""
     from shoal.preview.command import run_explain  # here, so that --help stays quick
@@ -285,17 +202,17 @@ def explain(
 @app.command()
 def lint(
     ctx: typer.Context,
-    file: Rows = None,
-    input: RowsFlag = None,
-    model: Model = "",
-    adapter: Adapter = None,
-    prompt: Prompt = None,
-    chat: Chat = False,
-    body: Body = "{}",
-    strict: Strict = False,
+    file: flags.Rows = None,
+    input: flags.RowsFlag = None,
+    model: flags.Model = "",
+    adapter: flags.Adapter = None,
+    prompt: flags.Prompt = None,
+    chat: flags.Chat = False,
+    body: flags.Body = "{}",
+    strict: flags.Strict = False,
     fix: Annotated[Path | None, typer.Option(help="Write the file here with the repairs that are safe.")] = None,
     json: Annotated[bool, typer.Option("--json", help="As JSON, with every line.")] = False,
-    config: Config = None,
+    config: flags.Config = None,
 ) -> None:
     """Check every line of a file as run would, without the model's weights; 3 when some would fail."""
     from shoal.preview.command import run_lint  # here, so that --help stays quick
@@ -335,15 +252,15 @@ def cache(
 @app.command()
 def bench(
     what: Annotated[list[str] | None, typer.Argument(help="W1 W2 W3 W4, or kernels; all workloads without it.")] = None,
-    model: Model = "",
+    model: flags.Model = "",
     weights: Annotated[str, typer.Option(help="auto, bf16, int8, int4, ..., or several by turns: bf16,int8.")] = "auto",
     scale: Annotated[float, typer.Option(help="Share of each workload's rows.")] = 1.0,
-    threads: Threads = None,
+    threads: flags.Threads = None,
     runs: Annotated[int, typer.Option(help="Timed runs of each workload; the median counts.")] = 5,
     json: Annotated[Path | None, typer.Option(help="Write all numbers here.")] = None,
     peer: Annotated[str, typer.Option(help='Alternate with vllm,openvino,llamacpp; "vllm:--mnbt 8192" sets it.')] = "",
-    memory: Memory = None,
-    step_tokens: StepTokens = None,
+    memory: flags.Memory = None,
+    step_tokens: flags.StepTokens = None,
 ) -> None:
     """Measure this machine and the engine on it, against its limits and against other engines."""
     from shoal.bench.options import BenchOptions  # here, so that other commands need not load what this one needs

@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llm": EVERYTHING | {"build", "jobs"},
     "bench": EVERYTHING | {"build", "client", "host", "jobs"},
     "preview": {"core", "sched", "engine", "sim", "runtime", "text", "jobs"},
-    "cli": {"core", "models", "jobs", "bench", "preview"},
+    "flags": {"core", "jobs"},
+    "cli": {"core", "flags", "models", "jobs", "bench", "preview"},
     "__main__": {"cli"},
     "__init__": {"core", "jobs", "llm"},
 }
@@ -59,7 +60,8 @@ OUTSIDE: dict[str, set[str]] = {
     "llm": {"torch", "numpy", "rich"},
     "bench": {"torch", "numpy"},
     "preview": {"numpy", "msgspec", "rich"},
-    "cli": {"typer", "rich", "yaml"},
+    "flags": {"typer", "yaml"},
+    "cli": {"typer", "rich"},
     "__main__": set(),
     "__init__": set(),
 }

@@ -13,15 +13,16 @@ import numpy as np
 
 from shoal.core.config import EngineConfig
 from shoal.core.errors import ShoalError
+from shoal.jobs.bill import Bill, bill
 from shoal.jobs.plan_sort import Ints
 from shoal.preview import paperwork
 from shoal.preview.forecast import Time, predict
 from shoal.preview.look import Looked
 from shoal.preview.machine import Measured, Unmeasured, measured
 from shoal.preview.options import ExplainOptions
-from shoal.preview.prefixes import Prefix, largest
 from shoal.preview.sizes import Sizes
 from shoal.runtime.memory import available_host_bytes, plan_memory
+from shoal.show.prefixes import Forest, largest
 from shoal.text.checkpoint import kv_mode, weight_mode
 
 ERROR = 0.15  # what a prediction may be off where all answers' lengths are known
@@ -118,13 +119,6 @@ class Advice(msgspec.Struct, frozen=True):
     why: str
 
 
-class Bill(msgspec.Struct, frozen=True):
-    """What the time comes to; None where nobody gave a price or a power."""
-
-    cost: tuple[float, float] | None = None
-    kilowatt_hours: tuple[float, float] | None = None
-
-
 class Explanation(msgspec.Struct, frozen=True):
     """A job before it runs."""
 
@@ -137,7 +131,7 @@ class Explanation(msgspec.Struct, frozen=True):
     answers: Lengths  # the most each may have
     prompt_tokens: int  # of all rows, equal ones too
     bound: int  # of them, those a run computes with room for all prefixes
-    prefixes: tuple[Prefix, ...]
+    forest: Forest
     memory: Memory | None  # None: an encoder keeps no keys and values
     time: Forecast | None
     no_time: str  # why there is none
@@ -158,12 +152,14 @@ def gather(options: ExplainOptions, looked: Looked) -> Explanation:
         plan.num_rows, plan.num_rows - plan.num_bad - plan.num_copies, plan.num_copies, plan.num_bad, overflow,
         int(looked.certain.sum()), int(unlimited.sum()),
     )  # fmt: skip
+    foretold = Bill() if time is None else bill(time.low, time.high, options.price, options.watts)
     return Explanation(
         input="standard input" if str(job.input) == "-" else str(job.input),
         model=words.name + ("" if job.model else " (the embedded model)"),
         context=words.info.context, rows=rows, bad=bad, prompts=lengths(length), answers=lengths(looked.limits),
-        prompt_tokens=plan.prompt_tokens, bound=plan.bound, prefixes=tuple(largest(looked)), memory=memory, time=time,
-        no_time=why, advice=_advice(options, rows, memory, time), bill=_bill(options, time), seconds=looked.seconds,
+        prompt_tokens=plan.prompt_tokens, bound=plan.bound, memory=memory, time=time,
+        forest=largest(looked.prompts, looked.reach, words.tokenizer),
+        no_time=why, advice=_advice(options, rows, memory, time), bill=foretold, seconds=looked.seconds,
     )  # fmt: skip
 
 
@@ -309,12 +305,3 @@ def _advice(options: ExplainOptions, rows: Rows, memory: Memory | None, time: Fo
         why = "most of the time goes to reading weights: as int8 they are half as many bytes (answers change)"
         found.append(Advice("--weights int8", why))
     return tuple(found)
-
-
-def _bill(options: ExplainOptions, time: Forecast | None) -> Bill:
-    if time is None:
-        return Bill()
-    hours = time.low / 3600, time.high / 3600
-    cost = None if options.price is None else (hours[0] * options.price, hours[1] * options.price)
-    energy = None if options.watts is None else (hours[0] * options.watts / 1000, hours[1] * options.watts / 1000)
-    return Bill(cost, energy)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.core.errors import UsageError
+from shoal.jobs.bill import check_rates
 from shoal.jobs.options import JobOptions
 
 
@@ -22,9 +22,7 @@ class ExplainOptions:
     calibrate: bool = False  # measure this machine again
 
     def __post_init__(self) -> None:
-        for name, value in (("--price-per-hour", self.price), ("--watts", self.watts)):
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"{name} is {value}: give a number that is not negative")
+        check_rates(self.price, self.watts)
         if self.answer_tokens is not None and self.answer_tokens < 1:
             raise UsageError(f"--answer-tokens is {self.answer_tokens}: give at least 1")
 

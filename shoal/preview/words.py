@@ -9,6 +9,7 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
+from shoal.jobs.bill import bill_words
 from shoal.jobs.units import count, duration, percent, size
 from shoal.preview.facts import Explanation, Forecast, Lengths, Memory, Span
 
@@ -38,18 +39,21 @@ def lines(found: Explanation) -> Iterator[tuple[str, str]]:
     yield "answers", f"at most {lengths_words(found.answers)}"
     yield from (("", bar) for bar in bars(found.answers))
     yield "sharing", sharing_words(found)
-    shown = sorted(found.prefixes, key=lambda prefix: -prefix.saved)[:PREFIXES]
+    shown = sorted(found.forest.prefixes, key=lambda prefix: -prefix.saved)[:PREFIXES]
     for prefix in shown:
         yield (
             "", f"tokens {count(prefix.begin)} to {count(prefix.end)} of {count(prefix.uses)} prompts, "
             f"saves {count(prefix.saved)}: {prefix.text}"
         )  # fmt: skip
+    if more := len(found.forest.prefixes) - len(shown) + found.forest.others:
+        saved = found.forest.saved - sum(prefix.saved for prefix in shown)
+        yield "", f"{count(more)} smaller ones save {count(saved)} together"
     if found.memory is not None:
         yield "memory", memory_words(found.memory)
     yield "time", time_words(found)
     if found.time is not None:
         yield from (("", words) for words in spans_words(found.time))
-    yield from bill_words(found)
+    yield from bill_words(found.bill)
     for advice in found.advice:
         yield "advice", f"{advice.flag}: {advice.why}"
 
@@ -147,11 +151,3 @@ def span_words(name: str, span: Span) -> str:
         f"{100 * span.weights:.0f} % reading weights, {100 * span.compute:.0f} % computing, "
         f"{100 * span.attention:.0f} % attention{job}{waited} (by {span.by})"
     )
-
-
-def bill_words(found: Explanation) -> Iterator[tuple[str, str]]:
-    """Cost and energy, where somebody said what an hour takes."""
-    if found.bill.cost is not None:
-        yield "cost", f"{found.bill.cost[0]:.4g} to {found.bill.cost[1]:.4g}, in the currency of --price-per-hour"
-    if found.bill.kilowatt_hours is not None:
-        yield "energy", f"{found.bill.kilowatt_hours[0]:.3g} to {found.bill.kilowatt_hours[1]:.3g} kWh"

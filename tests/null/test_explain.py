@@ -26,11 +26,11 @@ from shoal.preview import facts, machine
 from shoal.preview.command import explain, run_explain
 from shoal.preview.facts import ERROR, lengths
 from shoal.preview.forecast import in_bulk, simulate, work_of
-from shoal.preview.look import look
+from shoal.preview.look import Looked, look
 from shoal.preview.machine import Measured, Unmeasured
 from shoal.preview.options import ExplainOptions
-from shoal.preview.prefixes import largest
 from shoal.preview.sizes import Sizes
+from shoal.show.prefixes import MOST, Forest, largest
 from shoal.text.checkpoint import EMBEDDED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +77,10 @@ def file(folder: Path, lines: list[str]) -> Path:
     return path
 
 
+def forest(looked: Looked, most: int = MOST) -> Forest:
+    return largest(looked.prompts, looked.reach, looked.words.tokenizer, most)
+
+
 def options(path: Path, **more: Any) -> ExplainOptions:
     return ExplainOptions(JobOptions(input=path, output=path.with_name("nothing")), **more)
 
@@ -105,7 +109,7 @@ def test_bad_rows_come_by_kind_with_their_lines(tmp_path: Path) -> None:
 
 def test_a_prefix_is_shared_by_as_many_prompts_as_it_says(tmp_path: Path) -> None:
     with look(options(file(tmp_path, rows(9))).job) as looked:
-        prompts, found = looked.prompts, largest(looked)
+        prompts, found = looked.prompts, forest(looked).prefixes
         texts = [prompts.padded[o : o + n].tolist() for o, n in zip(prompts.offset, prompts.length, strict=True)]
         ranked = sorted(texts)
         assert len(found) > 5
@@ -202,7 +206,7 @@ def test_json_has_every_number(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=80)
     run_explain(options(file(tmp_path, rows(1))), True, console)
     found = json.loads(console.file.getvalue())  # type: ignore[attr-defined]
-    assert found["rows"]["total"] == 64 and found["prefixes"] and found["time"]["most"]["steps"] > 0
+    assert found["rows"]["total"] == 64 and found["forest"]["prefixes"] and found["time"]["most"]["steps"] > 0
 
 
 def test_it_needs_neither_weights_nor_torch(tmp_path: Path) -> None:
@@ -316,14 +320,14 @@ def test_rows_without_answers_take_time_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_prefixes_save_together_what_the_plan_saves(tmp_path: Path, seed: int) -> None:
     with look(options(file(tmp_path, odd_rows(seed))).job) as looked:
-        saved = sum(prefix.saved for prefix in largest(looked, most=10**6))
-        assert saved == int(looked.units["goal"].sum() - looked.cost.sum()) > 0
+        saved = [forest(looked, most).saved for most in (0, 1, 7, 40, 10**6)]
+        assert len(set(saved)) == 1 and saved[0] == int(looked.units["goal"].sum() - looked.cost.sum()) > 0
 
 
 def test_prompts_that_are_scored_from_their_beginning_save_nothing(tmp_path: Path) -> None:
     path = file(tmp_path, [completion(i, "a river and a fish " * 9 + str(i), prompt_logprobs=0) for i in range(5)])
     with look(options(path).job) as looked:
-        assert largest(looked) == [] and looked.plan.bound == looked.plan.prompt_tokens
+        assert forest(looked).prefixes == () and looked.plan.bound == looked.plan.prompt_tokens
 
 
 def test_an_encoder_is_explained_as_it_runs(tmp_path: Path) -> None:
@@ -331,7 +335,7 @@ def test_an_encoder_is_explained_as_it_runs(tmp_path: Path) -> None:
     path = file(tmp_path, [embedding(i, "one two three " + "four " * (i % 7) + "five") for i in range(40)])
     job = JobOptions(input=path, output=tmp_path / "nothing", model=str(folder))
     with look(job) as looked:
-        assert looked.plan.order == "length" and largest(looked) == []
+        assert looked.plan.order == "length" and forest(looked).prefixes == ()
         served = looked.units["length"][looked.order].tolist()
         assert served == sorted(served, reverse=True) and int(looked.cost.sum()) == sum(served)
     found = explain(ExplainOptions(job))
@@ -347,5 +351,5 @@ def test_the_prefixes_whose_own_part_saves_most_come_first(tmp_path: Path) -> No
     lines = [completion(i, [*system, *task, 500 + i]) for i in range(5)]
     lines += [completion(5 + i, [*system, 600 + i]) for i in range(5)]
     with look(options(file(tmp_path, lines)).job) as looked:
-        shown = [[(each.end, each.uses) for each in largest(looked, most)] for most in (1, 2, 9)]
+        shown = [[(each.end, each.uses) for each in forest(looked, most).prefixes] for most in (1, 2, 9)]
     assert shown == [[(30, 10)], [(30, 10), (50, 5)], [(30, 10), (50, 5)]]

@@ -34,9 +34,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "jobs": JOB_SIDE,
     "llm": EVERYTHING | {"build", "jobs"},
     "bench": EVERYTHING | {"build", "client", "host", "jobs"},
-    "preview": {"core", "sched", "engine", "sim", "runtime", "text", "jobs"},
+    "show": {"core", "text", "jobs"},
+    "preview": {"core", "sched", "engine", "sim", "runtime", "text", "jobs", "show"},
     "flags": {"core", "jobs"},
-    "cli": {"core", "flags", "models", "jobs", "bench", "preview"},
+    "cli": {"core", "flags", "models", "jobs", "bench", "preview", "show"},
     "__main__": {"cli"},
     "__init__": {"core", "jobs", "llm"},
 }
@@ -59,6 +60,7 @@ OUTSIDE: dict[str, set[str]] = {
     "jobs": {"numpy", "msgspec", "pyarrow", "rich", "psutil", "jinja2"},
     "llm": {"torch", "numpy", "rich"},
     "bench": {"torch", "numpy"},
+    "show": {"numpy", "msgspec", "rich"},
     "preview": {"numpy", "msgspec", "rich"},
     "flags": {"typer", "yaml"},
     "cli": {"typer", "rich"},
@@ -171,7 +173,7 @@ def without_torch(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-TORCH_FREE_FOLDERS = ("core", "kv", "sched", "sim", "jobs", "text", "preview")
+TORCH_FREE_FOLDERS = ("core", "kv", "sched", "sim", "jobs", "text", "show", "preview")
 
 
 @pytest.mark.parametrize("folder", TORCH_FREE_FOLDERS)

@@ -1,6 +1,6 @@
 """The largest prefixes that prompts share, as a small tree with their texts.
 
-It knows sorted prompts and a tokenizer; it must not know rows, times or how a tree is drawn.
+It knows prompts as tokens, and a tokenizer; it must not know rows, times or how a tree is drawn.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ import msgspec
 import numpy as np
 
 from shoal.jobs.plan_order import Tree, build_tree
-from shoal.jobs.plan_sort import Ints, overlaps, sort_prompts
-from shoal.preview.look import Looked
+from shoal.jobs.plan_sort import Ints, Prompts, overlaps, sort_prompts
 from shoal.text.tokenizer import Tokenizer
 
-MOST = 40  # prefixes shown: more cannot be told apart in a picture
+MOST = 40  # prefixes kept: more cannot be told apart in a picture
 TEXT = 60  # characters shown of the two ends of a prefix's own text, together
 _WIDE = 4 * TEXT  # tokens decoded of each end
 
@@ -27,19 +26,32 @@ class Prefix(msgspec.Struct, frozen=True):
     saved: int  # tokens that need not be computed because its own part is shared
     above: int  # place of the one that it stands on in the list; -1: none
     left: int  # among the sorted prompts: place of the first that begins with it
-    text: str  # of its own part, shortened
+    text: str  # of its own part, shortened; empty without a tokenizer
 
 
-def largest(looked: Looked, most: int = MOST) -> list[Prefix]:
-    """The prefixes whose sharing saves most, each after the one that it stands on."""
-    prompts = looked.prompts
+class Forest(msgspec.Struct, frozen=True):
+    """The prefixes whose sharing saves most, each after the one that it stands on, and a sum of all others."""
+
+    prefixes: tuple[Prefix, ...] = ()
+    others: int = 0  # prefixes that save less
+    others_saved: int = 0  # tokens, all of them together
+    prompts: int = 0
+
+    @property
+    def saved(self) -> int:
+        """Tokens that need not be computed, all in all."""
+        return sum(prefix.saved for prefix in self.prefixes) + self.others_saved
+
+
+def largest(prompts: Prompts, reach: Ints, tokenizer: Tokenizer | None, most: int = MOST) -> Forest:
+    """The forest of these prompts, of each of which at most `reach` tokens may be taken from others."""
     if len(prompts) < 2:
-        return []
+        return Forest(prompts=len(prompts))
     ranked = sort_prompts(prompts)
     lcp = np.zeros(len(ranked), dtype=np.int64)
     lcp[1:] = overlaps(prompts, ranked[:-1], ranked[1:])
     tree = build_tree(lcp)
-    uses, reach = tree.right - tree.left + 1, looked.reach[ranked]
+    uses, reach = tree.right - tree.left + 1, reach[ranked]
     saved = _saved(tree, uses, reach)
     best = np.lexsort((np.arange(len(tree)), -saved))[:most]
     chosen = sorted((int(v) for v in best if saved[v] > 0), key=lambda v: (int(tree.left[v]), int(tree.depth[v])))
@@ -53,10 +65,12 @@ def largest(looked: Looked, most: int = MOST) -> list[Prefix]:
         begin, end, many = found[on].end if on >= 0 else 0, int(tree.depth[node]), int(uses[node])
         start = int(prompts.offset[ranked[tree.left[node]]])
         tokens = prompts.padded[start + begin : start + end].tolist()
-        text = shortened(tokens, looked.words.tokenizer)
+        text = shortened(tokens, tokenizer) if tokenizer is not None else ""
         taken = np.clip(reach[tree.left[node] : tree.right[node] + 1], begin, end) - begin
         found.append(Prefix(begin, end, many, int(taken.sum() - taken.min()), on, int(tree.left[node]), text))
-    return found
+    others = int((saved > 0).sum()) - len(chosen)
+    rest = int(saved.sum()) - sum(prefix.saved for prefix in found)
+    return Forest(tuple(found), others, rest, len(prompts))
 
 
 def _saved(tree: Tree, uses: Ints, reach: Ints) -> Ints:

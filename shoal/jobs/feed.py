@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from shoal.core.errors import RowError, StateError
 from shoal.core.types import Finish, Output, Request, Tokens, TokenScore
@@ -264,6 +265,13 @@ class Feed:
             return None
         alone = 0.0 if self._drained is None else min(now - self._drained, oldest[1])
         return Straggler(self._parts[oldest[0]].row.line, oldest[1], alone)
+
+    def longest(self, now: float, most: int) -> list[Straggler]:
+        """Up to `most` rows that run, those that have run longest first."""
+        found: dict[int, float] = {}
+        for id, seconds in islice(self._watches.running(now), 8 * most):  # a row may have many requests
+            found.setdefault(self._parts[id].row.line, seconds)
+        return [Straggler(line, seconds) for line, seconds in islice(found.items(), most)]
 
     def take(self, output: Output) -> tuple[Ended | None, list[str]]:
         """News of one request: the row that it completes, if it does, and requests to cancel."""

@@ -70,6 +70,7 @@ class Journal:
         self._network = on_network(folder, read_mounts() if mounts is None else mounts)
         self._bits = bytearray()
         self._pending: dict[int, tuple[int, int, Status, bytes, str, bytes]] = {}
+        self._notes: dict[str, str] = {}  # for the next commit
         self._since = 0.0  # when the oldest pending row came
         with self._errors():
             self._database = sqlite3.connect(self.path, timeout=30.0, isolation_level=None)
@@ -163,8 +164,8 @@ class Journal:
         return waiting or len(self._pending) >= COMMIT_ROWS
 
     def commit(self, written: Written | None = None) -> None:
-        """Make all pending rows durable, and with them how far the files are written."""
-        if not self._pending and written is None:
+        """Make all pending rows and notes durable, and with them how far the files are written."""
+        if not self._pending and not self._notes and written is None:
             return
         with self._transaction() as database:
             database.executemany("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?)", self._pending.values())
@@ -173,7 +174,9 @@ class Journal:
                     "UPDATE written SET rows=?, out_bytes=?, errors_bytes=?",
                     (written.rows, written.out_bytes, written.errors_bytes),
                 )
+            database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", self._notes.items())
         self._pending.clear()
+        self._notes.clear()
 
     def died(self, lines: Iterable[int]) -> list[int]:
         """Count an engine's death for the rows that were in flight; return those that must not be tried again."""
@@ -251,6 +254,10 @@ class Journal:
         """Keep a value under a name, durably, now."""
         with self._transaction() as database:
             database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
+    def note(self, name: str, value: str) -> None:
+        """Keep a value under a name with the next commit, which may be a while off."""
+        self._notes[name] = value
 
     def close(self) -> None:
         """Close the database. Rows that were not committed are gone."""

@@ -19,18 +19,20 @@ import psutil  # type: ignore[import-untyped]
 
 from shoal import __version__
 from shoal.client import News, Ready
-from shoal.jobs.display import Progress
+from shoal.jobs.display import Progress, Window
 from shoal.jobs.feed import Feed
 from shoal.jobs.files import disk_errors
 from shoal.jobs.plan import Plan
 from shoal.jobs.prepare import Prepared
+from shoal.jobs.pulse import LONGEST, Recorder
 from shoal.jobs.report import Report, Rows, Tokens, Verified
 from shoal.jobs.results import Results
 from shoal.jobs.tally import FACTS, SPENT, tally
 from shoal.jobs.verify import Check
 
 LOOK_EVERY = 0.5  # seconds between looks at the processes' memory
-SAVE_EVERY = 5.0  # seconds between notes of what was spent, for a run that is killed
+NOTE_EVERY = 1.0  # seconds between notes of what was spent and how things stand, which the next commit keeps
+SAVE_EVERY = 5.0  # seconds after which notes are kept though no row has ended
 STEPS = "steps.jsonl"
 LONG, TIMES = 10.0, 4  # a row that runs longer than so many seconds, and so many times the mean, is named
 LIBRARIES = ("torch", "tokenizers", "numpy")
@@ -54,13 +56,14 @@ class Meter:
         self._counters: Mapping[str, int] = {}  # of the engine that lives
         self._used_blocks = 0
         self._peak = 0
-        self._looked = self._saved = began
+        self._looked = self._noted = self._saved = began
         self._processes = [psutil.Process()]
         self._steps: IO[str] | None = None
         self._facts = Report(Rows())
         self._ended = self._ended_tokens = 0  # rows of this run, and the output tokens they came to
         self._ended_seconds, self._looped = 0.0, 0  # for which they ran; rows of them that repeat themselves
         self._answered: dict[str, int] | None = None  # counters when all rows had ended
+        self._recorder, self._window = Recorder(), Window()
 
     # -- what happens ------------------------------------------------------------------------------
 
@@ -85,12 +88,18 @@ class Meter:
         """Take over what earlier runs spent."""
         noted = results.journal.meta(SPENT)
         self._earlier = json.loads(noted) if noted else {}
+        self._recorder.resume(results.journal, self._earlier.get("wall", 0.0))
+        status = results.status()
+        known = Progress(status.total, status.answered, status.counts["failed"], status.written, status.waiting_for)
+        self._recorder.note(results.journal, known)
+        results.keep()
 
     def loaded(self, ready: Ready, pid: int) -> None:
         """An engine is ready, in process `pid`."""
         self.ready = ready
         self.load_seconds += ready.load_seconds
         self._processes = [psutil.Process(), psutil.Process(pid)]
+        self._recorder.loaded(time.monotonic() - self.began)
 
     def ended(self, stats: Mapping[str, object]) -> None:
         """A row of this run has ended; what it cost says how long the others will take."""
@@ -108,17 +117,22 @@ class Meter:
     def verifying(self) -> None:
         """All rows have ended: what is computed from here on is no part of the job."""
         self._answered = self._totals()
+        self._recorder.state = "checking"
 
     def died(self) -> None:
         """The engine is gone, and its counters with it."""
         self._dead = self._totals()
         self._counters = {}
         self.restarts += 1
+        self._recorder.died()
 
     def take(self, news: News, folder: Path) -> None:
         """Read the engine's counters, and log its steps in the state folder."""
         if news.counters:
             self._counters, self._used_blocks = news.counters, news.used_blocks
+            share = news.used_blocks / self.ready.num_blocks if self.ready else 0.0
+            totals = self.total("prompt_computed"), self.total("output_computed")
+            self._recorder.hear(time.monotonic() - self.began, totals, share, news.waiting, news.running)
         if news.steps:
             with disk_errors(folder / STEPS):
                 if self._steps is None:
@@ -134,14 +148,19 @@ class Meter:
                         ) + "\n"
                     )  # fmt: skip
 
-    def tick(self, now: float, results: Results) -> None:
-        """Look at the memory, and note what was spent, when it is time to."""
+    def tick(self, now: float, results: Results, feed: Feed, progress: Progress) -> None:
+        """Look at the memory, and note what was spent and how things stand, when it is time to."""
         if now - self._looked > LOOK_EVERY:
             self._looked = now
             self._look()
+        if now - self._noted > NOTE_EVERY:
+            self._noted = now
+            results.journal.note(SPENT, json.dumps(self._spent()))
+            rates = self._window.add(now, progress)
+            self._recorder.note(results.journal, progress, rates, feed.longest(now, LONGEST))
         if now - self._saved > SAVE_EVERY:
             self._saved = now
-            results.journal.set_meta(SPENT, json.dumps(self._spent()))
+            results.keep()
 
     def close(self) -> None:
         """Close the log of steps."""
@@ -184,10 +203,15 @@ class Meter:
         under_way = max(output - self._ended_tokens, 0)
         return prompts + max(round(self._ended_tokens / self._ended * rows) - under_way, rows)
 
-    def report(self, job: Prepared, results: Results, finished: bool, code: int, check: Check | None) -> Report:
+    def report(
+        self, job: Prepared, results: Results, progress: Progress, finished: bool, code: int, check: Check | None
+    ) -> Report:
         """The final report: rows from the journal, costs of this run and the earlier ones."""
         spent = self._spent()
-        results.journal.set_meta(SPENT, json.dumps(spent))
+        results.journal.note(SPENT, json.dumps(spent))
+        self._recorder.state = "ended"
+        self._recorder.note(results.journal, progress)
+        results.keep()
         found = tally(self._facts, results.journal.stats(), spent)
         lost = found.rows.total - found.rows.ok
         files = {str(job.options.output): found.rows.total if job.errors is None else found.rows.ok} if finished else {}

@@ -139,8 +139,9 @@ class _Job:
                     results.finish()
                 if finished and options.verify and not self.budget_hit:
                     finished = self._verify(plan, results)
-                self.display.show(self._progress(feed, results), last=True)
-            return self._end(results, finished)
+                last = self._progress(feed, results)
+                self.display.show(last, last=True)
+            return self._end(results, last, finished)
         finally:
             results.close()
             self.meter.close()
@@ -316,8 +317,9 @@ class _Job:
             self.cache.tick(now)
             if said := self.cache.complaint():
                 self.display.warn(said)
-        self.meter.tick(now, results)
-        self.display.show(self._progress(feed, results))
+        progress = self._progress(feed, results)
+        self.meter.tick(now, results, feed, progress)
+        self.display.show(progress)
 
     def _take(self, news: News, feed: Feed, results: Results) -> None:
         feed.started(news.started, self.clock.now())
@@ -377,7 +379,7 @@ class _Job:
 
     # -- the end -----------------------------------------------------------------------------------
 
-    def _end(self, results: Results, finished: bool) -> int:
+    def _end(self, results: Results, last: Progress, finished: bool) -> int:
         status = results.status()
         code = _judge(self.job.options, status.counts["failed"], status.total)
         if not finished and code != BUDGET_HIT:
@@ -386,7 +388,7 @@ class _Job:
         results.keep()  # the report counts what the journal has
         if self.cache is not None and self.cache.damaged:
             self.display.warn(f"{self.cache.damaged:,} damaged answers of the cache were removed, and not used")
-        report = self.meter.report(self.job, results, finished, code, self.check)
+        report = self.meter.report(self.job, results, last, finished, code, self.check)
         write_report(report, self.job.state.path, self.files)
         if finished:
             self.job.state.finish(report.status)

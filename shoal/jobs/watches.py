@@ -6,6 +6,7 @@ The time is the caller's: seconds on the job's clock.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shoal.jobs.units import count, duration
@@ -62,3 +63,8 @@ class Watches:
         """The one that has run longest, and for how many seconds."""
         id = next(iter(self._since), None)
         return None if id is None else (id, now - self._since[id])
+
+    def running(self, now: float) -> Iterator[tuple[str, float]]:
+        """All that run and for how many seconds, those that have run longest first."""
+        for id, since in self._since.items():
+            yield id, now - since

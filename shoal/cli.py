@@ -131,19 +131,29 @@ def retry(
 def report(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The output file of a job, or its state folder.")],
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    html: flags.Html = None,
+    price_per_hour: flags.Price = None,
+    watts: flags.Watts = None,
 ) -> None:
     """Say what has happened in a job, also while it runs, with counts that add up."""
     from shoal.jobs.look import output_of  # here, so that --help stays quick
-    from shoal.jobs.report import print_report, to_json
-    from shoal.jobs.tally import look_report
+    from shoal.show.command import run_report
 
     with exit_codes():
-        found = look_report(output_of(output))
-        if json:
-            typer.echo(to_json(found))
-        else:
-            print_report(found, Console())
-        raise typer.Exit(1 if found.problems() or found.verified.differ else 0)
+        raise typer.Exit(run_report(output_of(output), html, json, price_per_hour, watts, Console()))
+
+
+@app.command()
+def top(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The output file of a job, or its state folder.")],
+    once: Annotated[bool, typer.Option("--once", help="Print one picture and leave; without a terminal too.")] = False,
+) -> None:
+    """Watch a job while it runs, from any terminal that sees its folder; q leaves, and changes nothing."""
+    from shoal.jobs.look import output_of  # here, so that --help stays quick
+    from shoal.show.top import run_top
+
+    with exit_codes():
+        raise typer.Exit(run_top(output_of(output), once, Console()))
 
 
 def typed(ctx: typer.Context, name: str) -> bool:
@@ -168,10 +178,10 @@ def explain(
     threads: flags.Threads = None,
     strict: flags.Strict = False,
     answer_tokens: Annotated[int | None, typer.Option(help="Tokens to expect of answers that end anywhere.")] = None,
-    price_per_hour: Annotated[float | None, typer.Option(help="What an hour of this machine costs.")] = None,
-    watts: Annotated[float | None, typer.Option(help="What this machine takes while it works.")] = None,
+    price_per_hour: flags.Price = None,
+    watts: flags.Watts = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine again.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page with pictures here.")] = None,
+    html: flags.Html = None,
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     config: flags.Config = None,
 ) -> None:

@@ -82,6 +82,9 @@ Config = Annotated[
 ]
 Rows = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Rows, as run takes them; - is standard input.")]
 RowsFlag = Annotated[Path | None, typer.Option("--input", "-i", help="The same, as run has it.")]
+Html = Annotated[Path | None, typer.Option(help="Write a page with pictures here.")]
+Price = Annotated[float | None, typer.Option(help="What an hour of this machine costs.")]
+Watts = Annotated[float | None, typer.Option(help="What this machine takes while it works.")]
 
 
 @contextmanager

@@ -10,18 +10,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
+
+import msgspec
 
 from shoal.core.errors import StateError
 from shoal.jobs.journal import NAME, SCHEMA, Status
-from shoal.jobs.state import folder_of
+from shoal.jobs.state import LOCK, folder_of
 
 SUFFIX = folder_of(Path("x")).suffix
+_T = TypeVar("_T")
+
 PAGE = 4096  # rows read at once where reading keeps the job from writing
 
 
 def output_of(path: Path) -> Path:
     """The output file of a job that is named by it or by its state folder."""
     return path.with_suffix("") if path.suffix == SUFFIX and path.is_dir() else path
+
+
+def is_running(output: Path) -> bool:
+    """Whether a run holds the folder, by the system's list of locks: to try the lock could turn away a run."""
+    try:
+        inode = f":{(folder_of(output) / LOCK).stat().st_ino}"
+        lines = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False  # nobody can say
+    return any(inode in line.split()[5][-len(inode) :] for line in lines if " FLOCK " in line and "->" not in line)
 
 
 class View:
@@ -51,6 +66,14 @@ class View:
         with self._errors():
             found = self._database.execute("SELECT value FROM meta WHERE name=?", (name,)).fetchone()
         return None if found is None else str(found[0])
+
+    def read(self, name: str, form: type[_T]) -> _T | None:
+        """The same, of this form."""
+        noted = self.meta(name)
+        try:
+            return None if noted is None else msgspec.json.decode(noted, type=form)
+        except msgspec.MsgspecError as error:
+            raise StateError(f"{self.path} is damaged, or of another version of shoal ({error})") from error
 
     def stats(self) -> Iterator[tuple[int, Status, str]]:
         """(line, status, statistics as JSON) of the rows that have ended, in line order; all of one moment, but where

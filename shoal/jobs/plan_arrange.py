@@ -20,7 +20,7 @@ _NONE = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
-class _Facts:
+class Facts:
     """Columns of the units as wide integers, by unit number."""
 
     prompts: Prompts
@@ -39,7 +39,7 @@ def arrange(units: npt.NDArray[Any], arena: Arena, order: str) -> tuple[dict[str
     "length" for prompts that share nothing: the longest first, those of one length in file order."""
     if not len(units):
         return _arrays(_NONE, _NONE, Staircases(np.zeros(1, dtype=np.int64), _NONE, _NONE)), _totals(units)
-    facts = _facts(units, arena)
+    facts = facts_of(units, arena)
     if order == "length":
         served = np.argsort(-facts.prompts.length, kind="stable")
         index = np.cumsum(facts.samples[served]) - facts.samples[served]
@@ -64,12 +64,13 @@ def arrange(units: npt.NDArray[Any], arena: Arena, order: str) -> tuple[dict[str
     return _arrays(served, index, stairs), totals
 
 
-def _facts(units: npt.NDArray[Any], arena: Arena) -> _Facts:
+def facts_of(units: npt.NDArray[Any], arena: Arena) -> Facts:
+    """What planning must know of units; of a prompt the part that must be computed."""
     offset, length, root, reach, samples = (
         units[name].astype(np.int64) for name in ("offset", "goal", "root", "reach", "samples")
     )
     reach[reach < 0] = NO_LIMIT
-    return _Facts(Prompts(arena.padded, offset, length, root), reach, samples, _decode(units["expect"]) * samples)
+    return Facts(Prompts(arena.padded, offset, length, root), reach, samples, _decode(units["expect"]) * samples)
 
 
 def _decode(expect: npt.NDArray[np.float32]) -> Floats:

@@ -5,6 +5,7 @@ It must not know how they were counted.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -210,10 +211,10 @@ def read_report(output: Path) -> Report:
         raise ShoalError(f"{path} is not a report ({error}); run the job again, which writes it anew") from error
 
 
-def to_json(report: Report) -> str:
-    """The report as report.json has it, with what does not add up beside it."""
-    fields = msgspec.to_builtins(report)
-    return msgspec.json.format(msgspec.json.encode(fields | {"problems": report.problems()}), indent=2).decode()
+def to_json(report: Report, more: Mapping[str, object] | None = None) -> str:
+    """The report as report.json has it, with what does not add up beside it, and `more`."""
+    fields = msgspec.to_builtins(report) | {"problems": report.problems()} | dict(more or {})
+    return msgspec.json.format(msgspec.json.encode(fields), indent=2).decode()
 
 
 def rows_line(rows: Rows) -> str:
@@ -336,8 +337,8 @@ def errors(report: Report) -> list[tuple[str, Failures]]:
     return sorted(report.errors.items(), key=lambda item: (-item[1].count, item[0]))
 
 
-def print_report(report: Report, console: Console) -> None:
-    """Show the report to a person. What does not add up comes first and loud."""
+def print_report(report: Report, console: Console, more: Iterable[tuple[str, str]] = ()) -> None:
+    """Show the report to a person, and `more` below it. What does not add up comes first and loud."""
     for problem in report.problems():
         console.print(Text(f"THESE COUNTS DO NOT ADD UP, and that is a bug in Shoal: {problem}", style="bold red"))
     if lines := report.verified.differ:
@@ -350,6 +351,6 @@ def print_report(report: Report, console: Console) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
-    for name, words in facts(report):
+    for name, words in (*facts(report), *more):
         table.add_row(Text(name), Text(words))
     console.print(table)

@@ -12,14 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
-
 from shoal.core.errors import StateError, fault_of
 from shoal.jobs.journal import NAME as JOURNAL
 from shoal.jobs.journal import Status
-from shoal.jobs.look import View
+from shoal.jobs.look import View, is_running
 from shoal.jobs.report import NAME, Again, Failures, Report, Reused, Rows, Seconds, Slow, Tokens, read_report
-from shoal.jobs.state import FINISHED, LOCK, folder_of
+from shoal.jobs.state import FINISHED, folder_of
 
 FACTS = "facts"  # key in the journal: a Report of what is known before anything was answered
 SPENT = "spent"  # key in the journal
@@ -102,15 +100,11 @@ def look_report(output: Path) -> Report:
     if (folder / NAME).is_file() and not (folder / JOURNAL).exists():
         return read_report(output)
     with View(output) as view:
-        noted = view.meta(FACTS)
-        if noted is None:
+        facts = view.read(FACTS, Report)
+        if facts is None:
             return _report_of_old(output)
-        try:
-            facts = msgspec.json.decode(noted, type=Report)
-        except msgspec.MsgspecError as error:
-            raise StateError(f"{view.path} is damaged, or of another version of shoal ({error})") from error
         found = tally(facts, view.stats(), json.loads(view.meta(SPENT) or "{}"))
-    running = _locked(folder / LOCK)
+    running = is_running(output)
     if not (folder / FINISHED).is_file() or not (folder / NAME).is_file():
         return replace(found, finished=False, running=running)
     last = read_report(output)
@@ -128,13 +122,3 @@ def _report_of_old(output: Path) -> Report:
             "end: let it end, or stop it and run the same command again"
         )
     return read_report(output)
-
-
-def _locked(path: Path) -> bool:
-    """Whether a run holds the folder, by the system's list of locks: to try the lock could turn away a run."""
-    try:
-        inode = f":{path.stat().st_ino}"
-        lines = Path("/proc/locks").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False  # nobody can say
-    return any(inode in line.split()[5][-len(inode) :] for line in lines if " FLOCK " in line and "->" not in line)

@@ -42,9 +42,18 @@ def resolve_model(name: str = "", revision: str | None = None) -> Path:
     return _from_hub(name, revision)
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def find_model(name: str, start: Path) -> Path | None:
+    """The folder of a model where it is on this machine, seen from the folder `start`; nothing is fetched."""
+    folder = start / Path(name).expanduser()
+    if not name or folder.is_dir():
+        return folder if name else EMBEDDED
+    return _in_cache(name, None) if _HUB_ID.fullmatch(name) else None
+
+
+def _in_cache(name: str, revision: str | None) -> Path | None:
+    """The folder of a hub id in the hub's cache, where it is whole."""
     import huggingface_hub  # slow to import, and most runs name a folder
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(
@@ -52,10 +61,18 @@ def _from_hub(name: str, revision: str | None) -> Path:
                 name, revision=revision, allow_patterns=list(PATTERNS), local_files_only=True
             )
         )
-        if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
-            return folder
     except (LocalEntryNotFoundError, HFValidationError):
-        pass  # not in the cache, or not whole: it is fetched
+        return None
+    return folder if (folder / "config.json").exists() and any(folder.glob("*.safetensors")) else None
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    import huggingface_hub  # slow to import, and most runs name a folder
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    kept = _in_cache(name, revision)
+    if kept is not None:
+        return kept
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:

@@ -1,0 +1,40 @@
+"""`shoal report` and `shoal top`, from flags to what is shown. It knows the parts and does the work of none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from shoal.jobs.bill import bill, bill_words, check_rates
+from shoal.jobs.files import disk_errors
+from shoal.jobs.report import Report, print_report, to_json
+from shoal.jobs.tally import look_report
+from shoal.show.report_page import page
+from shoal.show.story import noted, tell
+
+
+def run_report(
+    output: Path, html: Path | None, as_json: bool, price: float | None, watts: float | None, console: Console
+) -> int:
+    """Report on a job on the console, and in a page where one is asked for; the exit code."""
+    check_rates(price, watts)
+    if html is None:
+        report = look_report(output)
+    else:
+        story = tell(output, price, watts)
+        report = story.report
+        with disk_errors(html):
+            html.write_text(page(story), encoding="utf-8")
+    found = bill(report.seconds.wall, report.seconds.wall, price, watts)
+    if as_json:
+        more = {"bill": found, "timeline": noted(output)[1]}
+        console.print(to_json(report, more), markup=False, highlight=False, soft_wrap=True)
+    else:
+        print_report(report, console, list(bill_words(found)))
+    return verdict(report)
+
+
+def verdict(report: Report) -> int:
+    """1 where counts do not add up or answers differ; how the job ended is another matter."""
+    return 1 if report.problems() or report.verified.differ else 0

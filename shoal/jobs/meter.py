@@ -6,6 +6,7 @@ It must not decide anything. Numbers of earlier runs of the job are kept in the 
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from collections.abc import Mapping
@@ -56,7 +57,8 @@ class Meter:
         self._counters: Mapping[str, int] = {}  # of the engine that lives
         self._used_blocks = 0
         self._peak = 0
-        self._looked = self._noted = self._saved = began
+        self._looked = self._noted = -math.inf  # on the job's clock
+        self._saved: float | None = None
         self._processes = [psutil.Process()]
         self._steps: IO[str] | None = None
         self._facts = Report(Rows())
@@ -158,9 +160,10 @@ class Meter:
             results.journal.note(SPENT, json.dumps(self._spent()))
             rates = self._window.add(now, progress)
             self._recorder.note(results.journal, progress, rates, feed.longest(now, LONGEST))
-        if now - self._saved > SAVE_EVERY:
+        if self._saved is None or now - self._saved > SAVE_EVERY:
+            if self._saved is not None:
+                results.keep()
             self._saved = now
-            results.keep()
 
     def close(self) -> None:
         """Close the log of steps."""

@@ -21,7 +21,7 @@ from shoal.jobs.watches import Straggler
 
 PULSE = "pulse"  # keys in the journal
 TIMELINE = "timeline"
-RECENT = 180  # columns of the last minutes
+RECENT = 180  # columns of a second of the last minutes
 LONGEST = 5  # rows that run are named
 UNKNOWN = Rates()
 
@@ -59,13 +59,18 @@ class Recorder:
         self._heard = 0.0  # seconds of this run: up to there all is in the time line
         self._totals = (0, 0)  # prompt and output tokens up to there
         self._requests = (0, 0)  # waiting and running
-        self._whole, self._recent = Timeline(), Timeline()
+        self._whole, self._recent = Timeline(), Timeline(width=1.0)
 
     def resume(self, journal: Journal, before: float) -> None:
         """Go on where earlier runs, of `before` seconds, have stopped."""
         self._before = before
         if (noted := journal.meta(TIMELINE)) is not None:
-            self._whole = msgspec.json.decode(noted, type=Timeline)
+            try:
+                self._whole = msgspec.json.decode(noted, type=Timeline)
+            except msgspec.MsgspecError:
+                self._whole = Timeline(
+                    since=before
+                )  # of another version: no answer depends on it, and it is begun anew
         if before:
             self._whole.begins.append(before)
         self._recent.since = float(math.floor(before))

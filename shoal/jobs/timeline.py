@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
-SECOND = 1.0
+QUARTER = 0.25  # seconds: a step of a small model takes less, a job rarely
 MOST = 480  # columns of a whole job: more cannot be told apart in a picture
 
 
@@ -21,7 +21,7 @@ _Number = TypeVar("_Number", int, float)
 class Timeline(msgspec.Struct):
     """Seconds count from the job's start, with the times in which no run was at work left out."""
 
-    width: float = SECOND  # of a column
+    width: float = QUARTER  # of a column
     since: float = 0.0  # where the first column begins
     begins: list[float] = []  # where runs of the job began, after the first
     prompt: list[float] = []  # tokens computed
@@ -35,7 +35,7 @@ class Timeline(msgspec.Struct):
         begin = max(begin, self.since)
         first, last = (int((at - self.since) // self.width) for at in (begin, end))
         for values in (self.prompt, self.output, self.kv, self.running):
-            values.extend([0] * (last + 1 - len(values)))  # type: ignore[attr-defined]
+            values.extend([0] * (last + 1 - len(values)))
         for column in range(first, last + 1):
             left = self.since + column * self.width
             inside = min(end, left + self.width) - max(begin, left)
@@ -57,7 +57,7 @@ class Timeline(msgspec.Struct):
         if (over := len(self.prompt) - most) > 0:
             self.since += over * self.width
             for values in (self.prompt, self.output, self.kv, self.running):
-                del values[:over]  # type: ignore[attr-defined]
+                del values[:over]
 
     @property
     def end(self) -> float:

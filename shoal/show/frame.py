@@ -24,7 +24,8 @@ from shoal.jobs.timeline import Timeline
 from shoal.jobs.units import count, duration, percent, size
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-CURVE = 40  # characters of a curve
+CURVE, NARROW = 40, 24  # characters of a curve, and where there are less than WIDE in a line
+WIDE = 110
 STALE = 10.0  # seconds without a word after which a running job is said to be silent
 FAILURES = 5  # kinds that are shown
 LAST = 10  # columns, seconds, whose mean is the pace of a running job
@@ -49,23 +50,24 @@ class Seen:
         return not self.running
 
 
-def frame(seen: Seen) -> Group:
-    """The picture."""
+def frame(seen: Seen, width: int = WIDE) -> Group:
+    """The picture, for lines of so many characters."""
+    wide = CURVE if width >= WIDE else NARROW
     said, style = standing(seen)
     title = Text.assemble((f"{seen.output}", "bold"), "   ", (said, style))
-    parts: list[Text | Group | Table | Rule] = [title, Rule(style="dim")]
+    parts: list[Text | Rule | Table | Padding] = [title, Rule(style="dim")]
     report, pulse = seen.report, seen.pulse
     if report is None:
         return Group(*parts, Text("reading and planning the input; numbers come when that is done"))
     for problem in report.problems():
         parts.append(Text(f"THESE COUNTS DO NOT ADD UP, and that is a bug in Shoal: {problem}", style="bold red"))
-    parts.append(_progress(seen, report))
+    parts += _progress(seen, report, width)
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
-    for name, words in [*_pace(seen), *_slow(seen), *_failures(report)]:
+    for name, words in [*_pace(seen, wide), *_slow(seen), *_failures(report)]:
         table.add_row(Text(name), words)
-    parts.append(Padding(table, (1, 0, 0, 0)))  # type: ignore[arg-type]
+    parts.append(Padding(table, (1, 0, 0, 0)))
     if not seen.running and not report.finished:
         parts.append(Text("It is not running: run the same command again and it continues.", style="yellow"))
     elif seen.running and pulse is not None and seen.now - pulse.at > STALE:
@@ -92,23 +94,23 @@ def standing(seen: Seen) -> tuple[str, str]:
     return words + restarts, "bold yellow" if restarts or pulse.state == "restarting" else "bold green"
 
 
-def _progress(seen: Seen, report: Report) -> Table:
+def _progress(seen: Seen, report: Report, width: int) -> list[Text | Table]:
     """The bar: of the pulse while it is the younger of the two."""
     rows, pulse = report.rows, seen.pulse
     known = Progress(rows.total, rows.ended, rows.ended - rows.ok, rows.ended)
     if pulse is not None and pulse.progress.rows_done >= rows.ended and pulse.progress.rows_total == rows.total:
         known = pulse.progress
-    table = Table.grid(padding=(0, 2))
     words = [percent(known.rows_done, known.rows_total), rows_words(known)]
     if seen.running and pulse is not None:
         words.append(left_words(pulse.rates))
-    words.append(f"{duration(report.seconds.wall)} so far" if not report.finished else duration(report.seconds.wall))
-    table.add_row(ProgressBar(total=max(known.rows_total, 1), completed=known.rows_done, width=CURVE),
-                  Text("   ".join(words)))  # fmt: skip
-    return table
+    words.append(duration(report.seconds.wall) if report.finished else f"{duration(report.seconds.wall)} so far")
+    bar = ProgressBar(total=max(known.rows_total, 1), completed=known.rows_done, width=min(width, 2 * CURVE))
+    line = Table.grid()
+    line.add_row(bar)
+    return [line, Text("   ".join(words))]
 
 
-def _pace(seen: Seen) -> list[Named]:
+def _pace(seen: Seen, wide: int) -> list[Named]:
     """What steps were made of over the last minutes; of a job that is over, over all of it."""
     pulse = seen.pulse
     line = pulse.recent if seen.running and pulse is not None else seen.timeline
@@ -119,12 +121,12 @@ def _pace(seen: Seen) -> list[Named]:
         for name, values, style in (("prompts", prompt, "blue"), ("answers", output, "yellow")):
             last = values[-1 - LAST : -1] or values  # the very last column is not full yet
             mean = sum(last) / len(last) if seen.running else sum(values) / len(values)
-            found.append((name, _curve(values, f"{count(mean)} tokens/s, {count(max(values))} at most", style)))
-        found.append(("memory", _curve(line.kv, _memory(seen, line), "magenta", 1.0)))
+            found.append((name, _curve(wide, values, f"{count(mean)} tokens/s, {count(max(values))} at most", style)))
+        found.append(("memory", _curve(wide, line.kv, _memory(seen, line), "magenta", 1.0)))
         requests = f"{count(max(line.running))} requests at once at most"
         if seen.running and pulse is not None:
             requests = f"{count(pulse.running)} requests, {count(pulse.waiting)} wait in the engine"
-        found.append(("running", _curve(line.running, requests, "cyan")))
+        found.append(("running", _curve(wide, line.running, requests, "cyan")))
         found.append(("", Text(f"(curves are over {of})", style="dim")))
     if pulse is not None and (saved := pulse.progress.tokens_saved):
         share = percent(saved, pulse.progress.tokens_in)
@@ -166,8 +168,8 @@ def _failures(report: Report) -> list[Named]:
     return [("failed", Group(*lines))] if lines else []
 
 
-def _curve(values: Sequence[float], words: str, style: str, top: float | None = None) -> Text:
-    return Text.assemble((f"{spark(values, CURVE, top):<{CURVE}}", style), "  ", words)
+def _curve(wide: int, values: Sequence[float], words: str, style: str, top: float | None = None) -> Text:
+    return Text.assemble((f"{spark(values, wide, top):>{wide}}", style), "  ", words)
 
 
 def spark(values: Sequence[float], width: int, top: float | None = None) -> str:

@@ -19,7 +19,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink); background: var(--paper);
   max-width: 66rem; margin: 0 auto; padding: 1.2rem 1rem 2.5rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.45rem; line-height: 1.25; margin: .2rem 0; } h2 { font-size: 1.02rem; margin: 0 0 .5rem; }
-p { margin: .35rem 0; } p.soft, .soft { color: var(--soft); } ul { margin: .3rem 0; padding-left: 1.2rem; }
+p { margin: .35rem 0; } p.row { margin: .55rem 0 .15rem; font-size: .85rem; } p.row b { font-weight: 600; }
+p.soft, .soft { color: var(--soft); } ul { margin: .3rem 0; padding-left: 1.2rem; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .9rem 1rem;
   margin-top: .9rem; }
 .state { display: inline-block; border-radius: 99px; padding: .05rem .7rem; font-size: .82rem; font-weight: 600;
@@ -27,6 +28,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .state.good { background: var(--good); } .state.bad { background: var(--bad); } .state.warn { background: var(--warn); }
 .loud { border: 2px solid var(--bad); color: var(--bad); font-weight: 600; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.2rem, 1fr)); gap: .7rem; margin-top: .9rem; }
+.tiles.many { grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .6rem .8rem; }
 .tile b { display: block; font-size: 1.35rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .82rem; display: block; line-height: 1.35; }
@@ -46,11 +48,12 @@ td.number { white-space: nowrap; } code { font-size: .93em; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem .9rem; margin: 0; font-size: .87rem; }
 dt { color: var(--soft); } dd { margin: 0; }
 @media (max-width: 560px) { body { padding: .8rem .6rem 2rem; } section { padding: .75rem .7rem; }
-  .tiles { grid-template-columns: 1fr 1fr; gap: .5rem; margin-top: .7rem; } .tile b { font-size: 1.15rem; }
+  .tiles, .tiles.many { grid-template-columns: 1fr 1fr; gap: .5rem; margin-top: .7rem; } .tile b { font-size: 1.15rem; }
   table { font-size: .8rem; } th, td { padding-right: .45rem; } }
 @media print { section, .tile { break-inside: avoid; } }
 """
 
+ROW = 6  # tiles beside each other, at most
 Tone = str  # "good", "warn", "bad", or "" for none
 
 
@@ -84,17 +87,22 @@ def loud(texts: Sequence[str]) -> str:
 
 def tiles(numbers: Iterable[tuple[str, str, str]]) -> str:
     """Large numbers: what each is, itself, and a few words below it."""
-    cells = (
+    cells = [
         f'<div class="tile"><span>{printable(name)}</span><b>{printable(number)}</b>'
         f"<span>{printable(words)}</span></div>"
         for name, number, words in numbers
-    )
-    return f'<div class="tiles">{"".join(cells)}</div>'
+    ]
+    return f'<div class="tiles{" many" if len(cells) > ROW else ""}">{"".join(cells)}</div>'
 
 
 def paragraphs(texts: Iterable[str], soft: bool = False) -> str:
     """Each text by itself."""
     return "".join(f'<p class="soft">{printable(text)}</p>' if soft else f"<p>{printable(text)}</p>" for text in texts)
+
+
+def caption(name: str, words: str) -> str:
+    """A name with a few words behind it, above a picture."""
+    return f'<p class="row"><b>{printable(name)}</b> <span class="soft">{printable(words)}</span></p>'
 
 
 def pairs(named: Iterable[tuple[str, str]]) -> str:
@@ -111,7 +119,7 @@ def table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     sides = [' class="number"' if number else "" for number in numbers]
     head = "".join(f"<th{side}>{printable(name)}</th>" for side, name in zip(sides, names, strict=True))
     for row in kept:
-        body.append("<tr>" + "".join(f"<td{s}>{printable(t)}</td>" for s, t in zip(sides, row, strict=True)) + "</tr>")
+        body.append("<tr>" + "".join(f"<td{s}>{_cell(t)}</td>" for s, t in zip(sides, row, strict=True)) + "</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
@@ -124,6 +132,11 @@ def legend(colours: Iterable[tuple[str, str]]) -> str:
 def printable(text: str) -> str:
     """Text as a page may hold it: a prompt can have characters that no page can."""
     return escape("".join(c if _plain(c) else "�" for c in text))
+
+
+def _cell(text: str) -> str:
+    """Long names of codes and fields break at their underscores."""
+    return printable(text).replace("_", "_<wbr/>")
 
 
 def _plain(c: str) -> bool:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from shoal.jobs.units import count
-from shoal.show.page import legend, printable, table
+from shoal.show.page import caption, legend, printable, table
 from shoal.show.prefixes import Forest, Prefix
 
 BAR_HEIGHT, LEVEL_HEIGHT = 22, 24  # pixels
 LISTED = 8  # prefixes that have a number and a line of words
+SHARE = 0.001  # of all that is saved, which a prefix that is listed saves
 LEAST = 0.25  # of a hundred: boxes that are narrower cannot be seen
 
 Part = tuple[str, float, str]  # a colour of the style, a number, and what it counts
@@ -51,28 +52,26 @@ def stacked(parts: Sequence[Part], name: str) -> str:
 def spans(rows: Sequence[tuple[str, Sequence[Part], str]], name: str) -> str:
     """Bars of parts that share one scale, each under its own words."""
     most = max((sum(number for _, number, _ in parts) for _, parts, _ in rows), default=1)
-    drawn, high = [], 40
-    for place, (said, parts, words) in enumerate(rows):
-        top, left = place * high, 0.0
-        drawn.append(
-            f'<text x="0" y="{top + 13}">{printable(said)} <tspan class="soft">{printable(words)}</tspan></text>'
-        )
+    drawn = []
+    for said, parts, words in rows:
+        left, boxes = 0.0, []
         for colour, number, what in parts:
             wide = 100 * number / max(most, 1e-9)
-            drawn.append(
-                f'<rect x="{left:.3f}%" y="{top + 18}" width="{wide:.3f}%" height="13"'
-                f' style="fill: var(--{colour})"><title>{printable(what)}</title></rect>'
+            boxes.append(
+                f'<rect x="{left:.3f}%" width="{wide:.3f}%" height="12" style="fill: var(--{colour})">'
+                f"<title>{printable(what)}</title></rect>"
             )
             left += wide
-    return _svg("".join(drawn), high * len(rows), name)
+        drawn.append(caption(said, words) + _svg("".join(boxes), 12, f"{name}: {said}"))
+    return "".join(drawn)
 
 
 def curves(
     layers: Sequence[tuple[str, Sequence[float]]], top: float, marks: tuple[str, str, str], name: str,
     high: int = 120, lines: Sequence[float] = (),
 ) -> str:  # fmt: skip
-    """Layers of a colour over each other, on a scale that ends at `top`; beside it the words of its top, and below it
-    those of its beginning and its end. `lines` stand at shares of the width."""
+    """Layers of a colour over each other, on a scale that ends at `top`; `marks` are words for its top, and below it
+    for its beginning and its end. `lines` stand at shares of the width."""
     number = max((len(values) for _, values in layers), default=0)
     below = [0.0] * number
     drawn = []
@@ -114,7 +113,8 @@ def trees(forest: Forest) -> str:
     if not forest.prefixes:
         return ""
     ranked = sorted(range(len(forest.prefixes)), key=lambda place: -forest.prefixes[place].saved)
-    listed = {place: number for number, place in enumerate(sorted(ranked[:LISTED]), 1)}
+    worth = [place for place in ranked[:LISTED] if SHARE * forest.saved <= forest.prefixes[place].saved]
+    listed = {place: number for number, place in enumerate(sorted(worth), 1)}
     rows = [
         (str(number), _range(forest.prefixes[place]), count(forest.prefixes[place].uses),
          count(forest.prefixes[place].saved), forest.prefixes[place].text or "(the model's tokenizer is not here)")

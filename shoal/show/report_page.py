@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from shoal.core.errors import fault_of
 from shoal.jobs.bill import bill_words
@@ -11,7 +12,7 @@ from shoal.jobs.report import Report, Slow, again_line, errors, prompt_line, reu
 from shoal.jobs.report import facts as facts_of
 from shoal.jobs.timeline import Timeline
 from shoal.jobs.units import count, duration, percent
-from shoal.show.page import legend, loud, pairs, paragraphs, section, table, tiles, two, whole
+from shoal.show.page import caption, legend, loud, pairs, paragraphs, section, table, tiles, two, whole
 from shoal.show.pictures import Part, curves, spans, stacked, trees
 from shoal.show.story import Story
 
@@ -66,24 +67,26 @@ def _tiles(story: Story) -> list[tuple[str, str, str]]:
     report, rows, tokens, seconds = story.report, story.report.rows, story.report.tokens, story.report.seconds
     lost = rows.ended - rows.ok
     saved = max(tokens.prompt - tokens.prompt_computed, 0) if report.finished else tokens.prompt - tokens.prompt_bound
+    by = "" if report.finished else ", by the plan"
     numbers = [
         ("Rows answered", count(rows.ok), f"of {count(rows.total)}, {count(lost)} failed"),
         ("Time", duration(seconds.wall), f"{duration(seconds.cpu)} of processor time"),
         ("Prompt tokens", count(tokens.prompt), f"{count(tokens.prompt_computed)} computed"),
-        ("Not computed", percent(saved, tokens.prompt), f"{count(saved)} prompt tokens"),
+        ("Not computed", percent(saved, tokens.prompt), f"{count(saved)} prompt tokens{by}"),
         ("Output tokens", count(tokens.output), f"in {count(report.steps)} steps"),
     ]
     busy = max(seconds.wall - seconds.load - seconds.plan, 0.0)
     if busy > 0:
-        served = tokens.prompt - report.reused.prompt_tokens if report.finished else tokens.prompt_computed
-        rate = (served + tokens.output - report.reused.output_tokens) / busy
-        numbers.append(("Tokens a second", count(rate), "prompts and answers, without reused rows"))
+        rate = (tokens.prompt_computed + tokens.output - report.reused.output_tokens) / busy
+        numbers.append(("Computed a second", count(rate), "tokens of prompts and answers"))
     if report.running and story.pulse is not None:
         numbers.insert(2, ("Still to do", left_words(story.pulse.rates), f"{count(rows.total - rows.ended)} rows"))
     if story.bill.cost is not None:
-        numbers.append(("Cost", f"{story.bill.cost[0]:.4g}", "in the currency of --price-per-hour"))
+        numbers.append(("Cost", f"{story.bill.cost[0]:.4g}", "in the money of --price-per-hour"))
     if story.bill.kilowatt_hours is not None:
-        numbers.append(("Energy", f"{story.bill.kilowatt_hours[0]:.3g} kWh", "at the watts that were given"))
+        energy = story.bill.kilowatt_hours[0]
+        said = f"{energy:.3g} kWh" if energy >= 1 else f"{1000 * energy:.3g} Wh"
+        numbers.append(("Energy", said, "with the --watts of this machine"))
     return numbers
 
 
@@ -146,24 +149,26 @@ def _timeline(found: Timeline | None) -> str:
     found.shrink(COLUMNS)
     prompt, output = ([tokens / found.width for tokens in values] for values in (found.prompt, found.output))
     most = max(one + other for one, other in zip(prompt, output, strict=True))
-    ends = (duration(found.since), duration(found.end))
     lines = [begin / found.end for begin in found.begins]
     words = (("prompt", "prompt tokens a second"), ("decode", "answer tokens a second"))
     again = (("bad", "a run began anew"),) if lines else ()
     rows, full = max(found.running), max(found.kv)
+    ends = (duration(found.since), duration(found.end))
     memory = two(
-        '<div class="chart">'
-        + curves([("kv", found.kv)], 1.0, (f"100 % of the memory for keys and values, {100 * full:.0f} % used at most",
-                 *ends), "Memory", 70, lines)
-        + "</div>",
-        '<div class="chart">'
-        + curves([("rows", found.running)], rows, (f"{count(rows)} requests at once", *ends), "Requests", 70, lines)
-        + "</div>",
-    )  # fmt: skip
+        _chart("Memory for keys and values", f"{100 * full:.0f} % used at most", "kv", found.kv, 1.0, ("100 %", *ends))
+        if full
+        else "",
+        _chart("Requests at once", f"{count(rows)} at most", "rows", found.running, rows, (count(rows), *ends)),
+    )
     picture = curves(
-        [("prompt", prompt), ("decode", output)], most, (f"{count(most)} tokens a second", *ends), "Tokens", 130, lines
+        [("prompt", prompt), ("decode", output)], most, (f"{count(most)} a second", *ends), "Tokens", 130, lines
     )
     return legend((*words, *again)) + picture + memory
+
+
+def _chart(name: str, words: str, colour: str, values: Sequence[float], top: float, marks: tuple[str, str, str]) -> str:
+    """A small picture of one thing."""
+    return f'<div class="chart">{caption(name, words)}{curves([(colour, values)], top, marks, name, 70)}</div>'
 
 
 def _slowest(rows: list[Slow]) -> str:

@@ -66,17 +66,20 @@ def run_top(output: Path, once: bool, console: Console) -> int:
     seen = looker.look()
     if not once and console.is_terminal and not seen.over:
         seen = _watch(looker, seen, console)
-    console.print(frame(seen))
+    console.print(frame(seen, console.width))
     return 0 if seen.report is None else verdict(seen.report)
 
 
 def _watch(looker: Looker, seen: Seen, console: Console) -> Seen:
     """Pictures in place; the last thing seen."""
     try:
-        with keys() as pressed, Live(frame(seen), console=console, screen=True, auto_refresh=False) as live:
+        with (
+            keys() as pressed,
+            Live(frame(seen, console.width), console=console, screen=True, auto_refresh=False) as live,
+        ):
             while not seen.over and "q" not in pressed(EVERY).lower():
                 seen = looker.look()
-                live.update(frame(seen), refresh=True)
+                live.update(frame(seen, console.width), refresh=True)
     except KeyboardInterrupt:
         pass  # the other way to leave
     return seen

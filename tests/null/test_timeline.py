@@ -10,7 +10,7 @@ import pytest
 from echo_job import ROWS, EchoJob, Watched, chat, echo_backend, interrupt
 from hypothesis import given
 from hypothesis import strategies as st
-from test_live_report import broken_at
+from test_live_report import broken_at, meta
 from whole_job import SteppingClock
 
 from shoal.jobs.journal import Journal
@@ -29,7 +29,7 @@ PIECES = st.lists(
 
 
 def drawn(pieces: list[tuple[float, int, int, float, int]]) -> Timeline:
-    line, at = Timeline(), 0.0
+    line, at = Timeline(width=1.0), 0.0
     for seconds, prompt, output, kv, running in pieces:
         line.add(at, at + seconds, prompt, output, kv, running)
         at += seconds
@@ -56,7 +56,7 @@ def test_the_last_minutes_are_those_of_the_whole(pieces: list[tuple[float, int, 
 
 
 def test_a_long_step_is_spread_over_the_seconds_that_it_took() -> None:
-    line = Timeline()
+    line = Timeline(width=1.0)
     line.add(0.5, 4.5, 400, 8, 0.5, 3)
     assert line.prompt == pytest.approx([50, 100, 100, 100, 50]) and line.running == [3] * 5
 
@@ -74,9 +74,10 @@ def test_the_time_line_has_all_that_was_computed(job: Jobs) -> None:
     assert one.run(echo_backend(24)) == 0  # little memory: some is computed twice
     pulse, line = noted(one.out)
     assert pulse is not None and line is not None
-    tokens = one.report.tokens
-    assert sum(line.prompt) == pytest.approx(tokens.prompt_computed + tokens.prompt_last, abs=len(line.prompt))
-    assert sum(line.output) >= tokens.output - len(line.output)
+    with View(one.out) as view:
+        spent = json.loads(view.meta(SPENT) or "")
+    assert sum(line.prompt) == pytest.approx(spent["prompt_computed"], abs=len(line.prompt)) and sum(line.prompt) > 1000
+    assert sum(line.output) == pytest.approx(spent["output_computed"], abs=len(line.prompt)) and sum(line.output) > 500
     assert (pulse.state, pulse.progress.rows_done, pulse.progress.rows_total) == ("ended", 120, 120)
 
 
@@ -87,8 +88,17 @@ def test_a_job_that_goes_on_goes_on_with_its_time_line(job: Jobs) -> None:
     assert one.run() == 0
     _, line = noted(one.out)
     assert first is not None and line is not None and first.begins == [] and len(line.begins) == 1
-    spent = first.prompt[0]
+    spent = sum(first.prompt)
     assert spent > 0 and sum(line.prompt) > spent and line.end >= line.begins[0]
+
+
+def test_a_time_line_that_cannot_be_read_stops_no_job(job: Jobs) -> None:
+    one = job(ROWS)
+    assert one.run(Watched(echo_backend(tokens=64), interrupt(12))) == 5
+    meta(one, "UPDATE meta SET value='[]' WHERE name='timeline'")
+    assert one.run() == 0
+    _, line = noted(one.out)
+    assert line is not None and line.since > 0 and sum(line.prompt) > 0
 
 
 def test_rows_that_are_computed_again_to_compare_are_not_in_it(job: Jobs) -> None:
@@ -96,7 +106,9 @@ def test_rows_that_are_computed_again_to_compare_are_not_in_it(job: Jobs) -> Non
     one, other = job(rows), job(rows)
     one.run()
     other.run(verify=1.0)
-    assert noted(one.out)[1].prompt[0] == noted(other.out)[1].prompt[0]  # type: ignore[union-attr]
+    lines = [noted(each.out)[1] for each in (one, other)]
+    sums = [sum(line.prompt) for line in lines if line is not None]
+    assert len(sums) == 2 and sums[0] == pytest.approx(sums[1], abs=len(lines[1].prompt))  # type: ignore[union-attr]
 
 
 def test_what_a_killed_job_noted_is_there_with_its_rows(job: Jobs) -> None:

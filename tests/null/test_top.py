@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def shown(output: Path, once: bool = True, terminal: bool = False) -> str:
-    console = Console(file=io.StringIO(), width=130, force_terminal=terminal, _environ={})
+    console = Console(file=io.StringIO(), width=300, force_terminal=terminal, _environ={})
     run_top(output, once, console)
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
@@ -58,10 +58,15 @@ def held(one: EchoJob) -> Iterator[None]:
 
 def test_of_a_running_job_it_shows_how_far_how_fast_and_what_failed(job: Jobs) -> None:
     one, pictures = job([*MIXED[:90], *(chat(i, max_tokens=200, ignore_eos=True) for i in range(300, 330))]), []
+
+    def look(rounds: int) -> None:
+        if rounds % 60 == 1:
+            pictures.append(shown(one.out))
+
     with mock.patch("shoal.jobs.run.WallClock", SteppingClock):
-        one.run(Watched(echo_backend(tokens=64, sequences=8), lambda rounds: pictures.append(shown(one.out))))
-    assert "loading the model" in pictures[0] and "0/120 rows" in pictures[0]
-    late = pictures[-2]
+        one.run(Watched(echo_backend(tokens=64, sequences=8), look))
+    assert "loading the model" in pictures[0] and "/120 rows" in pictures[0]
+    late = pictures[-1]
     for words in ("running", "/120 rows, 1 failed", "tokens/s", "left", "requests", "longest now", "has run for"):
         assert words in late
     assert one.report.errors and next(iter(one.report.errors)) in late and "(yours), as line 61" in late

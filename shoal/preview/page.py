@@ -51,7 +51,9 @@ def _tiles(found: Explanation) -> list[tuple[str, str, str]]:
         ("Answer tokens at most", count(found.answers.total), f"{count(found.answers.middle)} in the middle row"),
     ]
     if found.time is not None:
-        numbers.append(("Time", f"{duration(found.time.low)} – {duration(found.time.high)}", "loading included"))
+        high = duration(found.time.high)
+        low = duration(found.time.low).removesuffix(high[high.rindex(" ") :])
+        numbers.append(("Time", f"{low} – {high}", "loading included"))
     if found.memory is not None and not found.memory.problem:
         need = f"of {size(found.memory.need_bytes)} that the job can fill"
         numbers.append(("Keys and values", size(found.memory.have_bytes), need))

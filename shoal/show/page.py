@@ -28,7 +28,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .state.good { background: var(--good); } .state.bad { background: var(--bad); } .state.warn { background: var(--warn); }
 .loud { border: 2px solid var(--bad); color: var(--bad); font-weight: 600; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.2rem, 1fr)); gap: .7rem; margin-top: .9rem; }
-.tiles.many { grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); }
+.tiles.many { grid-template-columns: repeat(auto-fit, minmax(13.5rem, 1fr)); }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .6rem .8rem; }
 .tile b { display: block; font-size: 1.35rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .82rem; display: block; line-height: 1.35; }
@@ -41,7 +41,7 @@ svg .soft { fill: var(--soft); color: var(--soft); }
   vertical-align: -.08rem; }
 table { border-collapse: collapse; width: 100%; font-size: .87rem; margin-top: .5rem; }
 th, td { text-align: left; vertical-align: top; padding: .28rem .7rem .28rem 0; border-top: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; border-top: 0; overflow-wrap: normal; }
+th { color: var(--soft); font-weight: 600; border-top: 0; overflow-wrap: normal; white-space: nowrap; }
 td:last-child, th:last-child { padding-right: 0; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; } code { font-size: .93em; }
@@ -49,7 +49,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem .9rem; ma
 dt { color: var(--soft); } dd { margin: 0; }
 @media (max-width: 560px) { body { padding: .8rem .6rem 2rem; } section { padding: .75rem .7rem; }
   .tiles, .tiles.many { grid-template-columns: 1fr 1fr; gap: .5rem; margin-top: .7rem; } .tile b { font-size: 1.15rem; }
-  table { font-size: .8rem; } th, td { padding-right: .45rem; } }
+  table { font-size: .8rem; } th, td { padding-right: .45rem; } th { white-space: normal; } }
 @media print { section, .tile { break-inside: avoid; } }
 """
 

@@ -39,8 +39,8 @@ def page(story: Story) -> str:
             section("Rows", _rows(report), _failures(report)),
             section("What became of the prompt tokens", _tokens(report)),
             section("While it ran", _timeline(story.timeline)),
-            section("Slowest rows", _slowest(report.slowest)),
             section("Shared prefixes", _prefixes(story)),
+            section("Slowest rows", _slowest(report.slowest)),
             section("All of it", pairs(_rest(story))),
         ],
         state,
@@ -50,8 +50,10 @@ def page(story: Story) -> str:
 
 def standing(report: Report) -> tuple[str, str]:
     """How a job stands, in a word, and the tone of it."""
-    if report.status == 1:
-        return "does not add up" if report.problems() else "answers differ", "bad"
+    if report.problems():
+        return "does not add up", "bad"
+    if report.verified.differ:
+        return "answers differ", "bad"
     if report.running:
         return "running", "warn"
     if not report.finished:

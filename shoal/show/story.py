@@ -16,11 +16,12 @@ from shoal.core.errors import ModelError, StateError
 from shoal.jobs import plan_store as store
 from shoal.jobs.arena import Arena
 from shoal.jobs.bill import Bill, bill
+from shoal.jobs.journal import NAME as JOURNAL
 from shoal.jobs.look import View
 from shoal.jobs.note import read_note
 from shoal.jobs.plan_arrange import facts_of
 from shoal.jobs.pulse import PULSE, TIMELINE, Pulse
-from shoal.jobs.report import Report
+from shoal.jobs.report import NAME, Report
 from shoal.jobs.state import MANIFEST, Manifest, folder_of
 from shoal.jobs.tally import look_report
 from shoal.jobs.timeline import Timeline
@@ -53,13 +54,11 @@ def tell(output: Path, price: float | None = None, watts: float | None = None) -
 
 def noted(output: Path) -> tuple[Pulse | None, Timeline | None]:
     """How the job stood when it last said so, and what it has computed when."""
-    try:
-        with View(output) as view:
-            return view.read(PULSE, Pulse), view.read(TIMELINE, Timeline)
-    except StateError:
-        if (folder_of(output) / "report.json").is_file():
-            return None, None  # a folder whose journal somebody has thrown away has its report still
-        raise
+    folder = folder_of(output)
+    if (folder / NAME).is_file() and not (folder / JOURNAL).exists():
+        return None, None  # a folder whose journal somebody has thrown away has its report still
+    with View(output) as view:
+        return view.read(PULSE, Pulse), view.read(TIMELINE, Timeline)
 
 
 def _forest(output: Path) -> tuple[Forest | None, str]:

@@ -18,6 +18,7 @@ from test_live_report import broken_at, meta
 from test_retry import BAD
 from whole_job import SteppingClock
 
+from shoal.core.errors import StateError
 from shoal.jobs.report import Slow
 from shoal.jobs.timeline import Timeline
 from shoal.show.report_page import page
@@ -140,6 +141,12 @@ def test_a_damaged_plan_costs_the_tree_and_nothing_else(job: Jobs) -> None:
 def test_a_job_of_before_there_were_time_lines_has_a_page(job: Jobs) -> None:
     one = made(job)
     meta(one, "DELETE FROM meta WHERE name IN ('pulse', 'timeline')")
+    assert "kept no time line" in page(tell(one.out))
+    meta(one, "INSERT INTO meta VALUES ('timeline', '[]')")
+    with pytest.raises(StateError, match="another version"):
+        tell(one.out)
+    for path in one.state.glob("journal.db*"):
+        path.unlink()
     assert "kept no time line" in page(tell(one.out))
 
 

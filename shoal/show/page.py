@@ -24,7 +24,7 @@ p.soft, .soft { color: var(--soft); } ul { margin: .3rem 0; padding-left: 1.2rem
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .9rem 1rem;
   margin-top: .9rem; }
 .state { display: inline-block; border-radius: 99px; padding: .05rem .7rem; font-size: .82rem; font-weight: 600;
-  color: #fff; background: var(--soft); vertical-align: .15rem; margin-left: .5rem; }
+  color: var(--card); background: var(--soft); vertical-align: .15rem; margin-left: .5rem; }
 .state.good { background: var(--good); } .state.bad { background: var(--bad); } .state.warn { background: var(--warn); }
 .loud { border: 2px solid var(--bad); color: var(--bad); font-weight: 600; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.2rem, 1fr)); gap: .7rem; margin-top: .9rem; }

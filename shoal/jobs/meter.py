@@ -132,7 +132,7 @@ class Meter:
         """Read the engine's counters, and log its steps in the state folder."""
         if news.counters:
             self._counters, self._used_blocks = news.counters, news.used_blocks
-            share = news.used_blocks / self.ready.num_blocks if self.ready else 0.0
+            share = news.used_blocks / max(self.ready.num_blocks, 1) if self.ready else 0.0
             totals = self.total("prompt_computed"), self.total("output_computed")
             self._recorder.hear(time.monotonic() - self.began, totals, share, news.waiting, news.running)
         if news.steps:

@@ -119,7 +119,7 @@ class Meter:
     def verifying(self) -> None:
         """All rows have ended: what is computed from here on is no part of the job."""
         self._answered = self._totals()
-        self._recorder.state = "checking"
+        self._recorder.checking = True
 
     def died(self) -> None:
         """The engine is gone, and its counters with it."""

@@ -54,6 +54,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.state: State = "loading"
+        self.checking = False  # what is computed now is compared, and no part of the job
         self.restarts = 0
         self._before = 0.0  # seconds of earlier runs
         self._heard = 0.0  # seconds of this run: up to there all is in the time line
@@ -67,10 +68,8 @@ class Recorder:
         if (noted := journal.meta(TIMELINE)) is not None:
             try:
                 self._whole = msgspec.json.decode(noted, type=Timeline)
-            except msgspec.MsgspecError:
-                self._whole = Timeline(
-                    since=before
-                )  # of another version: no answer depends on it, and it is begun anew
+            except msgspec.MsgspecError:  # of another version: no answer depends on it, and it is begun anew
+                self._whole = Timeline(since=before)
         if before:
             self._whole.begins.append(before)
         self._recent.since = float(math.floor(before))
@@ -88,8 +87,8 @@ class Recorder:
         """At this second of the run so many prompt and output tokens have been computed, all in all."""
         prompt, output = totals[0] - self._totals[0], totals[1] - self._totals[1]
         self._totals, self._requests = totals, (waiting, running)
-        if self.state != "checking":  # what is compared is no part of the job
-            self.state = "running"
+        self.state = "running"
+        if not self.checking:
             for line in (self._whole, self._recent):
                 line.add(self._before + self._heard, self._before + seconds, prompt, output, kv, running)
         self._heard = seconds
@@ -101,8 +100,9 @@ class Recorder:
         self._whole.shrink()
         self._recent.forget(RECENT)
         left = rates.seconds_left
+        state: State = "checking" if self.checking and self.state == "running" else self.state
         pulse = Pulse(
-            time.time(), self.state, progress, rates.tokens_in, rates.tokens_out,
+            time.time(), state, progress, rates.tokens_in, rates.tokens_out,
             left if math.isfinite(left) else None, *self._requests, self.restarts, tuple(longest), self._recent.kept(),
         )  # fmt: skip
         journal.note(PULSE, msgspec.json.encode(pulse).decode())

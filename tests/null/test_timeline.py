@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from test_live_report import broken_at, meta
 from whole_job import SteppingClock
 
+from shoal.jobs.display import Progress
 from shoal.jobs.journal import Journal
 from shoal.jobs.look import View, is_running
-from shoal.jobs.pulse import LONGEST, PULSE, RECENT, TIMELINE, Pulse
+from shoal.jobs.pulse import LONGEST, PULSE, RECENT, TIMELINE, Pulse, Recorder
 from shoal.jobs.tally import SPENT, look_report
 from shoal.jobs.timeline import MOST, Timeline
 from shoal.show.story import noted
@@ -109,6 +110,24 @@ def test_rows_that_are_computed_again_to_compare_are_not_in_it(job: Jobs) -> Non
     lines = [noted(each.out)[1] for each in (one, other)]
     sums = [sum(line.prompt) for line in lines if line is not None]
     assert len(sums) == 2 and sums[0] == pytest.approx(sums[1], abs=len(lines[1].prompt))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_nor_where_an_engine_is_started_to_compute_them(job: Jobs, dies: bool) -> None:
+    one = job(ROWS[:2])
+    one.run()
+    journal, recorder = Journal(one.state), Recorder()
+    recorder.checking = True
+    recorder.loaded(1.0)
+    if dies:
+        recorder.died()
+        recorder.loaded(2.0)
+    recorder.hear(3.0, (500, 50), 0.5, 0, 9)
+    recorder.note(journal, Progress(2, 2))
+    journal.commit()
+    journal.close()
+    pulse, line = noted(one.out)
+    assert pulse is not None and pulse.state == "checking" and line is not None and line.prompt == []
 
 
 def test_what_a_killed_job_noted_is_there_with_its_rows(job: Jobs) -> None:

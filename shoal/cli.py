@@ -16,7 +16,7 @@ from typer.core import TyperGroup, TyperOption
 from shoal import __version__, flags
 from shoal.core.config import parse_bytes
 from shoal.flags import exit_codes
-from shoal.jobs.options import FailureBudget, JobOptions, Order, parse_adapters, parse_body, parse_share
+from shoal.jobs.options import FailureBudget, JobOptions, Order, parse_adapters, parse_body, parse_share, place_of
 
 if TYPE_CHECKING:
     from shoal.jobs.retry import Again
@@ -52,6 +52,7 @@ def run(
     memory: flags.Memory = None,
     step_tokens: flags.StepTokens = None,
     device: flags.Device = "cpu",
+    endpoint: flags.Endpoint = None,
     weights: flags.Weights = "auto",
     kv: flags.KV = "auto",
     threads: flags.Threads = None,
@@ -79,7 +80,7 @@ def run(
             order=order,
             memory=None if memory is None else parse_bytes(memory),
             step_tokens=step_tokens,
-            device=device,
+            device=place_of(device, endpoint),
             weights=weights,
             kv=kv,
             threads=threads,

@@ -59,6 +59,10 @@ OrderFlag = Annotated[Order, typer.Option(help="plan: share most; input: as the 
 Memory = Annotated[str | None, typer.Option(help="Memory for keys and values: 2GB, 512MiB. Without it, what is free.")]
 StepTokens = Annotated[int | None, typer.Option(help="Most tokens in one step of the model.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
+Endpoint = Annotated[
+    str | None,
+    typer.Option(metavar="URL[,URL...]", help="Servers of the OpenAI API that answer in place of an engine."),
+]
 Weights = Annotated[
     str, typer.Option(help="Weights: fp32, bf16, int8[+head], int4[+head], int4-a16; auto: as the checkpoint.")
 ]

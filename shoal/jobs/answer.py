@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from shoal.core.errors import RowError, fault_of
 from shoal.core.types import Tokens, TokenScore
-from shoal.jobs.body import ChatBody, EmbeddingBody
+from shoal.jobs.body import ChatBody, EmbeddingBody, PassedBody
 from shoal.jobs.logprobs import TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
 from shoal.jobs.schema import RowSpec, unwrap
 
@@ -46,6 +46,7 @@ class Sample:
     stop_reason: int | str | None = None  # the stop string or stop token of the row that ended it
     logprobs: Sequence[TokenScore] = ()  # of `tokens`, where the row asks
     vector: Sequence[float] = ()  # of a row that asks for no text
+    usage: tuple[int, int] | None = None  # of a reply: prompt and output tokens, as its server counts them
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,30 +58,16 @@ class PromptAnswers:
     scores: Sequence[TokenScore] = ()  # of the prompt's tokens from the second on, where the row asks
 
 
-class AnswerWriter:
-    """Makes lines. `fingerprint` is the hash of all that an answer depends on but its line; `created` a Unix time."""
+class Lines:
+    """What lines of all kinds of answers have in common, and those of failures."""
 
-    def __init__(
-        self, tokenizer: TokenizerLike, fingerprint: str, model: str, created: int = 0, envelopes: bool = False
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.fingerprint = fingerprint
-        self.model = model  # the name for rows that give none
-        self.created = created
+    def __init__(self, fingerprint: str, envelopes: bool = False) -> None:
+        self.fingerprint = fingerprint  # the hash of all that an answer depends on but its line
         self.envelopes = envelopes  # plain rows too come back in the Batch shape
 
-    def answer(self, row: RowSpec, answers: Sequence[PromptAnswers]) -> bytes:
-        """The output line of a row, without its end. `answers` has every prompt of the row, in order."""
-        if row.endpoint == "plain" and not self.envelopes:
-            return msgspec.json.encode(_plain(row, answers))
+    def envelope(self, row: RowSpec, body: object) -> bytes:
+        """The line of an answered request."""
         mark = self._mark(row.request)
-        match row.body:
-            case EmbeddingBody():
-                body = self._vectors(row.body, answers)
-            case ChatBody():
-                body = self._chat(row, answers[0], mark)
-            case _:
-                body = self._text(row, answers, mark)
         response = {"status_code": 200, "request_id": f"req_{mark}", "body": body}
         return msgspec.json.encode(
             {"id": f"batch_req_{mark}", "custom_id": row.custom_id, "response": response, "error": None}
@@ -120,6 +107,32 @@ class AnswerWriter:
     def _mark(self, request: bytes) -> str:
         """What ids are made of: the same for the same request under the same fingerprint."""
         return hashlib.blake2b(request, digest_size=12, key=self.fingerprint.encode()[:64]).hexdigest()
+
+
+class AnswerWriter(Lines):
+    """Makes lines of an engine's answers. `created` is a Unix time."""
+
+    def __init__(
+        self, tokenizer: TokenizerLike, fingerprint: str, model: str, created: int = 0, envelopes: bool = False
+    ) -> None:
+        super().__init__(fingerprint, envelopes)
+        self.tokenizer = tokenizer
+        self.model = model  # the name for rows that give none
+        self.created = created
+
+    def answer(self, row: RowSpec, answers: Sequence[PromptAnswers]) -> bytes:
+        """The output line of a row, without its end. `answers` has every prompt of the row, in order."""
+        if row.endpoint == "plain" and not self.envelopes:
+            return msgspec.json.encode(_plain(row, answers))
+        mark = self._mark(row.request)
+        match row.body:
+            case EmbeddingBody():
+                body = self._vectors(row.body, answers)
+            case ChatBody():
+                body = self._chat(row, answers[0], mark)
+            case _:
+                body = self._text(row, answers, mark)
+        return self.envelope(row, body)
 
     def _frame(self, row: RowSpec, kind: str, mark: str, choices: list[Any], usage: dict[str, int]) -> dict[str, Any]:
         return {
@@ -200,6 +213,14 @@ class AnswerWriter:
         return self.tokenizer.decode(prompt, row.body.skip_special_tokens is not False)
 
 
+def count_tokens(row: RowSpec, prompts: Iterable[Tokens], samples: Iterable[Sample]) -> tuple[int, int]:
+    """Prompt and output tokens of a row. Those of a row that a server answers are its server's to count."""
+    if isinstance(row.body, PassedBody):
+        used = [sample.usage for sample in samples if sample.usage is not None]
+        return sum(prompt for prompt, _ in used), sum(output for _, output in used)
+    return sum(map(len, prompts)), sum(len(sample.tokens) for sample in samples)
+
+
 def _usage(answers: Sequence[PromptAnswers]) -> dict[str, int]:
     """Tokens of a row: each prompt once, however many answers it has."""
     prompt = sum(len(answer.prompt) for answer in answers)
@@ -215,18 +236,18 @@ def _vector(vector: Sequence[float], body: EmbeddingBody) -> list[float] | str:
 
 
 def _plain(row: RowSpec, answers: Sequence[PromptAnswers]) -> dict[str, Any]:
+    samples, usage = answers[0].samples, _usage(answers)
+    used = usage["prompt_tokens"], usage["completion_tokens"]
+    return plain_columns(row, [sample.text for sample in samples], [sample.finish for sample in samples], used)
+
+
+def plain_columns(row: RowSpec, texts: Sequence[Any], ends: Sequence[str], usage: tuple[int, int]) -> dict[str, Any]:
     """A plain row's columns and its answer's; lists of n values where the job asks for n answers."""
     columns: dict[str, Any] = dict(row.columns or {})
-    samples = answers[0].samples
-    usage = _usage(answers)
-    single = len(samples) == 1
-    values = (
-        samples[0].text if single else [sample.text for sample in samples],
-        samples[0].finish if single else [sample.finish for sample in samples],
-        usage["prompt_tokens"],
-        usage["completion_tokens"],
-    )
-    for name, value in zip(PLAIN_COLUMNS, values, strict=True):
+    single = len(texts) == 1
+    for name, value in zip(
+        PLAIN_COLUMNS, (texts[0] if single else texts, ends[0] if single else ends, *usage), strict=True
+    ):
         while name in columns:
             name += CLASH
         columns[name] = value

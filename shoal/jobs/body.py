@@ -220,6 +220,16 @@ class EmbeddingBody(Body, frozen=True, forbid_unknown_fields=True, kw_only=True)
         return name in _EMBEDDING or name in _IGNORED
 
 
+class PassedBody(Body, frozen=True, kw_only=True):
+    """What is read of a body that a server answers: of the fields above `model` and `timeout` alone. The server gets
+    all of it but `timeout`, which is Shoal's own."""
+
+    url: str
+    sent: bytes  # with the job's defaults where the row is silent
+    echo: ClassVar[None] = None
+    logprobs: ClassVar[None] = None
+
+
 _EMBEDDING = frozenset("model input encoding_format dimensions truncate_prompt_tokens add_special_tokens".split())
 _IGNORED = frozenset(each.name for each in msgspec.structs.fields(Body) if isinstance(each.default, Raw))
 

@@ -45,6 +45,7 @@ class _Entry(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[_Score]
     scores: list[_Score]
     vector: bytes  # float32, as the machine has them
+    usage: tuple[int, int] | None = None  # entries of before have none
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ def pack(kept: Kept) -> bytes:
             [(s.token, s.logprob, s.rank, s.top) for s in sample.logprobs],
             [(s.token, s.logprob, s.rank, s.top) for s in kept.scores],
             array("f", sample.vector).tobytes(),
+            sample.usage,
         )
     )
 
@@ -81,7 +83,7 @@ def unpack(data: bytes) -> Kept:
     tokens: Tokens = _numbers(TOKEN, entry.tokens)
     logprobs = [TokenScore(*score) for score in entry.logprobs]
     vector = _numbers("f", entry.vector) if entry.vector else ()
-    sample = Sample(entry.text, tokens, entry.finish, entry.stop_reason, logprobs, vector)
+    sample = Sample(entry.text, tokens, entry.finish, entry.stop_reason, logprobs, vector, entry.usage)
     return Kept(sample, [TokenScore(*score) for score in entry.scores])
 
 

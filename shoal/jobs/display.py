@@ -42,6 +42,7 @@ class PlanFacts:
     device: str = "cpu"
     copies: int = 0  # rows that ask for what an earlier row asks for
     kv: str = ""  # how keys and values are kept
+    served: bool = False  # by servers, who count tokens, and have keys and values
 
     def lines(self) -> list[str]:
         """The plan in words, one fact a line."""
@@ -49,13 +50,19 @@ class PlanFacts:
         words = [
             f"model   {self.model} on {self.device}",
             f"input   {self.input}: {count(self.rows)} rows" + (f", {count(self.bad)} bad lines" if self.bad else ""),
-            f"plan    {count(self.prompt_tokens)} prompt tokens, {count(self.prompt_bound)} to compute: "
+            f"plan    {percent(saved, self.prompt_tokens)} of the prompts' text is shared, and sent in one piece "
+            f"({duration(self.seconds)})"
+            if self.served
+            else f"plan    {count(self.prompt_tokens)} prompt tokens, {count(self.prompt_bound)} to compute: "
             f"{percent(saved, self.prompt_tokens)} shared ({duration(self.seconds)})",
+        ]
+        memory = (
             f"memory  {size(self.kv_bytes)} for {count(self.kv_tokens)} tokens of keys and values"
             + (f" in {self.kv}" if self.kv else "")
             if self.kv_bytes or not self.kv_tokens
-            else "memory  no keys and values: whole texts, sorted by length",
-        ]
+            else "memory  no keys and values: whole texts, sorted by length"
+        )
+        words += [] if self.served else [memory]
         if self.copies:
             words.append(f"equal   {count(self.copies)} rows ask for what an earlier one asks for: they get its answer")
         if self.resumed:

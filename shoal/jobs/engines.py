@@ -5,6 +5,7 @@ It knows processes and what they say of themselves; it must not know rows, nor w
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from shoal.core.config import EngineConfig
 from shoal.core.errors import EngineDied, ShoalError
 from shoal.jobs.display import Display
 from shoal.jobs.meter import Meter
+from shoal.jobs.options import JobOptions
 from shoal.jobs.patience import Patience
 from shoal.jobs.stop import Stop, WallClock
 
@@ -26,6 +28,15 @@ def pause_after(deaths: int) -> float:
     """Seconds to wait after so many deaths in a row: none after the first, for most have nothing to do with what the
     machine is short of; then longer and longer, so that whatever took the memory may go."""
     return min(2.0 ** (deaths - 2), LONGEST) if deaths > 1 else 0.0
+
+
+def open_servers(options: JobOptions) -> Backend | None:
+    """The servers that answer in place of an engine; None where one of ours does."""
+    if not options.endpoints:
+        return None
+    from shoal.remote.backend import Servers  # here, so that other jobs need not load what speaks HTTP
+
+    return Servers(options.endpoints, os.environ.get("OPENAI_API_KEY", ""))
 
 
 class Engines:

@@ -12,21 +12,22 @@ from itertools import islice
 
 from shoal.core.errors import RowError, StateError
 from shoal.core.types import Finish, Output, Request, Tokens, TokenScore
-from shoal.jobs.answer import PromptAnswers, Sample
+from shoal.jobs.answer import PromptAnswers, Sample, count_tokens
 from shoal.jobs.cache import Kept
 from shoal.jobs.encode import RowEncoder
-from shoal.jobs.part import Part, loop_period, row_error
+from shoal.jobs.part import Part, loop_period
+from shoal.jobs.passing_encode import PassingEncoder
 from shoal.jobs.plan import Plan, Unit
 from shoal.jobs.read import Source
+from shoal.jobs.replies import ReplyPart
 from shoal.jobs.schema import RowSpec
 from shoal.jobs.watches import Straggler, Watches
-from shoal.text.detok import Detokenizer
-from shoal.text.tokenizer import Tokenizer
 
 WINDOW = 1024  # requests that wait in the engine: enough to choose from, few enough to look at in every step
 QUARANTINE = 8  # after a death, the rows that were in the engine come back in about so many groups
 
 Known = Callable[[bytes, int], Kept | None]  # the sample of this number of requests with this key
+AnyPart = Part | ReplyPart
 
 
 @dataclass(slots=True)
@@ -74,14 +75,14 @@ class Feed:
         self,
         plan: Plan,
         source: Source,
-        encoder: RowEncoder,
-        tokenizer: Tokenizer,
+        encoder: RowEncoder | PassingEncoder,
+        part: Callable[[Row, int, Request], AnyPart],
         done: Callable[[int], bool],
         known: Known | None = None,
     ) -> None:
-        """`done` says of an input line whether it has ended in an earlier run; `known` has the samples of requests
-        that need not be computed, by the request's key and the sample's number."""
-        self.source, self.encoder, self.tokenizer = source, encoder, tokenizer
+        """`part` says what a request of a row comes to, `done` of an input line whether it has ended in an earlier run;
+        `known` has the samples of requests that need not be computed, by the request's key and the sample's number."""
+        self.source, self.encoder, self._part = source, encoder, part
         self._done, self._known = done, known
         self.replan(plan)
         self._position = -1  # in the plan, of the unit taken last
@@ -89,12 +90,12 @@ class Feed:
         self._gap = 0  # row: those from the one that holds back the output up to here have ended
         self._hurried = -1  # row that was last moved up
         self._rows: dict[int, Row] = {}
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[str, AnyPart] = {}
         self._unstarted: set[str] = set()
         self._watches = Watches()
         self._drained: float | None = None  # when the last request had started
-        self._first: deque[Part] = deque()  # to be handed out before anything new
-        self._groups: deque[list[Part]] = deque()  # suspects: each group runs with nobody else in the engine
+        self._first: deque[AnyPart] = deque()  # to be handed out before anything new
+        self._groups: deque[list[AnyPart]] = deque()  # suspects: each group runs with nobody else in the engine
         self._quarantine = False
         self._exhausted = False
         self.prompt_tokens = 0  # of requests handed out
@@ -147,14 +148,14 @@ class Feed:
         """Hand out these instead of what the plan has left."""
         self._units = units
 
-    def _take(self) -> list[Part]:
+    def _take(self) -> list[AnyPart]:
         if self._groups or self._quarantine:
             if self._parts:
                 return []
             self._quarantine = bool(self._groups)
             if self._groups:
                 return self._groups.popleft()
-        parts: list[Part] = []
+        parts: list[AnyPart] = []
         if len(self._unstarted) > WINDOW // 2:
             return parts
         while len(self._unstarted) + len(parts) + len(self.ready) < WINDOW and (self._first or not self._exhausted):
@@ -172,7 +173,7 @@ class Feed:
                 parts += self._open(unit)
         return parts
 
-    def _open(self, unit: Unit) -> list[Part]:
+    def _open(self, unit: Unit) -> list[AnyPart]:
         row = self._rows.get(unit.row)
         if row is None:
             line, raw, spec = self.read(unit.row)
@@ -182,7 +183,7 @@ class Feed:
             row.asks[unit.prompt] = unit.ask
         requests = self.encoder.requests(row.line, row.spec, unit.prompt, unit.tokens, unit.index, unit.futures)
         return [
-            Part(row, unit.prompt, request, self._detokenizer(row.spec))
+            self._part(row, unit.prompt, request)
             for sample, request in enumerate(requests)
             if not self._recalled(row, unit, sample) and not self._skipped(row)
         ]
@@ -222,11 +223,6 @@ class Feed:
                 "bring the file back as it was and run the same command again"
             ) from error
 
-    def _detokenizer(self, spec: RowSpec) -> Detokenizer:
-        body = spec.body
-        keep = bool(body.include_stop_str_in_output)
-        return Detokenizer(self.tokenizer, body.skip_special_tokens is not False, spec.stop, keep, body.min_tokens or 0)
-
     # -- back --------------------------------------------------------------------------------------
 
     def started(self, ids: Iterable[str], now: float) -> None:
@@ -238,7 +234,7 @@ class Feed:
         if self._exhausted and self._drained is None and not (self._unstarted or self._first or self._groups):
             self._drained = now
 
-    def _start(self, part: Part, now: float) -> None:
+    def _start(self, part: AnyPart, now: float) -> None:
         row = part.row
         if row.began is None:
             row.began = now
@@ -290,7 +286,7 @@ class Feed:
         self._watches.stop(output.id)
         return self._end(part, output), cancel
 
-    def _end(self, part: Part, output: Output) -> Ended | None:
+    def _end(self, part: AnyPart, output: Output) -> Ended | None:
         row = part.row
         if output.timing is not None:
             timing = output.timing
@@ -299,12 +295,12 @@ class Feed:
             row.cached += int(timing["cached"])
             row.preemptions += int(timing["preemptions"])
         if output.finish in (Finish.REJECT, Finish.ERROR) and not part.over:
-            row.error = row.error or row_error(output.error)
+            row.error = row.error or part.error(output)
         else:
             sample = row.samples[part.number, part.request.sampling.sample] = part.sample(output)
             row.loop = max(row.loop, loop_period(row.spec, sample))
             if part.scores:
-                row.scores[part.number] = part.scores
+                row.scores[part.number] = list(part.scores)
         row.left -= 1
         return self._close(row) if row.left == 0 else None
 
@@ -320,9 +316,10 @@ class Feed:
                 )
                 for number in sorted(row.prompts)
             )
+        prompt, output = count_tokens(row.spec, row.prompts.values(), row.samples.values())
         stats: dict[str, object] = {
-            "prompt_tokens": sum(len(prompt) for prompt in row.prompts.values()),
-            "completion_tokens": sum(len(sample.tokens) for sample in row.samples.values()),
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
             "cached_tokens": row.cached,
             "preemptions": row.preemptions,
             **{f"{name}_seconds": round(value, 6) for name, value in row.seconds.items()},
@@ -353,9 +350,9 @@ class Feed:
         self._quarantine = bool(self._groups)
         return lines if len(lines) == 1 else []
 
-    def _fresh(self, part: Part) -> Part:
+    def _fresh(self, part: AnyPart) -> AnyPart:
         part.row.began = None  # another engine, another try
-        return Part(part.row, part.number, part.request, self._detokenizer(part.row.spec))
+        return self._part(part.row, part.number, part.request)
 
     def fail(self, line: int, error: RowError) -> Ended:
         """Give up on a row that is not in the engine."""

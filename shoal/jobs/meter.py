@@ -20,7 +20,7 @@ import psutil  # type: ignore[import-untyped]
 
 from shoal import __version__
 from shoal.client import News, Ready
-from shoal.jobs.display import Progress, Window
+from shoal.jobs.display import PlanFacts, Progress, Window
 from shoal.jobs.feed import Feed
 from shoal.jobs.files import disk_errors
 from shoal.jobs.plan import Plan
@@ -39,7 +39,7 @@ LONG, TIMES = 10.0, 4  # a row that runs longer than so many seconds, and so man
 LIBRARIES = ("torch", "tokenizers", "numpy")
 COUNTED = (
     "steps", "prompt_computed", "prompt_last", "prompt_preempted", "output_computed", "output_preempted",
-    "preemptions", "cached",
+    "preemptions", "cached", "requests", "refused", "broken",
 )  # fmt: skip
 
 
@@ -62,6 +62,7 @@ class Meter:
         self._processes = [psutil.Process()]
         self._steps: IO[str] | None = None
         self._facts = Report(Rows())
+        self._bound = 0  # prompt tokens to compute
         self._ended = self._ended_tokens = 0  # rows of this run, and the output tokens they came to
         self._ended_seconds, self._looped = 0.0, 0  # for which they ran; rows of them that repeat themselves
         self._answered: dict[str, int] | None = None  # counters when all rows had ended
@@ -75,8 +76,11 @@ class Meter:
 
     def note(self, job: Prepared, plan: Plan, results: Results) -> None:
         """Note what is known of the rows to be answered, before any is computed."""
+        served = job.options.endpoints  # by whom tokens are counted as they come; the plan's are units of text
+        self._bound = 0 if served else plan.bound
         self._facts = Report(
-            rows=Rows(results.status().total), tokens=Tokens(plan.prompt_tokens, plan.bound),
+            rows=Rows(results.status().total), endpoints=list(served),
+            tokens=Tokens() if served else Tokens(plan.prompt_tokens, plan.bound),
             versions={"shoal": __version__, **{name: version(name) for name in LIBRARIES}},
             manifest=job.manifest.hash, plan=plan.hash,
             model=job.name, weights=job.manifest.weight_mode, kv=job.manifest.kv_mode,
@@ -85,6 +89,23 @@ class Meter:
         facts = msgspec.json.encode(self._facts).decode()
         if results.journal.meta(FACTS) != facts:
             results.journal.set_meta(FACTS, facts)
+
+    def plan_facts(self, job: Prepared, plan: Plan, resumed: int) -> PlanFacts:
+        """What there is to say before any model work; `resumed` rows were answered by an earlier run."""
+        options, ready = job.options, self.ready
+        model = job.name + ("" if options.model else " (the embedded model)")
+        device = ready.device if ready else "a backend"
+        if options.endpoints:
+            model, device = options.model or "as the rows name it,", ", ".join(options.endpoints)
+        return PlanFacts(
+            input="standard input" if str(options.input) == "-" else str(options.input), model=model,
+            rows=plan.num_rows, bad=plan.num_bad, copies=plan.num_copies,
+            prompt_tokens=plan.prompt_tokens, prompt_bound=plan.bound,
+            kv_bytes=ready.kv_bytes if ready else 0,
+            kv_tokens=ready.num_blocks * ready.block_size if ready else 0,
+            seconds=self.plan_seconds, resumed=resumed, device=device,
+            kv=job.manifest.kv_mode if ready else "", served=bool(options.endpoints),
+        )  # fmt: skip
 
     def resume(self, results: Results) -> None:
         """Take over what earlier runs spent."""
@@ -185,7 +206,6 @@ class Meter:
         now: float,
     ) -> Progress:  # fmt: skip
         """The job at this moment; `free` of the rows to come cost nothing."""
-        plan = feed.plan
         computed, output = self.total("prompt_computed"), self.total("output_computed")
         oldest = feed.straggler(now)
         slow = max(LONG, TIMES * self._ended_seconds / max(self._ended, 1))
@@ -194,7 +214,7 @@ class Meter:
             rows_total=rows, rows_done=answered, rows_failed=failed, rows_written=written, waiting_for=waiting_for,
             tokens_in=computed + self.total("cached"), tokens_out=output, tokens_saved=self.total("cached"),
             work_done=computed + output,
-            work_left=self._work_left(max(plan.bound - computed, 0), output, rows - answered - free),
+            work_left=self._work_left(max(self._bound - computed, 0), output, rows - answered - free),
             kv_used=self._used_blocks * block, kv_total=self.ready.kv_bytes if self.ready else 0,
             looped=self._looped, straggler=oldest if oldest is not None and oldest.seconds > slow else None,
         )  # fmt: skip

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 
 from shoal.core.config import EngineConfig
 from shoal.core.errors import UsageError
+from shoal.remote.server import parse_url
 
 STDIN = Path("-")
+ADVICE = {
+    "adapter": "name it as the rows' model, if the server has it",
+    "seed": "give rows that draw a seed with --body '{\"seed\": 1}'",
+    "verify": "its answers are not promised to be the same again",
+}
 
 
 class Order(Enum):
@@ -72,6 +78,15 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def place_of(device: str, endpoint: str | None) -> str:
+    """Where the model runs: on a device, or at these addresses; a UsageError for both, and for what is no address."""
+    if endpoint is None:
+        return device
+    if device != "cpu":
+        raise UsageError(f"--device {device} is for an engine of ours, and --endpoint has none: leave one of them out")
+    return ",".join(parse_url(each) for each in endpoint.split(","))
+
+
 def parse_share(text: str) -> float:
     """A share of all rows from "1%" or "0.5%"; a UsageError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
@@ -94,7 +109,7 @@ class JobOptions:
     order: Order = Order.PLAN
     memory: int | None = None  # bytes for keys and values; None: what the machine has to spare
     step_tokens: int | None = None  # at most so many tokens in one step; None: the engine's default
-    device: str = "cpu"  # cpu, cuda or cuda:N
+    device: str = "cpu"  # where the model runs: cpu, cuda, cuda:N, or the addresses of servers, with commas
     weights: str = "auto"  # one of core/config's WEIGHTS; auto takes the checkpoint's
     kv: str = "auto"  # how keys and values are kept: as they come, or rounded to int8
     threads: int | None = None  # of the kernels; None: OMP_NUM_THREADS or the number of cores
@@ -115,7 +130,25 @@ class JobOptions:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; it must be a {kind.__module__}.{kind.__name__}")
         if not 0 <= self.verify <= 1:
             raise UsageError(f"verify is {self.verify!r}; it is a share of all rows, from 0 to 1")
-        self.engine()  # so that a wrong value is refused before anything is read
+        if self.endpoints:
+            self._check_endpoints()
+        else:
+            self.engine()  # so that a wrong value is refused before anything is read
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """The servers that answer in place of an engine of ours; none where one does."""
+        return tuple(map(parse_url, self.device.split(","))) if "://" in self.device else ()
+
+    def _check_endpoints(self) -> None:
+        """Refuse what only an engine of ours can be told."""
+        ours = ("adapter", "memory", "step_tokens", "weights", "kv", "threads", "seed", "verify")
+        defaults = {each.name: each.default for each in fields(self)} | {"adapter": {}}
+        for name in ours:
+            if getattr(self, name) != defaults[name]:
+                advice = ADVICE.get(name, "leave it out")
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} is for an engine of ours, and --endpoint has none: {advice}")
 
     def engine(self) -> EngineConfig:
         """What the engine is told. A UsageError for values that no engine can have."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +13,7 @@ from shoal.jobs.answer import Sample
 from shoal.jobs.loops import LOOP, Rule
 from shoal.jobs.schema import RowSpec
 from shoal.text.detok import Detokenizer
+from shoal.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from shoal.jobs.feed import Row
@@ -69,6 +71,10 @@ class Part:
         self.tokens.extend(tokens[:used])
         self.logprobs += output.logprobs[:used]
 
+    def error(self, output: Output) -> RowError:
+        """Why it has no answer."""
+        return row_error(output.error)
+
     def sample(self, output: Output) -> Sample:
         """The finished answer; `output` is the one that ended it."""
         self.text.append(self.detok.finish())
@@ -79,6 +85,18 @@ class Part:
         elif not self.looped and output.finish is Finish.STOP and self.tokens:
             reason = self.tokens[-1] if self.tokens[-1] in (self.row.spec.body.stop_token_ids or ()) else None
         return Sample("".join(self.text), self.tokens, finish, reason, self.logprobs, output.vector or ())
+
+
+def parts_of(tokenizer: Tokenizer) -> Callable[[Row, int, Request], Part]:
+    """What makes parts of a row's requests, whose answers are this tokenizer's tokens."""
+
+    def part(row: Row, number: int, request: Request) -> Part:
+        spec, body = row.spec, row.spec.body
+        keep = bool(body.include_stop_str_in_output)
+        special = body.skip_special_tokens is not False
+        return Part(row, number, request, Detokenizer(tokenizer, special, spec.stop, keep, body.min_tokens or 0))
+
+    return part
 
 
 def loop_period(spec: RowSpec, sample: Sample) -> int:

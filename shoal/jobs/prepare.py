@@ -9,17 +9,25 @@ import hashlib
 import os
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from shoal import __version__
 from shoal.core.errors import ModelError, UsageError
+from shoal.jobs.answer import AnswerWriter
 from shoal.jobs.encode import RowEncoder
+from shoal.jobs.feed import Feed, Known
 from shoal.jobs.files import Files
 from shoal.jobs.options import STDIN, JobOptions
+from shoal.jobs.part import parts_of
+from shoal.jobs.passing import Passing, parse_passed
+from shoal.jobs.passing_encode import PassingEncoder
+from shoal.jobs.plan import Plan
 from shoal.jobs.prompt import PromptTemplate
 from shoal.jobs.read import Source
+from shoal.jobs.replies import ReplyPart, ReplyWriter
 from shoal.jobs.settings import JobSettings, parse_defaults
 from shoal.jobs.spool import open_source
 from shoal.jobs.state import HASHES, Begin, Manifest, StateFolder, hash_files, open_state
@@ -46,12 +54,24 @@ class Prepared:
     begin: Begin
     manifest: Manifest
     source: Source
-    folder: Path  # of the model
-    name: str  # of the model
-    tokenizer: Tokenizer
-    encoder: RowEncoder
-    info: ModelInfo
-    created: int  # Unix time in answers
+    words: Words | ServedWords
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+        return self.words.name
+
+    def writer(self) -> AnswerWriter | ReplyWriter:
+        """What makes lines of answers."""
+        decided, shown = self.manifest.answers, self.options.openai
+        if isinstance(self.words, Words):
+            return AnswerWriter(self.words.tokenizer, decided, self.name, created(), shown)
+        return ReplyWriter(decided, shown)
+
+    def feed(self, plan: Plan, done: Callable[[int], bool], known: Known | None) -> Feed:
+        """What hands out the rows of a plan."""
+        part = parts_of(self.words.tokenizer) if isinstance(self.words, Words) else ReplyPart
+        return Feed(plan, self.source, self.words.encoder, part, done, known)
 
 
 def errors_path(output: Path) -> Path:
@@ -69,6 +89,26 @@ class Words:
     tokenizer: Tokenizer
     info: ModelInfo
     encoder: RowEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class ServedWords:
+    """A model that servers have: its name, if the job says it, and no words but the rows'."""
+
+    name: str
+    encoder: PassingEncoder
+
+
+def open_served(options: JobOptions) -> ServedWords:
+    """What reads the lines of a job that servers answer."""
+    settings = JobSettings(
+        model=options.model,
+        strict=options.strict,
+        prompt=None if options.prompt is None else PromptTemplate.parse(options.prompt),
+        chat=options.chat,
+        passing=Passing(options.model, parse_passed(options.body)),
+    )
+    return ServedWords(options.model, PassingEncoder(settings, options.endpoints))
 
 
 def open_words(options: JobOptions) -> Words:
@@ -92,7 +132,7 @@ def open_words(options: JobOptions) -> Words:
 
 def prepare(options: JobOptions, files: Files) -> Prepared:
     """Check and open everything. ShoalErrors say what is wrong before anything was changed, the lock apart."""
-    words = open_words(options)
+    words = open_served(options) if options.endpoints else open_words(options)
     form = form_of(options.output)
     errors = None if options.one_file and form == "jsonl" else errors_path(options.output)
     _check_input(options, errors)
@@ -100,16 +140,16 @@ def prepare(options: JobOptions, files: Files) -> Prepared:
     opened = False
     try:
         source = open_source(options.input, state.path, files, sys.stdin.buffer)
-        manifest = _manifest(options, state.path, files, words.folder, source, words.encoder)
+        if isinstance(words, Words):
+            manifest = _manifest(options, state.path, files, words.folder, source, words.encoder)
+        else:
+            manifest = _served_manifest(options, source)
         begin = state.begin(manifest)
         opened = True
     finally:
         if not opened:
             state.close()
-    return Prepared(
-        options, errors, form, state, begin, manifest, source, words.folder, words.name, words.tokenizer,
-        words.encoder, words.info, created(),
-    )  # fmt: skip
+    return Prepared(options, errors, form, state, begin, manifest, source, words)
 
 
 def created() -> int:
@@ -165,14 +205,10 @@ def _manifest(
         model=hashes,
         tokenizer=encoder.tokenizer.hash,
         template=template,
-        parameters={
+        parameters=_parameters(options)
+        | {
             "model": encoder.settings.model,
-            "strict": options.strict,
             "seed": options.seed,
-            "prompt": options.prompt,
-            "chat": options.chat,
-            "body": {name: value for name, value in options.body.items() if name != "timeout"},
-            "openai": options.openai,
             "context": encoder.model.context,
             "created": created(),
         },
@@ -181,8 +217,29 @@ def _manifest(
         adapters={name: _adapter_hash(Path(each), state, files) for name, each in options.adapter.items()},
         instruction_set=f"{options.device} {os.environ.get('SHOAL_ISA') or instruction_set()}",
         versions={"shoal": __version__, "arithmetic": arithmetic(), **{name: version(name) for name in LIBRARIES}},
-        layout={"order": options.order.value, "one_file": options.one_file},
+        layout=_layout(options),
     )
+
+
+def _served_manifest(options: JobOptions, source: Source) -> Manifest:
+    """Of a job that servers answer: what is asked is known, and by what it is answered they alone know. Their addresses
+    may change before the job has ended."""
+    asked = _parameters(options) | {"model": options.model, "endpoint": True}
+    return Manifest(source.fingerprint, {}, "", "", asked, "", "", "", {}, layout=_layout(options))
+
+
+def _parameters(options: JobOptions) -> dict[str, object]:
+    return {
+        "strict": options.strict,
+        "prompt": options.prompt,
+        "chat": options.chat,
+        "body": {name: value for name, value in options.body.items() if name != "timeout"},
+        "openai": options.openai,
+    }
+
+
+def _layout(options: JobOptions) -> dict[str, object]:
+    return {"order": options.order.value, "one_file": options.one_file}
 
 
 def _adapter_hash(folder: Path, state: Path, files: Files) -> str:

@@ -107,6 +107,16 @@ class Verified:
 
 
 @dataclass(frozen=True, slots=True)
+class Sent:
+    """What was asked of servers, which answer in place of an engine of ours, over all runs."""
+
+    requests: int = 0  # that were sent, in vain or not
+    refused: int = 0  # of them, those for which a server had no room
+    broken: int = 0  # of them, those that failed in passing or were lost on the way
+    prompt_cached: int = 0  # prompt tokens that the servers' own caches had, as they count them
+
+
+@dataclass(frozen=True, slots=True)
 class Seconds:
     """Where the time went. A job that was resumed adds up its runs."""
 
@@ -155,6 +165,8 @@ class Report:
     slowest: list[Slow] = field(default_factory=list)  # rows that ran longest, the longest first
     looped: int = 0  # rows whose answer ran into its limit while it repeated itself
     running: bool = False  # a run is at work on it now
+    endpoints: list[str] = field(default_factory=list)  # the servers that answered, in the last run
+    sent: Sent = Sent()
     disagree: list[str] = field(default_factory=list)  # what two records of the job say differently
 
     def problems(self) -> list[str]:
@@ -247,6 +259,25 @@ def prompt_line(tokens: Tokens, interrupted: bool = False, reused: int = 0) -> s
     return words
 
 
+def sent_line(sent: Sent) -> str:
+    """Requests, and those of them that were in vain."""
+    vain = [
+        f"{count(number)} {what}"
+        for number, what in ((sent.refused, "found no room"), (sent.broken, "were broken off or failed in passing"))
+        if number
+    ]
+    return f"{count(sent.requests)} requests" + (f", of which {' and '.join(vain)}: made again" if vain else "")
+
+
+def served_line(report: Report) -> str:
+    """Prompt tokens by the servers' own account."""
+    tokens, cached = report.tokens, report.sent.prompt_cached
+    words = f"{count(tokens.prompt)} in, by the servers' account"
+    words += f": their caches had {count(cached)} ({percent(cached, tokens.prompt)})" if cached else ""
+    reused = report.reused.prompt_tokens
+    return words + (f"; {count(reused)} of rows that were not computed" if reused else "")
+
+
 def reused_line(reused: Reused) -> str:
     """Rows that were not computed, and what that saved."""
     rows = [f"{count(reused.duplicates)} rows that ask for what an earlier one asks for"] if reused.duplicates else []
@@ -278,14 +309,17 @@ def facts(report: Report) -> list[tuple[str, str]]:
     interrupted = report.runs > 1 or report.engine_restarts > 0
     pairs = [
         ("rows", rows_line(report.rows)),
-        ("prompt tokens", prompt_line(tokens, interrupted, report.reused.prompt_tokens)),
+        (
+            "prompt tokens",
+            served_line(report) if report.endpoints else prompt_line(tokens, interrupted, report.reused.prompt_tokens),
+        ),
         ("output tokens", count(tokens.output)),
         (
             "time",
             f"{duration(seconds.wall)} ({duration(seconds.load)} loading, {duration(seconds.plan)} planning), "
             f"{duration(seconds.cpu)} of processor time{rate}",
         ),
-        ("steps", count(report.steps)),
+        ("sent", sent_line(report.sent)) if report.endpoints else ("steps", count(report.steps)),
         ("peak memory", size(report.peak_memory_bytes)),
     ]
     if report.reused != Reused():

@@ -11,7 +11,7 @@ from itertools import groupby
 
 import numpy as np
 
-from shoal.jobs.answer import PromptAnswers
+from shoal.jobs.answer import PromptAnswers, count_tokens
 from shoal.jobs.cache import AnswerCache, Kept
 from shoal.jobs.copies import Copies, free_stats
 from shoal.jobs.feed import Ended, Feed
@@ -63,11 +63,10 @@ class Reuse:
 
     def _ended(self, row: int, answers: tuple[PromptAnswers, ...]) -> Ended:
         line, raw, spec = self._feed.read(row)
-        stats: dict[str, object] = {
-            "prompt_tokens": sum(len(answer.prompt) for answer in answers),
-            "completion_tokens": sum(len(sample.tokens) for answer in answers for sample in answer.samples),
-        }
-        if loop := max((loop_period(spec, sample) for answer in answers for sample in answer.samples), default=0):
+        samples = [sample for answer in answers for sample in answer.samples]
+        prompt, output = count_tokens(spec, (answer.prompt for answer in answers), samples)
+        stats: dict[str, object] = {"prompt_tokens": prompt, "completion_tokens": output}
+        if loop := max((loop_period(spec, sample) for sample in samples), default=0):
             stats["loop_period"] = loop
         ended = Ended(row, line, raw, spec, answers, None, stats)
         return replace(ended, stats=free_stats(ended) | {"cache": True})

@@ -13,22 +13,22 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shoal.client import Backend, EngineProcess, News, Ready
+from shoal.client import Backend, EngineProcess, News
 from shoal.core.errors import EngineDied, RowError, ShoalError, UsageError
-from shoal.jobs.answer import AnswerWriter
 from shoal.jobs.cache import AnswerCache
 from shoal.jobs.crew import on_all_cores
-from shoal.jobs.display import Display, PlanFacts, Progress
-from shoal.jobs.engines import POLL, Engines, pause_after
+from shoal.jobs.display import Display, Progress
+from shoal.jobs.engines import POLL, Engines, open_servers, pause_after
 from shoal.jobs.feed import Ended, Feed, Known
 from shoal.jobs.files import DiskFiles, Files
 from shoal.jobs.meter import Meter
 from shoal.jobs.note import keep_note
 from shoal.jobs.options import JobOptions, Order
+from shoal.jobs.passing_encode import PassingEncoder
 from shoal.jobs.patience import Patience
 from shoal.jobs.plan import Order as PlanOrder
 from shoal.jobs.plan import Plan, build_plan
-from shoal.jobs.prepare import Prepared, prepare
+from shoal.jobs.prepare import Prepared, ServedWords, prepare
 from shoal.jobs.report import NAME as REPORT
 from shoal.jobs.report import print_report, read_report, write_report
 from shoal.jobs.results import Results, open_results
@@ -57,20 +57,22 @@ def run_job(
     console = console or Console(stderr=True)
     with stopping() as stop:
         # The process loads its libraries while we read, check and plan.
-        engine = EngineProcess(options.threads or 0) if backend is None else None
+        servers = open_servers(options) if backend is None else None
+        engine = EngineProcess(options.threads or 0) if backend is None and servers is None else None
         try:
             job = prepare(options, files)
             try:
                 ended = job.begin is JobBegin.FINISHED and (job.state.path / REPORT).is_file() and not options.verify
                 if ended and (again is None or again.idle(job.state.path)):
                     return _ended_before(job, console)
-                return _Job(job, files, console, stop, began, engine, backend, again).run()
+                return _Job(job, files, console, stop, began, engine, backend or servers, again).run()
             finally:
                 job.source.close()
                 job.state.close()
         finally:
-            if engine is not None:
-                engine.close()
+            for one in (engine, servers):
+                if one is not None:
+                    one.close()
 
 
 def _ended_before(job: Prepared, console: Console) -> int:
@@ -100,7 +102,7 @@ class _Job:
         self.job, self.files, self.console, self.stop, self.again = job, files, console, stop, again
         self.clock = WallClock()
         self.display = Display(console, self.clock, job.options.quiet)
-        self.writer = AnswerWriter(job.tokenizer, job.manifest.answers, job.name, job.created, job.options.openai)
+        self.writer = job.writer()
         self.meter = Meter(began)
         self.patience = Patience(self.meter.engine_seconds)
         threads = job.options.threads or 0
@@ -149,15 +151,15 @@ class _Job:
                 self.cache.close()
 
     def _feed(self, plan: Plan, results: Results, known: Known | None = None) -> Feed:
-        job = self.job
-        return Feed(plan, job.source, job.encoder, job.tokenizer, results.done, known)
+        return self.job.feed(plan, results.done, known)
 
     def _plan(self) -> Plan:
         job = self.job
-        order: PlanOrder = "input" if job.options.order is Order.INPUT else job.encoder.order
-        encoder = on_all_cores(job.encoder, job.info, job.source.size)
+        own = job.words.encoder
+        order: PlanOrder = "input" if job.options.order is Order.INPUT else own.order
+        encoder = own if isinstance(own, PassingEncoder) else on_all_cores(own, own.model, job.source.size)
         with self.display:
-            return build_plan(job.source, encoder, job.state.path, order, job.encoder.fingerprint, self._read)
+            return build_plan(job.source, encoder, job.state.path, order, own.fingerprint, self._read)
 
     def _read(self, rows: int, size: int) -> None:
         """Between two parts of the input that is being planned: stop here if asked to."""
@@ -201,25 +203,16 @@ class _Job:
     # -- the engine --------------------------------------------------------------------------------
 
     def _start(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> None:
-        config = replace(self.job.options.engine(), model=str(self.job.folder))
-        useful = plan.bound + min(plan.answer_tokens, config.max_sequences * self.job.info.context)
+        words = self.job.words
+        if isinstance(words, ServedWords):
+            return
+        config = replace(self.job.options.engine(), model=str(words.folder))
+        useful = plan.bound + min(plan.answer_tokens, config.max_sequences * words.info.context)
         self.engines.start(config, useful, meanwhile)
 
     def _say_plan(self, plan: Plan, results: Results) -> None:
-        ready: Ready | None = self.meter.ready
-        options, done = self.job.options, results.status().answered - plan.num_bad - self.reuse.recalled
-        name = "standard input" if str(options.input) == "-" else str(options.input)
-        self.display.plan(
-            PlanFacts(
-                input=name, model=self.job.name + ("" if options.model else " (the embedded model)"),
-                rows=plan.num_rows, bad=plan.num_bad, copies=plan.num_copies,
-                prompt_tokens=plan.prompt_tokens, prompt_bound=plan.bound,
-                kv_bytes=ready.kv_bytes if ready else 0,
-                kv_tokens=ready.num_blocks * ready.block_size if ready else 0,
-                seconds=self.meter.plan_seconds, resumed=max(done, 0), device=ready.device if ready else "a backend",
-                kv=self.job.manifest.kv_mode if ready else "",
-            )
-        )  # fmt: skip
+        done = results.status().answered - plan.num_bad - self.reuse.recalled
+        self.display.plan(self.meter.plan_facts(self.job, plan, max(done, 0)))
 
     def _revive(self, plan: Plan, feed: Feed, results: Results, death: EngineDied) -> None:
         """Start another engine in place of a dead one, and give up on a row that has killed it twice alone."""
@@ -362,7 +355,8 @@ class _Job:
 
     def _greet(self, name: str | None) -> None:
         """Say once that rows may name any model, and which one answers them."""
-        if name not in (None, self.job.name, *self.job.options.adapter) and not self.strangers:
+        known = (None, self.job.name, *self.job.options.adapter)
+        if name not in known and not self.strangers and not self.job.options.endpoints:
             self.strangers = True
             self.display.warn(f"rows name the model {name!r}; {self.job.name} answers all (--strict refuses them)")
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from shoal.core.errors import RowError
 from shoal.core.types import Constraint
-from shoal.jobs.body import FIELDS, ChatBody, CompletionBody, EmbeddingBody, Message
+from shoal.jobs.body import FIELDS, ChatBody, CompletionBody, EmbeddingBody, Message, PassedBody
 from shoal.jobs.complain import UNKNOWN, explain, not_json, unsupported
 from shoal.jobs.constrain import wanted
 from shoal.jobs.loops import Rule, rule_of
@@ -30,7 +30,7 @@ EMBEDDINGS_URL = "/v1/embeddings"
 TEMPLATE_NAMES = frozenset("messages tools add_generation_prompt continue_final_message chat_template tokenize".split())
 
 Endpoint = Literal["chat", "completions", "embeddings", "plain"]
-AnyBody = ChatBody | CompletionBody | EmbeddingBody
+AnyBody = ChatBody | CompletionBody | EmbeddingBody | PassedBody
 
 
 class RowSpec(msgspec.Struct, frozen=True):
@@ -206,12 +206,14 @@ def _request_row(raw: bytes, settings: JobSettings, line: int | None = None) -> 
     url = _check_envelope(envelope)
     assert isinstance(envelope.body, msgspec.Raw)
     endpoint, decoder = _REQUESTS[url]
-    parsed: AnyBody
+    body: AnyBody
     try:
-        parsed = decoder.decode(envelope.body)
+        if settings.passing is not None:
+            body = settings.passing.body(url, _row.decode(envelope.body))
+        else:
+            body = settings.complete(decoder.decode(envelope.body))
     except msgspec.ValidationError as error:
         raise explain(error, "body") from None
-    body = settings.complete(parsed)
     row = RowSpec(envelope.custom_id, endpoint, body, raw, None, line or None)
     _check(row, settings)
     return row
@@ -291,6 +293,9 @@ def _plain_row(raw: bytes, settings: JobSettings) -> RowSpec:
             "malformed_row",
         )
     columns = _row.decode(raw)
+    if settings.passing is not None:
+        passed = settings.passing.plain(columns, settings.prompt, settings.chat)
+        return RowSpec(None, "plain", passed, raw, columns, line)
     body: ChatBody | CompletionBody
     if settings.prompt is None and "messages" in columns:
         body = _chat.decode(b'{"messages":%b}' % bytes(columns["messages"]))
@@ -311,6 +316,8 @@ def _check(row: RowSpec, settings: JobSettings) -> None:
     if asked and (settings.strict or settings.adapters) and body.model not in settings.names:
         served = ", ".join(settings.names)
         raise RowError(f"the model {body.model!r} does not exist; this job serves {served}", "model_not_found", "model")
+    if isinstance(body, PassedBody):
+        return  # what its fields may say is the server's to judge
     for name in ("stream", "use_beam_search"):
         if getattr(body, name):
             raise unsupported(name)

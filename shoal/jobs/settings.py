@@ -11,6 +11,7 @@ import msgspec
 from shoal.core.errors import RowError, UsageError
 from shoal.jobs.body import FIELDS, Body, ChatBody, CompletionBody, EmbeddingBody
 from shoal.jobs.loops import rule_of
+from shoal.jobs.passing import Passing
 from shoal.jobs.prompt import PromptTemplate
 
 B = TypeVar("B", bound=Body)
@@ -47,6 +48,7 @@ class JobSettings:
     prompt: PromptTemplate | None = None  # plain rows: how a row's columns become its prompt
     chat: bool = False  # plain rows: the prompt is a user's message
     defaults: Defaults = Defaults()  # body fields for rows that are silent about them, from `parse_defaults`
+    passing: Passing | None = None  # how rows are read that a server answers; they have its fields, not ours
 
     @property
     def plain(self) -> bool:

@@ -16,7 +16,7 @@ from shoal.core.errors import StateError, fault_of
 from shoal.jobs.journal import NAME as JOURNAL
 from shoal.jobs.journal import Status
 from shoal.jobs.look import View, is_running
-from shoal.jobs.report import NAME, Again, Failures, Report, Reused, Rows, Seconds, Slow, Tokens, read_report
+from shoal.jobs.report import NAME, Again, Failures, Report, Reused, Rows, Seconds, Sent, Slow, Tokens, read_report
 from shoal.jobs.state import FINISHED, folder_of
 
 FACTS = "facts"  # key in the journal: a Report of what is known before anything was answered
@@ -34,6 +34,7 @@ def tally(facts: Report, stats: Iterable[tuple[int, Status, str]], spent: Mappin
     ended, errors = Counter[Status](), dict[str, Failures]()
     output = looped = 0
     free = Counter[str]()
+    served = Counter[str]()  # tokens as servers count them
     slow: list[tuple[float, int, Slow]] = []
     for line, status, text in stats:
         noted = json.loads(text)
@@ -41,6 +42,9 @@ def tally(facts: Report, stats: Iterable[tuple[int, Status, str]], spent: Mappin
         tokens = noted.get("completion_tokens", 0) if status == "ok" else 0
         output += tokens
         looped += "loop_period" in noted
+        if facts.endpoints:
+            served["prompt"] += noted.get("prompt_tokens", 0)
+            served["cached"] += noted.get("cached_tokens", 0)
         if "copy_of" in noted or "cache" in noted:
             kind = "cached" if "cache" in noted else "copied"
             free[kind] += status == "ok" or kind == "cached"
@@ -53,6 +57,13 @@ def tally(facts: Report, stats: Iterable[tuple[int, Status, str]], spent: Mappin
         if status != "ok":
             add_failure(errors, code_of(status, noted), line, noted.get("message", ""))
     spent = Counter(spent)
+    if facts.endpoints:
+        computed = served["prompt"] - served["cached"] - free["copied prompt"] - free["cached prompt"]
+        facts = replace(
+            facts, tokens=Tokens(served["prompt"], computed),
+            sent=Sent(int(spent["requests"]), int(spent["refused"]), int(spent["broken"]), served["cached"]),
+        )  # fmt: skip
+        spent.update(prompt_computed=computed - spent["prompt_computed"])
     computed = int(spent["prompt_computed"] - spent["prompt_last"])
     again = max(0, computed - facts.tokens.prompt_bound)
     preempted = min(int(spent["prompt_preempted"]), again)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from shoal.core.types import Finish, Output, Request
 from shoal.jobs.answer import AnswerWriter
 from shoal.jobs.feed import Feed
+from shoal.jobs.part import parts_of
 from shoal.preview.look import Looked
 
 TOKENS = 64  # of a long pretended answer; the others have one
@@ -33,7 +34,7 @@ class Paperwork:
 def measure(looked: Looked) -> Paperwork:
     """Hand out the first requests, answer every other one with many tokens, and take the answers."""
     words = looked.words
-    feed = Feed(looked.plan, looked.source, words.encoder, words.tokenizer, lambda line: False)
+    feed = Feed(looked.plan, looked.source, words.encoder, parts_of(words.tokenizer), lambda line: False)
     writer = AnswerWriter(words.tokenizer, "0" * 64, words.name, 0, False)
     began = time.perf_counter()
     requests, _ = feed.next(began)

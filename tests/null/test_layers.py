@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "shoal"
 
 TENSOR_FREE = {"core", "kv", "sched", "engine", "sim"}
-JOB_SIDE = {"core", "engine", "text", "models", "client"}
+JOB_SIDE = {"core", "engine", "text", "models", "client", "remote"}
 EVERYTHING = {"core", "kv", "sched", "engine", "kernels", "nn", "runtime", "text", "models"}
 
 # layer -> the layers of shoal it may import, itself apart. Imports go down only.
@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "build": EVERYTHING,
     "host": {"core", "engine", "build", "client"},
     "client": {"core", "engine"},
+    "remote": {"core", "client"},
     "jobs": JOB_SIDE,
     "llm": EVERYTHING | {"build", "jobs"},
     "bench": EVERYTHING | {"build", "client", "host", "jobs"},
@@ -57,6 +58,7 @@ OUTSIDE: dict[str, set[str]] = {
     "build": {"torch", "psutil", "numpy"},
     "host": {"torch", "msgspec", "psutil"},
     "client": {"msgspec", "psutil"},
+    "remote": {"httpx2", "msgspec", "numpy"},
     "jobs": {"numpy", "msgspec", "pyarrow", "rich", "psutil", "jinja2"},
     "llm": {"torch", "numpy", "rich"},
     "bench": {"torch", "numpy"},
@@ -173,7 +175,7 @@ def without_torch(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-TORCH_FREE_FOLDERS = ("core", "kv", "sched", "sim", "jobs", "text", "show", "preview")
+TORCH_FREE_FOLDERS = ("core", "kv", "sched", "sim", "jobs", "text", "show", "preview", "remote")
 
 
 @pytest.mark.parametrize("folder", TORCH_FREE_FOLDERS)

@@ -21,7 +21,9 @@ FAULTS: dict[str, Fault] = {
     # It could be answered, here or with more memory.
     **dict.fromkeys(("kv_exhausted", "internal"), "ours"),
     # It was never answered, and may be at the next try.
-    **dict.fromkeys(("engine_died", "batch_expired", "batch_cancelled"), "transient"),
+    **dict.fromkeys(
+        ("engine_died", "batch_expired", "batch_cancelled", "server_error", "no_reply", "bad_reply"), "transient"
+    ),
 }  # fmt: skip
 """Every error code of a row; what stands in an errors file, and what `shoal retry` runs again, follows from it."""
 

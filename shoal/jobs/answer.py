@@ -21,7 +21,9 @@ from shoal.jobs.logprobs import TokenNames, chat_logprobs, completion_logprobs, 
 from shoal.jobs.schema import RowSpec, unwrap
 
 NOT_EXECUTED = frozenset(("batch_expired", "batch_cancelled"))  # failures of rows that never ran: no response
-STATUS = {"model_not_found": 404, "engine_died": 500, "internal": 500}  # of other codes: 400
+STATUS = {  # of other codes: 400
+    "model_not_found": 404, "engine_died": 500, "internal": 500, "server_error": 502, "bad_reply": 502, "no_reply": 504,
+}  # fmt: skip
 PLAIN_COLUMNS = ("answer", "finish_reason", "prompt_tokens", "completion_tokens")
 CLASH = "_shoal"  # added to the name of an answer's column where the row has a column of that name
 

@@ -17,7 +17,9 @@ from itertools import islice
 from shoal.jobs.feed import Ended, Feed
 
 SOME = 256  # copies made in one round, as many as are committed at once: the engine waits for nobody
-LUCK = frozenset(("internal", "engine_died", "row_timeout"))  # failures that a row may have had by bad luck
+LUCK = frozenset("internal engine_died row_timeout server_error no_reply bad_reply".split())
+"""Failures that a row may have had by bad luck."""
+
 TRIES = 3  # rows of a group that may fail by bad luck before the others are not tried: each may cost two engines
 
 

@@ -1,0 +1,282 @@
+"""A job over servers: each row is answered once, whatever the servers do, and whatever becomes of the job."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.core.errors import ShoalError, UsageError
+from shoal.jobs.options import JobOptions
+from shoal.remote.backend import Servers
+from tests.null.bad_server import FAULTS, BadServer, answer_to, prompt_of, script_of_all, serving
+from tests.null.echo_job import EchoJob, chat, completion, interrupt, job
+from tests.null.echo_job import Watched as Looked
+
+__all__ = ["job"]
+ROOT = Path(__file__).resolve().parents[2]
+KEY = "sk-a-key-that-nobody-may-find"
+
+Make = Callable[..., EchoJob]
+
+
+def embedding(number: int, texts: Any) -> str:
+    body = {"model": "any", "input": texts}
+    return json.dumps({"custom_id": f"r{number}", "method": "POST", "url": "/v1/embeddings", "body": body})
+
+
+def mixed(number: int) -> list[str]:
+    """Rows of all kinds, no two alike."""
+    rows = []
+    for i in range(number):
+        kind = i % 4
+        if kind == 0:
+            rows.append(completion(i, f"Once there was a fish {i}", logprobs=2, made_up_field=[1, {"a": None}]))
+        elif kind == 1:
+            rows.append(embedding(i, [f"text {i}", f"longer text {i}", "x"]))
+        else:
+            rows.append(chat(i, f"Question {i}", n=1 + i % 3))
+    return rows
+
+
+def run(job: EchoJob, *servers: BadServer, **more: Any) -> int:
+    """Run a job over these servers with little patience."""
+    options = {name: more.pop(name) for name in ("stalled", "nobody", "tries") if name in more}
+    backend = Servers([server.url for server in servers], KEY, **{"stalled": 0.4, **options})
+    try:
+        return job.run(backend, device=",".join(server.url for server in servers), **more)
+    finally:
+        backend.close()
+
+
+def check_answers(job: EchoJob, rows: list[str]) -> None:
+    """Every row has its own answer, in its place, whole and in order."""
+    answers = job.answers()
+    assert [line["custom_id"] for line in answers] == [json.loads(row)["custom_id"] for row in rows]
+    for row, line in zip(rows, answers, strict=True):
+        asked, reply = json.loads(row)["body"], line["response"]["body"]
+        if "input" in asked:
+            assert [one["embedding"][0] for one in reply["data"]] == [len(text) for text in asked["input"]]
+            continue
+        texts = [one["text"] if "prompt" in asked else one["message"]["content"] for one in reply["choices"]]
+        assert texts == [answer_to(prompt_of(asked), index) for index in range(asked.get("n", 1))]
+
+
+def test_every_row_is_answered_once_whatever_the_server_does(job: Make) -> None:
+    rows = mixed(120)
+    this = job(rows)
+    with serving(script_of_all) as server:
+        assert run(this, server) == 0
+        faults = {fault for prompt in server.answered for fault in script_of_all(prompt)}
+        assert faults == set(FAULTS)
+        assert set(server.answered.values()) == {1} and len(server.answered) == 120
+        check_answers(this, rows)
+        report = this.report
+        assert report.rows.ok == 120 and not report.problems()
+        assert report.sent.requests == len(server.asked) > 120
+        assert report.sent.requests == 120 + report.sent.refused + report.sent.broken
+
+
+def test_a_job_that_is_interrupted_goes_on_and_no_row_is_answered_twice(job: Make) -> None:
+    rows = mixed(60)
+    this = job(rows)
+    with serving(script_of_all) as server:
+        for stop in (3, 2, 4):
+            backend = Servers([server.url], stalled=0.4)
+            code = this.run(Looked(backend, interrupt(stop)), device=server.url)
+            backend.close()
+            assert code in (0, 5)
+        assert run(this, server) == 0
+        check_answers(this, rows)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_job_that_is_killed_goes_on_and_no_row_is_lost_or_doubled(tmp_path: Path, seed: int) -> None:
+    rows = mixed(200)
+    (tmp_path / "in.jsonl").write_text("\n".join(rows) + "\n")
+    out, kills, chance = tmp_path / "out.jsonl", 0, random.Random(seed)
+    with serving(lambda prompt: [one for one in script_of_all(prompt) if one != "stall"], room=6) as server:
+        server.seconds = 0.03
+        command = [sys.executable, "-m", "shoal", "run", "-q", "-i", str(tmp_path / "in.jsonl"), "-o", str(out)]
+        command += ["--endpoint", server.url]
+        while kills < 4:
+            before = len(server.answered)
+            process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OPENAI_API_KEY": KEY})
+            while process.poll() is None and len(server.answered) < before + chance.randrange(5, 40):
+                time.sleep(0.01)
+            if process.poll() is not None:
+                break
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        assert subprocess.run(command, cwd=ROOT, env={**os.environ, "OPENAI_API_KEY": KEY}).returncode == 0
+        assert kills >= 2
+        again = sum(count - 1 for count in server.answered.values())
+    this = EchoJob(tmp_path, rows)
+    check_answers(this, rows)
+    assert this.report.rows.ok == 200 and not this.report.problems()
+    # What was in flight, or answered in the half second before a commit, is asked for again, and no more.
+    assert again <= kills * (6 + 40)
+    for path in [out, *tmp_path.glob("out.jsonl.shoal/*")]:
+        assert KEY.encode() not in path.read_bytes()
+
+
+def test_the_key_goes_into_the_header_and_nowhere_else(job: Make) -> None:
+    this = job([chat(i) for i in range(3)])
+    with serving() as server:
+        assert run(this, server) == 0
+        assert {one["Authorization"] for one in server.headers} == {f"Bearer {KEY}"}
+    kept = [path for path in this.root.rglob("*") if path.is_file()]
+    assert len(kept) > 4 and not [path for path in kept if KEY.encode() in path.read_bytes()]
+    assert KEY not in this.said
+
+
+def test_bodies_are_passed_on_with_what_the_job_adds(job: Make) -> None:
+    own = {"tools": [{"type": "function", "function": {"name": "f"}}], "unknown": 1.50, "timeout": 60}
+    this = job([chat(1, "a", **own), chat(2, "b", top_k=7)], body={"top_k": 3, "later": {"x": 1}})
+    with serving() as server:
+        assert run(this, server) == 0
+        first, second = sorted(server.bodies, key=lambda body: str(body["messages"]))
+    added = {"top_k": 3, "later": {"x": 1}}
+    assert first | {"timeout": 60} == json.loads(this.rows[0])["body"] | added and "timeout" not in first
+    assert (second["top_k"], second["later"]) == (7, {"x": 1})
+
+
+def test_rows_without_a_model_get_the_jobs(job: Make) -> None:
+    bare = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}
+    this = job([json.dumps(bare), completion(2, "y")], model="some/model")
+    with serving() as server:
+        assert run(this, server) == 0
+        assert {body["prompt"]: body["model"] for body in server.bodies} == {"x": "some/model", "y": "any"}
+
+
+def test_plain_rows_come_back_with_their_answers(job: Make) -> None:
+    this = job(['{"text": "one", "k": 1}', '{"text": "two", "k": 2}', '{"k": 3}'], prompt="Say {text}", chat=True)
+    with serving() as server:
+        assert run(this, server) == 3
+    assert this.codes() == ["missing_column"]
+    assert this.answers()[0] == {
+        "text": "one", "k": 1, "answer": answer_to("Say one"), "finish_reason": "stop", "prompt_tokens": 7,
+        "completion_tokens": 3,
+    }  # fmt: skip
+
+
+def test_a_row_that_the_server_refuses_is_the_rows_fault_and_asked_once(job: Make) -> None:
+    this = job([chat(i, f"Question {i}") for i in range(8)])
+    with serving(lambda prompt: ["400"] * 99 if prompt.endswith("3") else ()) as server:
+        assert run(this, server) == 3
+        assert server.asked.count("Question 3") == 1
+    (failed,) = this.failures()
+    assert (
+        this.codes() == ["context_length_exceeded"] and "as told: 400" in failed["response"]["body"]["error"]["message"]
+    )
+    assert (failed["x_shoal"]["fault"], failed["custom_id"]) == ("yours", "r3")
+
+
+@pytest.mark.parametrize("fault, code", [("500", "server_error"), ("drop", "no_reply"), ("no json", "bad_reply")])
+def test_a_row_that_fails_each_time_is_given_up_and_the_others_are_not(job: Make, fault: str, code: str) -> None:
+    this = job([chat(i, f"Question {i}") for i in range(8)])
+    bad = [fault] * 3
+    with serving(lambda prompt: bad if prompt.endswith("3") else ()) as server:
+        assert run(this, server, tries=3) == 3
+        assert server.asked.count("Question 3") == 3
+        assert this.codes() == [code] and this.failures()[0]["x_shoal"]["fault"] == "transient"
+        assert len(this.answers()) == 7
+
+
+def test_a_refused_key_ends_the_job_and_costs_no_row(job: Make) -> None:
+    this = job([chat(i) for i in range(8)])
+    with serving(lambda prompt: ["401"]) as server:
+        with pytest.raises(ShoalError, match="OPENAI_API_KEY") as caught:
+            run(this, server)
+        assert caught.value.exit_code == 2 and not this.failures()
+        server.script = lambda prompt: ()
+        assert run(this, server) == 0 and len(this.answers()) == 8
+
+
+def test_a_server_that_is_not_there_ends_the_job_and_costs_no_row(job: Make) -> None:
+    this = job([chat(i) for i in range(8)])
+    with serving() as server:
+        gone = server.url
+    backend = Servers([gone], nobody=0.3)
+    with pytest.raises(ShoalError, match="no server answers at http://127.0.0.1"):
+        this.run(backend, device=gone)
+    backend.close()
+    with serving() as server:  # at another address
+        assert run(this, server) == 0 and len(this.answers()) == 8
+
+
+def test_a_server_that_goes_away_leaves_its_rows_to_the_other(job: Make) -> None:
+    rows = [chat(i, f"Question {i}") for i in range(200)]
+    this = job(rows)
+    with serving() as stays, serving() as goes:
+        goes.script = lambda prompt: ["drop"] if len(goes.asked) > 20 else ()
+        goes.seconds = stays.seconds = 0.005
+        assert run(this, stays, goes) == 0
+        assert len(stays.answered) > 100 and len(stays.answered | goes.answered) == 200
+    check_answers(this, rows)
+
+
+def test_equal_rows_that_are_settled_are_asked_once_and_others_each(job: Make) -> None:
+    cold = [chat(i, "same", temperature=0) for i in range(5)]
+    warm = [chat(10 + i, "same", temperature=1) for i in range(5)]
+    this = job(cold + warm)
+    with serving() as server:
+        assert run(this, server) == 0
+        assert len(server.asked) == 6
+    check_answers(this, cold + warm)
+    assert this.report.reused.duplicates == 4 and this.report.tokens.output == 30
+
+
+def test_the_cache_answers_a_later_job_over_the_same_servers(job: Make, tmp_path: Path) -> None:
+    rows = [chat(i, f"Q {i}", temperature=0) for i in range(6)] + [chat(9, "drawn", temperature=1)]
+    with serving() as server:
+        first, second = job(rows), job(rows)
+        assert run(first, server, cache=tmp_path / "cache") == 0
+        assert run(second, server, cache=tmp_path / "cache") == 0
+        assert len(server.asked) == 8
+        assert second.report.reused.cached == 6 and second.report.reused.prompt_tokens == 6 * 3
+    assert first.answers()[:6] == second.answers()[:6]
+
+
+def test_rows_that_share_a_beginning_are_sent_one_after_the_other(job: Make) -> None:
+    texts = ["".join(chr(97 + family) * 200) + f" question {i}" for i in range(8) for family in range(5)]
+    this = job([chat(i, text) for i, text in enumerate(texts)])
+    with serving(room=1) as server:
+        assert run(this, server) == 0
+        served = [text[0] for text in server.asked]
+    changes = sum(one != other for one, other in zip(served, served[1:], strict=False))
+    assert changes < 12, served  # in file order they would be 39
+
+
+def test_a_row_whose_time_is_up_fails_and_its_call_is_broken_off(job: Make) -> None:
+    this = job([chat(1, "slow", timeout=0.3), chat(2, "quick")])
+    with serving(lambda prompt: ["stall"] * 9 if prompt == "slow" else ()) as server:
+        assert run(this, server, stalled=5.0) == 3
+    assert this.codes() == ["row_timeout"] and len(this.answers()) == 1
+
+
+def test_the_limit_that_a_server_has_is_found_and_kept(job: Make) -> None:
+    this = job([chat(i, f"Question {i}") for i in range(600)])
+    with serving(room=12) as server:
+        server.seconds = 0.02
+        assert run(this, server) == 0
+        assert server.refused < 120, server.refused
+    assert len(this.answers()) == 600
+
+
+def test_what_only_an_engine_of_ours_can_be_told_is_refused() -> None:
+    place = {"input": Path("a"), "output": Path("b"), "device": "http://localhost:1/v1"}
+    assert JobOptions(**place).endpoints == ("http://localhost:1/v1",)
+    for name, value in {"memory": 1, "weights": "int8", "verify": 0.1, "seed": 3, "adapter": {"a": "b"}}.items():
+        with pytest.raises(UsageError, match="--endpoint"):
+            JobOptions(**place, **{name: value})

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from shoal.core.errors import UsageError
 from shoal.remote.limit import Limit
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds after a refusal that does not say for how long
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 30.0  # seconds after a refusal that does not say for how long
 
 
 def parse_url(text: str) -> str:

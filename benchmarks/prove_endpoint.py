@@ -107,7 +107,8 @@ def answer(source: Path, out: Path, order: Order, url: str) -> dict[str, Any]:
     print(f"{order.value:6} {seconds:6.2f} s  {tokens / seconds:7.1f} tokens/s  {report.sent}", flush=True)
     return {
         "order": order.value, "seconds": round(seconds, 3), "rows": report.rows.ok,
-        "prompt_tokens": report.tokens.prompt, "output_tokens": report.tokens.output, "tokens_per_second": round(tokens / seconds, 2),
+        "prompt_tokens": report.tokens.prompt, "output_tokens": report.tokens.output,
+        "tokens_per_second": round(tokens / seconds, 2),
         "requests": report.sent.requests, "all_rows_once_in_order": once and not report.problems(),
     }  # fmt: skip
 

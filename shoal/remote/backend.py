@@ -225,7 +225,7 @@ class Servers:
         except (httpx.ConnectError, httpx.ConnectTimeout):
             return None
         except (TimeoutError, httpx.TimeoutException):
-            return Again("no_reply", f"the server has not answered for {min(stall, self._stalled):g} s", wait=0.0)
+            return Again("no_reply", f"the server has not answered for {min(stall, self._stalled):g} s", late=True)
         except (httpx.TransportError, httpx.DecodingError) as error:
             return Again("no_reply", f"the connection was lost before the answer was whole ({type(error).__name__})")
         return judge(call, response.status_code, response.headers, response.content)
@@ -239,7 +239,7 @@ class Servers:
             self._queue.give_back(this.call)
             return
         self._counts["broken"] += 1
-        if verdict.code == "no_reply":
+        if verdict.late:
             server.limit.refused(now, sent)
         this.tries += 1
         if this.tries >= self._tries:

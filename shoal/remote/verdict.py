@@ -33,6 +33,7 @@ class Again:
     why: str
     overload: bool = False  # the server is to have fewer calls, and the row has lost no try
     wait: float | None = None  # seconds that the server asks for
+    late: bool = False  # no answer came for long: the server may have too many calls
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,8 +145,8 @@ def token_words(progress: Progress, rates: Rates) -> str:
 
 
 def memory_words(progress: Progress) -> str:
-    """How full the memory for keys and values is."""
-    return f"memory {size(progress.kv_used)} of {size(progress.kv_total)}"
+    """How full the memory for keys and values is; nothing where there is none."""
+    return f"memory {size(progress.kv_used)} of {size(progress.kv_total)}" if progress.kv_total else ""
 
 
 def left_words(rates: Rates) -> str:
@@ -157,7 +157,8 @@ def left_words(rates: Rates) -> str:
 def plain_line(progress: Progress, rates: Rates) -> str:
     """Everything in one line, for logs."""
     return "; ".join(
-        [rows_words(progress), token_words(progress, rates), memory_words(progress), left_words(rates)]
+        [rows_words(progress), token_words(progress, rates)]
+        + [words for words in (memory_words(progress), left_words(rates)) if words]
         + ([str(progress.straggler)] if progress.straggler else []),
     )
 
@@ -167,7 +168,7 @@ def picture(progress: Progress, rates: Rates) -> Group:
     bar = Table.grid(padding=(0, 1))
     bar.add_row(ProgressBar(total=max(progress.rows_total, 1), completed=progress.rows_done, width=30),
                 Text(rows_words(progress)))  # fmt: skip
-    last = f"{memory_words(progress)}, {left_words(rates)}"
+    last = ", ".join(words for words in (memory_words(progress), left_words(rates)) if words)
     last += f"; {progress.straggler}" if progress.straggler else ""
     return Group(bar, Text(token_words(progress, rates)), Text(last))
 

@@ -149,6 +149,8 @@ class JobOptions:
                 advice = ADVICE.get(name, "leave it out")
                 flag = name.replace("_", "-")
                 raise UsageError(f"--{flag} is for an engine of ours, and --endpoint has none: {advice}")
+        if self.strict and not self.model:
+            raise UsageError("--strict holds rows to one model: with --endpoint say which by --model")
 
     def engine(self) -> EngineConfig:
         """What the engine is told. A UsageError for values that no engine can have."""

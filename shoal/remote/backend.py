@@ -22,6 +22,7 @@ import httpx2 as httpx
 from shoal.client import News
 from shoal.core.errors import ShoalError, UsageError
 from shoal.core.types import Finish, Output, Request
+from shoal.remote.limit import MOST
 from shoal.remote.queue import Queue
 from shoal.remote.server import Server
 from shoal.remote.verdict import Again, End, Verdict, judge
@@ -53,7 +54,7 @@ class Servers:
         self, urls: Sequence[str], key: str = "", stalled: float = STALLED, nobody: float = NOBODY, tries: int = TRIES
     ) -> None:
         """`urls` from `parse_url`. The key goes into requests' headers and nowhere else."""
-        self.servers = [Server(url) for url in urls]
+        self.servers = [Server(url, MOST / len(urls)) for url in urls]
         self._headers = {"Content-Type": "application/json", "User-Agent": "shoal"}
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
@@ -91,6 +92,9 @@ class Servers:
             while True:
                 left = 0.0 if outputs or started else max(end - time.monotonic(), 0.0)
                 item = self._inbox.get(timeout=left) if left else self._inbox.get_nowait()
+                if isinstance(item, BaseException) and (outputs or started):
+                    self._inbox.put(item)  # what has come before it counts
+                    break
                 if isinstance(item, BaseException):
                     raise item
                 if isinstance(item, str):
@@ -185,10 +189,10 @@ class Servers:
     async def _make(self, server: Server, this: _Try) -> None:
         """Make a call once, and see to what follows from it."""
         sent = time.monotonic()
-        running = server.running
         self._counts["requests"] += 1
         try:
             verdict = await self._ask(server, this.call)
+            running = server.running
         finally:
             server.running -= 1
             this.task = None
@@ -222,7 +226,8 @@ class Servers:
         try:
             async with asyncio.timeout(min(stall, self._stalled)):
                 response = await self._client.post(server.place(call.url), content=call.body)
-        except (httpx.ConnectError, httpx.ConnectTimeout):
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            server.trouble = str(error) or type(error).__name__
             return None
         except (TimeoutError, httpx.TimeoutException):
             return Again("no_reply", f"the server has not answered for {min(stall, self._stalled):g} s", late=True)
@@ -265,7 +270,7 @@ class Servers:
             return
         silent = now - max(one for one in since if one is not None)
         if silent >= (GONE if self._ever else self._nobody):
-            where = ", ".join(each.url for each in self.servers)
+            where = ", ".join(f"{each.url} ({each.trouble})" for each in self.servers)
             self._inbox.put(
                 ShoalError(
                     f"no server answers at {where}: start it, or correct --endpoint, and run the same command again; "

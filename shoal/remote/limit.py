@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FIRST = 4.0  # calls at once before anything is known
-MOST = 512.0  # calls at once, whatever the server bears: a job's window has twice as many
+MOST = 512.0  # calls at once to all servers, whatever they bear: a process may have 1,024 files and connections
 CUT = 0.7  # of the calls at once that are left after a refusal
 GAIN = 1.05  # times as much work in the same time that makes a greater number worth it
-FADES = 0.98  # of the best pace that is believed after another round: rows change, and servers too
-WASTE = 1.5  # times the number that has brought the best pace at which a greater one that brings no more is given up
+WASTE = 1.5  # times the number that has brought the best pace at which a greater one that brings no more is given up,
+LESS = 0.8  # and times the same, at which it is looked again what so many bring: rows change, and servers too
 LEAST_ROUND = 8  # answers, fewer say nothing about a pace
 
 
@@ -37,7 +37,8 @@ class Limit:
         self._most = most
         self._doubling = True
         self._cut = float("-inf")  # when it was last cut
-        self._best, self._pace = first, 0.0  # the fewest calls that have nearly brought the best pace, and that pace
+        self._best = first  # the fewest calls that have nearly brought the best pace,
+        self._pace: float | None = None  # and that pace; None before a round has shown it
         self._round: _Round | None = None
 
     def room(self, running: int) -> bool:
@@ -62,18 +63,17 @@ class Limit:
         if sent >= self._cut:
             self.allowed = max(1.0, self.allowed * CUT)
             self._cut, self._doubling, self._round = now, False, None
-            self._best = min(self._best, self.allowed)
+            self._best, self._pace = min(self._best, self.allowed), None
 
     def _judge(self, this: _Round, now: float) -> None:
         if not this.full or now <= this.began:
             return  # it was not the limit that held back
         pace = this.work / (now - this.began)
-        if pace > GAIN * self._pace:
+        if self._pace is None or pace > GAIN * self._pace:
             self._best, self._pace = self.allowed, pace
         else:
             self._doubling = False
-            self._pace *= FADES
             if self.allowed > WASTE * self._best + 1:
-                self.allowed = self._best
+                self.allowed, self._pace = max(1.0, LESS * self._best), None
                 return
         self.allowed = min(self._most, self.allowed * 2 if self._doubling else self.allowed + 1)

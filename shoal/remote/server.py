@@ -8,7 +8,7 @@ from __future__ import annotations
 from urllib.parse import urlsplit
 
 from shoal.core.errors import UsageError
-from shoal.remote.limit import Limit
+from shoal.remote.limit import MOST, Limit
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 30.0  # seconds after a refusal that does not say for how long
 
@@ -29,12 +29,13 @@ def parse_url(text: str) -> str:
 class Server:
     """Changed by the thread that makes calls alone."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, most: float = MOST) -> None:
         self.url = url  # from `parse_url`
-        self.limit = Limit()
+        self.limit = Limit(most=most)
         self.running = 0  # calls under way
         self.silent_since: float | None = None  # when it could not be reached, since it last was
         self.useful = False  # it has answered a call
+        self.trouble = ""  # why it could not be reached
         self._until = 0.0  # not asked before
         self._pause = FIRST_PAUSE
 

@@ -129,7 +129,7 @@ def _answer(call: Call, found: Any, body: bytes) -> Verdict:
     counts = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
     cached = _count(details, "cached_tokens") if isinstance(details, dict) else 0
     line = msgspec.json.format(body, indent=-1).decode()
-    return Reply(call.id, finish=Finish.STOP, body=line, usage=counts, timing={"cached": float(cached)})
+    return Reply(call.id, finish=Finish.STOP, body=line, usage=counts, timing={"cached": float(min(cached, counts[0]))})
 
 
 def _whole(call: Call, part: Mapping[str, Any]) -> bool:

@@ -116,9 +116,9 @@ def answer(source: Path, out: Path, order: Order, url: str) -> dict[str, Any]:
 def main() -> int:
     """Print what holds; 1 when something does not."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--families", type=int, default=6)
+    parser.add_argument("--families", type=int, default=4)
     parser.add_argument("--members", type=int, default=6)
-    parser.add_argument("--words", type=int, default=200)
+    parser.add_argument("--words", type=int, default=150)
     parser.add_argument("--turns", type=int, default=3)
     asked = parser.parse_args()
     if why := missing():

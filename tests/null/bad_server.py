@@ -79,6 +79,7 @@ class Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits for the acknowledgement of its headers
     server: BadServer
 
     def log_message(self, *args: Any) -> None:

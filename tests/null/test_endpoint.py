@@ -51,7 +51,7 @@ def mixed(number: int) -> list[str]:
 def run(job: EchoJob, *servers: BadServer, **more: Any) -> int:
     """Run a job over these servers with little patience."""
     options = {name: more.pop(name) for name in ("stalled", "nobody", "tries") if name in more}
-    backend = Servers([server.url for server in servers], KEY, **{"stalled": 0.4, **options})
+    backend = Servers([server.url for server in servers], KEY, **{"stalled": 0.25, **options})
     try:
         return job.run(backend, device=",".join(server.url for server in servers), **more)
     finally:
@@ -72,26 +72,26 @@ def check_answers(job: EchoJob, rows: list[str]) -> None:
 
 
 def test_every_row_is_answered_once_whatever_the_server_does(job: Make) -> None:
-    rows = mixed(120)
+    rows = mixed(80)
     this = job(rows)
     with serving(script_of_all) as server:
         assert run(this, server) == 0
         faults = {fault for prompt in server.answered for fault in script_of_all(prompt)}
         assert faults == set(FAULTS)
-        assert set(server.answered.values()) == {1} and len(server.answered) == 120
+        assert set(server.answered.values()) == {1} and len(server.answered) == 80
         check_answers(this, rows)
         report = this.report
-        assert report.rows.ok == 120 and not report.problems()
-        assert report.sent.requests == len(server.asked) > 120
-        assert report.sent.requests == 120 + report.sent.refused + report.sent.broken
+        assert report.rows.ok == 80 and not report.problems()
+        assert report.sent.requests == len(server.asked) > 80
+        assert report.sent.requests == 80 + report.sent.refused + report.sent.broken
 
 
 def test_a_job_that_is_interrupted_goes_on_and_no_row_is_answered_twice(job: Make) -> None:
-    rows = mixed(60)
+    rows = mixed(40)
     this = job(rows)
     with serving(script_of_all) as server:
         for stop in (3, 2, 4):
-            backend = Servers([server.url], stalled=0.4)
+            backend = Servers([server.url], stalled=0.25)
             code = this.run(Looked(backend, interrupt(stop)), device=server.url)
             backend.close()
             assert code in (0, 5)
@@ -266,12 +266,12 @@ def test_a_row_whose_time_is_up_fails_and_its_call_is_broken_off(job: Make) -> N
 
 
 def test_the_limit_that_a_server_has_is_found_and_kept(job: Make) -> None:
-    this = job([chat(i, f"Question {i}") for i in range(600)])
+    this = job([chat(i, f"Question {i}") for i in range(300)])
     with serving(room=12) as server:
         server.seconds = 0.02
         assert run(this, server) == 0
-        assert server.refused < 120, server.refused
-    assert len(this.answers()) == 600
+        assert server.refused < 60, server.refused
+    assert len(this.answers()) == 300
 
 
 def test_what_only_an_engine_of_ours_can_be_told_is_refused() -> None:

@@ -63,9 +63,8 @@ class Servers:
         self._queue, self._open = Queue(), dict[str, _Try]()  # every call that has not ended, by id
         self._counts = Counter[str]()
         self._ever = False  # whether any server has ever said anything
-        self._inbox: queue.SimpleQueue[Output | str | BaseException] = (
-            queue.SimpleQueue()
-        )  # a str is a call that starts
+        # To the caller: ends of calls, ids of those that start, and why there will be no more.
+        self._inbox: queue.SimpleQueue[Output | str | BaseException] = queue.SimpleQueue()
         self._random = random.Random(0)
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()

@@ -57,6 +57,7 @@ FLAGS = {
     "memory": ("2GiB", 2**31),
     "step_tokens": (64, 64),
     "device": ("cuda:1", "cuda:1"),
+    "endpoint": ("http://a/v1,https://b:8000", "http://a/v1,https://b:8000/v1"),
     "weights": ("int8", "int8"),
     "kv": ("int8", "int8"),
     "threads": (2, 2),
@@ -70,6 +71,7 @@ FLAGS = {
     "verify": ("0.5%", 0.005),
     "quiet": (True, True),
 }
+FIELDS = {"endpoint": "device"}  # of flags whose options have another name
 
 
 def test_every_flag_of_run_is_tried_here() -> None:
@@ -91,7 +93,7 @@ def test_a_flag_may_come_from_anywhere(
     assert call(*base, "--config", str(config)) == 3
     monkeypatch.setenv("SHOAL_" + name.upper(), text)
     assert call(*base) == 3
-    assert [getattr(options, name) for options in asked] == [wanted] * 3
+    assert [getattr(options, FIELDS.get(name, name)) for options in asked] == [wanted] * 3
     assert asked[0] == asked[1] == asked[2]
 
 
@@ -111,6 +113,13 @@ def test_a_cache_says_what_it_holds_and_can_be_made_smaller(tmp_path: Path, caps
     assert call("cache", str(tmp_path), "--keep", "0") == 0 and capsys.readouterr().out.startswith("0 answers, 0 B")
     assert call("cache", str(tmp_path / "none")) == 2 and "there is no cache" in capsys.readouterr().err
     assert call("run", "-i", "a", "-o", "b", "--verify", "one") == 2 and "write 1%" in capsys.readouterr().err
+
+
+def test_an_address_that_is_none_or_beside_a_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["run", "-i", "a", "-o", "b", "--endpoint"]
+    assert call(*base, "localhost:8000") == 2 and "write http://localhost:8000/v1" in capsys.readouterr().err
+    assert call(*base, "http://a", "--device", "cuda") == 2 and "--device cuda" in capsys.readouterr().err
+    assert call(*base, "http://a", "--threads", "2") == 2 and "--threads" in capsys.readouterr().err
 
 
 def test_the_command_line_wins(asked: list[JobOptions], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

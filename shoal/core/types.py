@@ -189,6 +189,7 @@ class StepResult:
     """What a step produced, by ticket."""
 
     tokens: dict[int, list[int]]  # 1 … draft+1 sampled tokens of every slice that reached its sequence's end
+    forced: dict[int, list[int]] = field(default_factory=dict)  # those that must follow; nothing of them is computed
     logprobs: dict[int, list[TokenScore]] = field(default_factory=dict)  # of the sampled tokens, where asked
     scores: dict[int, list[TokenScore]] = field(default_factory=dict)  # of prompt tokens, where asked
     vectors: dict[int, Sequence[float]] = field(default_factory=dict)

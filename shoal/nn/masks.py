@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from shoal.core.errors import ModelError
-from shoal.core.types import Constraint, Start
+from shoal.core.types import Constraint, Sampling, Start
 
 Bits = npt.NDArray[np.int32]
 
@@ -26,13 +26,16 @@ class Followed(Protocol):
 
     problem: str  # why it cannot go on, or ''
     bits: Bits | None  # int32 [W]: the tokens that may come next; None when none is expected
+    forced: list[int]  # tokens that have to come before those, and have been followed; whoever uses them empties it
 
 
 class Follower(Protocol):
     """Whoever makes masks of constraints."""
 
-    def begin(self, constraint: Constraint, stop: frozenset[int], limit: int, produced: Sequence[int]) -> Followed:
-        """A row that has produced those tokens."""
+    def begin(
+        self, constraint: Constraint, stop: frozenset[int], limit: int, produced: Sequence[int], jumps: bool
+    ) -> Followed:
+        """A row that has produced those tokens. One that jumps goes on by itself where only one token may come."""
         ...
 
     def advance(self, rows: Sequence[tuple[Any, int]]) -> None:
@@ -46,6 +49,7 @@ class _Unfollowed:
 
     problem: str
     bits: Bits | None = None
+    forced: list[int] = field(default_factory=list)
 
 
 class Masks:
@@ -100,10 +104,18 @@ class Masks:
             except ModelError as error:
                 return _Unfollowed(f"constraints cannot be kept: {error}")
         sampling = start.request.sampling
-        return self._follower.begin(constraint, sampling.stop, sampling.max_tokens, start.produced)
+        jumps = _has_no_say(sampling)
+        return self._follower.begin(constraint, sampling.stop, sampling.max_tokens, start.produced, jumps)
 
     def _go_on(self, rows: Sequence[tuple[Followed, int]], before: Future[None] | None) -> None:
         if before is not None:
             before.result()  # what went wrong there is raised where masks are taken
         assert self._follower is not None
         self._follower.advance(rows)
+
+
+def _has_no_say(s: Sampling) -> bool:
+    """Whether a token that alone may come needs no logits: nothing is told of them, and no wish can forbid it."""
+    wishes = s.logit_bias or s.allowed or s.banned or s.min_tokens
+    penalties = s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
+    return not (wishes or penalties) and s.logprobs < 0

@@ -34,6 +34,7 @@ class Samples:
     """What `Sampler.sample` found, by ticket; every ticket is in `tokens` or in `errors`."""
 
     tokens: dict[int, int] = field(default_factory=dict)
+    forced: dict[int, list[int]] = field(default_factory=dict)  # what has to follow that token, where anything has to
     logprobs: dict[int, TokenScore] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
 
@@ -114,7 +115,7 @@ class Sampler:
         rows = [self._rows[ticket] for ticket in tickets]
         special = [i for i, row in enumerate(rows) if not row.plain]
         constrained = [i for i, row in enumerate(rows) if row.constrained]
-        unmasked = self._forbid(logits_RV, tickets, rows, constrained) if constrained else []
+        unmasked, runs = self._forbid(logits_RV, tickets, rows, constrained) if constrained else ([], {})
         changes = [(logits_RV[i], *_edit(logits_RV[i], rows[i])) for i in special if rows[i].edits]
         try:
             tokens, values = self._choose(logits_RV, rows, special)
@@ -128,10 +129,14 @@ class Sampler:
             if row.problem or not isfinite(value):
                 result.errors[ticket] = row.problem or _nothing_left(value)
                 continue
-            result.tokens[ticket] = token
-            row.append(token)
+            run = runs.get(ticket) if runs else None
+            result.tokens[ticket] = run[0] if run else token
+            for each in run or (token,):
+                row.append(each)
+            if run and len(run) > 1:
+                result.forced[ticket] = run[1:]
         if constrained and self._masks is not None:
-            named = [tickets[i] for i in constrained]
+            named = [tickets[i] for i in constrained if tickets[i] not in runs]
             self._masks.give({ticket: result.tokens[ticket] for ticket in named if ticket in result.tokens})
         if special:
             self._score(logits_RV, tickets, rows, result)
@@ -139,27 +144,31 @@ class Sampler:
 
     def _forbid(
         self, logits_RV: torch.Tensor, tickets: Sequence[int], rows: list[_Row], constrained: list[int]
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Forbid in place what the rows' constraints do. Gives rows that are to be as before, and how they were."""
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], dict[int, list[int]]]:
+        """Forbid in place what the rows' constraints do. Gives rows that are to be as before and how they were, and by
+        ticket the tokens of those that have no choice."""
         if self._masks is None:
             for i in constrained:
                 rows[i].problem = "this engine keeps no constraints"
-            return []
+            return [], {}
         masked: list[int] = []
+        runs: dict[int, list[int]] = {}
         bits: list[Bits] = []
         for i, followed in zip(constrained, self._masks.take([tickets[i] for i in constrained]), strict=True):
             if followed.problem:
                 rows[i].problem = CONSTRAINT + followed.problem
+            elif followed.forced:
+                runs[tickets[i]], followed.forced = followed.forced, []
             elif followed.bits is not None:
                 masked.append(i)
                 early = len(rows[i].outputs) < rows[i].sampling.min_tokens
                 bits.append(_not_yet(followed.bits, rows[i].sampling.stop) if early else followed.bits)
         if not masked:
-            return []
+            return [], runs
         unmasked = [(logits_RV[i], logits_RV[i].clone()) for i in masked if rows[i].sampling.logprobs >= 0]
         bits_KW = torch.from_numpy(np.concatenate(bits).reshape(len(bits), -1)).to(logits_RV.device)
         self._kernels.forbid(logits_RV, torch.tensor(masked, device=logits_RV.device), bits_KW)
-        return unmasked
+        return unmasked, runs
 
     def _choose(self, logits_RV: torch.Tensor, rows: list[_Row], special: list[int]) -> tuple[list[int], list[float]]:
         """A token for each row, drawn where it asks for that and else the best; and the largest logit of each."""

@@ -194,6 +194,9 @@ class ModelRunner:
                 result.tokens[ticket] = [token]
                 self._last[ticket] = token
                 self._tickets[ticket].known += 1
+            for ticket, forced in samples.forced.items():
+                result.forced[ticket] = forced
+                self._tickets[ticket].known += len(forced)
             for ticket, each in samples.logprobs.items():
                 result.logprobs[ticket] = [each]
             result.errors.update(samples.errors)

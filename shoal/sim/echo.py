@@ -59,13 +59,19 @@ class Done:
 
 
 class EchoExecutor:
-    """Runs Steps on token ids. Moves the clock by a millisecond a token, if it is given one."""
+    """Runs Steps on token ids. Moves the clock by a millisecond a token, if it is given one.
 
-    def __init__(self, num_blocks: int, block_size: int, clock: SimClock | None = None, seed: int = 1) -> None:
+    `forces` is the chance that a token has to be followed by the next one, so that nobody need ask the model for it.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, clock: SimClock | None = None, seed: int = 1, forces: float = 0.0
+    ) -> None:
         self.store = [array(TOKEN, [UNWRITTEN]) * block_size for _ in range(num_blocks)]
         self.block_size, self.clock = block_size, clock
         self.requests: dict[int, Request] = {}
         self.produced: dict[int, list[int]] = {}
+        self.forces = forces
         self.tokens_computed = 0
         self._luck = random.Random(seed)
 
@@ -82,8 +88,9 @@ class EchoExecutor:
             assert UNWRITTEN not in copy, f"a move copies unwritten positions: {move}"
             self.store[move.dst][: move.tokens] = copy
         for part in step.slices:  # all are written before any is read, as in a layer of a model
-            last = self.produced[part.ticket]
-            self._write(part, part.start, [last[-1] if t == PENDING else t for t in part.tokens])
+            prompt, produced = len(self.requests[part.ticket].prompt), self.produced[part.ticket]
+            tokens = [produced[i - prompt] if t == PENDING else t for i, t in enumerate(part.tokens, part.start)]
+            self._write(part, part.start, tokens)
         result = StepResult({})
         for part in step.slices:
             if part.want:
@@ -101,12 +108,20 @@ class EchoExecutor:
                 score = digest(self._read(part, position + 1), [], request) % 1000 / -100.0
                 entry = TokenScore(request.prompt[position + 1], score, 1)
                 result.scores.setdefault(part.ticket, []).append(entry)
-        if end < prompt:
-            return
+        if end < prompt + len(self.produced[part.ticket]):
+            return  # more is known than was planned with
         if request.answer is Answer.VECTOR:
             result.vectors[part.ticket] = [float(digest(self._read(part, end), [], request) % 1000)]
         if request.samples:
             result.tokens[part.ticket] = self._sample(part, end, request)
+            if self.forces:
+                result.forced[part.ticket] = self._force(request, self.produced[part.ticket])
+
+    def _force(self, request: Request, produced: list[int]) -> list[int]:
+        before, most = len(produced), request.sampling.max_tokens
+        while len(produced) < most and produced[-1] not in request.sampling.stop and self._luck.random() < self.forces:
+            produced.append(next_token([*request.prompt, *produced], produced, request))
+        return produced[before:]
 
     def _sample(self, part: Slice, at: int, request: Request) -> list[int]:
         produced, new = self.produced[part.ticket], []

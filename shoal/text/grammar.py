@@ -42,11 +42,14 @@ class Matching:
     stop: frozenset[int]  # tokens that end it
     json: bool
     endless: bool  # it ignores the end
+    jumps: bool = False  # it takes tokens that alone may come by itself
     matcher: LLMatcher | None = None
     problem: str = ""  # why it cannot go on
     bits: Bits | None = None  # int32 [W], tokens that may come next by bit; None when nothing will
+    forced: list[int] = field(default_factory=list)  # tokens it has taken by itself, for the caller to use and forget
     tokens: list[int] = field(default_factory=list)
     look_at: int = 0  # when it has so many tokens, see how far the end is
+    way: list[int] | None = None  # the way to its end that was found last
     ending: list[int] | None = None  # the tokens it has to take to its end, the next one last
 
 
@@ -79,22 +82,27 @@ class Grammars:
         self._of_begin, self._of_advance = Closer(vocabulary), Closer(vocabulary)
         self._end = vocabulary.bits(vocabulary.ends)
 
-    def begin(self, constraint: Constraint, stop: frozenset[int], limit: int, produced: Sequence[int]) -> Matching:
-        """A row that has produced those tokens. One that cannot be followed has a problem, and never a mask."""
-        row = Matching(limit, stop, constraint.kind == "json", endless=stop.isdisjoint(self.vocabulary.ends))
+    def begin(
+        self, constraint: Constraint, stop: frozenset[int], limit: int, produced: Sequence[int], jumps: bool = False
+    ) -> Matching:
+        """A row that has produced those tokens. One that cannot be followed has a problem, and never a mask.
+
+        One that jumps goes on by itself as long as a mask has one token: what it takes is what it would have been
+        given, a token at a time.
+        """
+        endless = stop.isdisjoint(self.vocabulary.ends)
+        row = Matching(limit, stop, constraint.kind == "json", endless, jumps)
         try:
             compiled = self._compile(constraint)
         except RowError as error:
             row.problem = str(error)
             return row
-        row.matcher = compiled.matcher.deep_copy()
-        self._look(row, compiled.way)
+        row.matcher, row.way = compiled.matcher.deep_copy(), compiled.way
+        self._look(row, row.way)
         for token in produced:
-            if row.ending is None and token not in stop:
-                row.matcher.consume_token(token)
             self._take(row, token, self._of_begin)
         room_W = np.empty_like(self._end)
-        self._fill(row, room_W, room_W.ctypes.data)
+        self._go_on(row, room_W, room_W.ctypes.data, self._of_begin)
         return row
 
     def advance(self, rows: Sequence[tuple[Matching, int]]) -> None:
@@ -107,10 +115,8 @@ class Grammars:
         for k, (row, token) in enumerate(rows):
             if row.bits is None or row.problem:
                 continue
-            if row.ending is None and token not in row.stop:
-                row.matcher.consume_token(token)  # type: ignore[union-attr]  # a row without one has a problem
             self._take(row, token, self._of_advance)
-            self._fill(row, room_KW[k], address + k * size)
+            self._go_on(row, room_KW[k], address + k * size, self._of_advance)
 
     def _compile(self, constraint: Constraint) -> _Compiled:
         from llguidance import LLMatcher
@@ -129,14 +135,26 @@ class Grammars:
         return found
 
     def _take(self, row: Matching, token: int, closer: Closer) -> None:
-        """Remember a token that the matcher has been shown."""
+        """Follow a row by one token."""
         row.tokens.append(token)
         if row.ending is not None:
             row.ending = row.ending[:-1]
-        elif token not in row.stop and len(row.tokens) >= row.look_at:
+        elif token not in row.stop:
             assert row.matcher is not None
-            most = min(WAY, row.limit - len(row.tokens))
-            self._look(row, closer.way(row.matcher, row.json, row.tokens, most))
+            row.matcher.consume_token(token)
+            if len(row.tokens) >= row.look_at:
+                if row.way is None or not closer.still(row.matcher, row.way):
+                    most = min(WAY, row.limit - len(row.tokens))
+                    row.way = closer.way(row.matcher, row.json, row.tokens, most)
+                self._look(row, row.way)
+
+    def _go_on(self, row: Matching, room_W: Bits, address: int, closer: Closer) -> None:
+        """Fill the bits of the row's next token; a row that jumps first takes those it has no choice about."""
+        self._fill(row, room_W, address)
+        while row.jumps and row.bits is not None and (token := _only(row.bits)) >= 0:
+            row.forced.append(token)
+            self._take(row, token, closer)
+            self._fill(row, room_W, address)
 
     def _look(self, row: Matching, way: list[int] | None) -> None:
         """Lead the row to its end when there is just room for it; else say when to look again.
@@ -171,6 +189,15 @@ class Grammars:
         """For a row that ignores the end: it comes only where nothing else can, and then again and again."""
         other = bits_W & ~self._end
         return other if other.any() else bits_W
+
+
+def _only(bits_W: Bits) -> int:
+    """The one token of a mask; -1 where there are more."""
+    if np.count_nonzero(bits_W) != 1:
+        return -1
+    place = int(np.flatnonzero(bits_W)[0])
+    word = int(bits_W[place]) & 0xFFFFFFFF
+    return 32 * place + word.bit_length() - 1 if word & (word - 1) == 0 else -1
 
 
 def _first_line(reason: str) -> str:

@@ -6,7 +6,8 @@ import json
 import random
 import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from shoal.core.types import TOKEN, Constraint, Finish, Request, Sampling, Start
 from shoal.engine import Engine
 from shoal.kernels import load
 from shoal.llm import LLM, SamplingParams, StructuredOutputsParams
+from shoal.nn import masks as nn_masks
 from shoal.nn.masks import Masks
 from shoal.nn.sampler import Sampler
 from shoal.runtime.runner import ModelRunner
@@ -135,15 +137,17 @@ def test_min_tokens_keeps_the_end_away_but_not_when_the_text_is_over() -> None:
 
 
 def test_a_resumed_ticket_goes_on_with_the_masks_it_would_have_had() -> None:
-    def story(sampler: Sampler, first: int, last: int) -> list[int]:
-        tokens = [sampler.sample(noise(seed=i), [0]).tokens[0] for i in range(first, last)]
+    def story(tokens: list[int]) -> list[int]:
+        sampler = sampler_of(JSON, tokens, max_tokens=24, temperature=1.0, stop=frozenset())
+        while len(tokens) < 24:
+            result = sampler.sample(noise(seed=len(tokens)), [0])
+            tokens = [*tokens, result.tokens[0], *result.forced.get(0, ())]
         sampler.close()
         return tokens
 
-    whole = story(sampler_of(JSON, max_tokens=24, temperature=1.0, stop=frozenset()), 0, 24)
+    whole = story([])
     for cut in (1, 5, 13, 20):
-        again = sampler_of(JSON, whole[:cut], max_tokens=24, temperature=1.0, stop=frozenset())
-        assert story(again, cut, 24) == whole[cut:]
+        assert story(whole[:cut]) == whole
 
 
 class Slow:
@@ -207,14 +211,15 @@ def requests() -> list[Request]:
 
 
 def run(
-    model: Any, policy: type[Policy], blocks: int, tokens: int, rows: int, ahead: int
-) -> tuple[dict[str, Any], int]:
+    model: Any, policy: type[Policy], blocks: int, tokens: int, rows: int, ahead: int,
+    asked: Callable[[], list[Request]] = requests,
+) -> tuple[dict[str, Any], int, int]:  # fmt: skip
     kernels = model.kernels
     runner = ModelRunner(model, kernels, model.new_kv(blocks, 32), TOKENIZER.vocab_size, masks=masks())
     scheduler = Scheduler(policy(Budget(tokens, rows)), blocks, 32)
     engine = Engine(scheduler, runner, WallClock(), ahead)
     got: dict[str, Any] = {}
-    for request in requests():
+    for request in asked():
         assert engine.add(request) is None
         got[request.id] = ([], [])
     while engine.busy:
@@ -223,11 +228,11 @@ def run(
             if output.finish:
                 got[output.id][1].append((output.finish, output.error))
     runner.close()
-    return got, scheduler.counters.preemptions
+    return got, scheduler.counters.preemptions, scheduler.counters.steps
 
 
 def test_constrained_rows_do_not_depend_on_memory_company_chunks_or_overlap(decoder: Any) -> None:
-    first, _ = run(decoder, BatchPolicy, 64, 512, 64, 1)
+    first, _, _ = run(decoder, BatchPolicy, 64, 512, 64, 1)
     for request in requests():
         tokens, ends = first[request.id]
         assert len(ends) == 1
@@ -241,10 +246,27 @@ def test_constrained_rows_do_not_depend_on_memory_company_chunks_or_overlap(deco
         (BatchPolicy, 64, 512, 64, 0), (BatchPolicy, 64, 16, 64, 1), (BatchPolicy, 64, 512, 1, 1),
         (Thief, 5, 64, 64, 1), (Thief, 4, 512, 64, 0),
     ):  # fmt: skip
-        again, preemptions = run(decoder, policy, *setting)
+        again, preemptions, _ = run(decoder, policy, *setting)
         assert again == first, setting
         preempted += preemptions
     assert preempted
+
+
+def test_tokens_that_have_no_choice_take_fewer_steps_and_no_answer_changes(
+    decoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("identification", "transportation", "manufacturer")
+    schema = {"type": "object", "properties": {name: {"type": "integer"} for name in names}, "required": list(names)}
+    wanted = constraint.json_schema({**schema, "additionalProperties": False}, compact=True)
+
+    def asked() -> list[Request]:
+        return [replace(each, constraint=wanted, sampling=replace(each.sampling, max_tokens=90)) for each in requests()]
+
+    fast = [run(decoder, BatchPolicy, 64, 512, 64, ahead, asked) for ahead in (0, 1)]
+    monkeypatch.setattr(nn_masks, "_has_no_say", lambda sampling: False)
+    slow = [run(decoder, BatchPolicy, 64, 512, 64, ahead, asked) for ahead in (0, 1)]
+    assert all(answers == slow[0][0] for answers, *_ in (*fast, *slow))
+    assert all(few < 0.8 * many for (*_, few), (*_, many) in zip(fast, slow, strict=True))
 
 
 def test_llm_takes_structured_outputs_under_both_names(tmp_path: Path) -> None:

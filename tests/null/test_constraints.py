@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schema_order import writings
 
 from shoal.core.errors import ModelError, RowError
 from shoal.core.types import Constraint
@@ -54,9 +55,10 @@ SMALL: list[Any] = [
 
 
 def begin(
-    wanted: Constraint, limit: int = 1 << 20, produced: Sequence[int] = (), stop: frozenset[int] = STOP
-) -> Matching:
-    row = GRAMMARS.begin(wanted, stop, limit, produced)
+    wanted: Constraint, limit: int = 1 << 20, produced: Sequence[int] = (), stop: frozenset[int] = STOP,
+    jumps: bool = False,
+) -> Matching:  # fmt: skip
+    row = GRAMMARS.begin(wanted, stop, limit, produced, jumps)
     assert not row.problem, row.problem
     return row
 
@@ -85,42 +87,17 @@ def walk(wanted: Constraint, limit: int, seed: int, stop: frozenset[int] = STOP)
     return row
 
 
+def at_random(row: Matching, seed: int) -> int:
+    """One of the tokens that may come next: decided by how many have come, whichever way."""
+    may = allowed(row)
+    return may[random.Random(seed * 1000 + len(row.tokens)).randrange(len(may))]
+
+
 def text_of(row: Matching) -> str:
     return GRAMMARS.vocabulary.text([token for token in row.tokens if token not in STOP]).decode()
 
 
 # -- what can be kept -------------------------------------------------------------------------------
-
-
-def pointed(root: Any, reference: str) -> Any:
-    """What a reference within a schema means."""
-    for name in reference[2:].split("/"):
-        root = root.get(name, {}) if isinstance(root, dict) else {}
-    return root
-
-
-def in_schema_order(value: Any, schema: Any, root: Any, last: bool = False) -> Any:
-    """Keys in the order in which the schema has its properties: that order is part of what is asked. Of alternatives
-    with different orders the first or the last counts."""
-    while isinstance(schema, dict) and isinstance(value, list) and str(schema.get("$ref", "")).startswith("#/"):
-        schema = pointed(root, schema["$ref"])
-    if isinstance(value, list):
-        items = schema.get("items", {}) if isinstance(schema, dict) else {}
-        return [in_schema_order(each, items, root, last) for each in value]
-    if not isinstance(value, dict) or not isinstance(schema, dict):
-        return value
-    found: dict[str, Any] = {}
-    stack, seen = [schema], 0
-    while stack and seen < 200:
-        part, seen = stack.pop(0), seen + 1
-        reference = part.get("$ref")
-        if isinstance(reference, str) and reference.startswith("#/"):
-            stack.append(pointed(root, reference))
-        own = part.get("properties", {})
-        found = {**own, **found, **own} if last else {**found, **{n: each for n, each in own.items() if n not in found}}
-        stack += [each for word in ("allOf", "anyOf", "oneOf") for each in part.get(word, ()) if isinstance(each, dict)]
-    names = [name for name in found if name in value] + [name for name in value if name not in found]
-    return {name: in_schema_order(value[name], found.get(name, {}), root, last) for name in names}
 
 
 def test_schemas_of_the_world_accept_what_is_valid_and_reject_what_is_not_token_by_token() -> None:
@@ -140,10 +117,7 @@ def test_schemas_of_the_world_accept_what_is_valid_and_reject_what_is_not_token_
             continue
         kept += 1
         for test in row["tests"]:
-            schema = row["schema"]
-            orders = [test["data"], *(in_schema_order(test["data"], schema, schema, last) for last in (False, True))]
-            for between in ((", ", ": "), (",", ":")):
-                texts = [json.dumps(data, ensure_ascii=False, separators=between) for data in orders]
+            for texts in writings(test["data"], row["schema"]):
                 assert any(accepts(wanted, text) for text in texts) is test["valid"], (row["id"], texts)
     assert total == 200 and kept >= 173  # the library's own share
 
@@ -177,6 +151,33 @@ def test_a_row_that_begins_again_goes_on_as_if_nothing_had_been(which: int, seed
         assert allowed(first) == allowed(again) and token in allowed(again)
         GRAMMARS.advance([(first, token), (again, token)])
     assert first.bits is None and again.bits is None
+
+
+@given(which=st.integers(0, len(SMALL) - 1), seed=st.integers(0, 99), limit=st.integers(8, 120))
+@settings(max_examples=60, deadline=None)
+def test_a_row_that_jumps_takes_the_tokens_that_it_would_have_been_given(which: int, seed: int, limit: int) -> None:
+    wanted = constraint.json_schema(SMALL[which])
+    slow, fast, given = begin(wanted, limit), begin(wanted, limit, jumps=True), list[int]()
+    while fast.bits is not None:
+        given += fast.forced
+        fast.forced = []
+        for token in given[len(slow.tokens) :]:
+            assert allowed(slow) == [token]
+            GRAMMARS.advance([(slow, token)])
+        assert allowed(fast) == allowed(slow) and (len(allowed(fast)) > 1)
+        token = at_random(slow, seed)
+        GRAMMARS.advance([(slow, token), (fast, token)])
+        given.append(token)
+        assert begin(wanted, limit, given, jumps=True).forced == fast.forced
+    for token in [*given, *fast.forced][len(slow.tokens) :]:
+        assert allowed(slow) == [token]
+        GRAMMARS.advance([(slow, token)])
+    assert slow.bits is None and fast.tokens == slow.tokens
+
+
+def test_names_and_values_that_have_no_choice_come_at_once() -> None:
+    row = begin(constraint.json_schema({"const": {"description": "always the same"}}, compact=True), jumps=True)
+    assert TOKENIZER.decode(row.forced) == '{"description":"always the same"}' and len(allowed(row)) == len(STOP)
 
 
 def test_rows_of_one_constraint_do_not_touch_each_other() -> None:

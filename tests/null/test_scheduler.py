@@ -49,11 +49,11 @@ def workload(seed: int, count: int = 40) -> list[Request]:
     return requests
 
 
-def run(requests, policy, num_blocks, ahead=0, reuse=True, block=BLOCK):
+def run(requests, policy, num_blocks, ahead=0, reuse=True, block=BLOCK, forces=0.0):
     """Everything each request answered, with the invariants checked after every step."""
     clock = SimClock()
     scheduler = Scheduler(policy, num_blocks, block, reuse)
-    engine = Engine(scheduler, EchoExecutor(num_blocks, block, clock), clock, ahead)
+    engine = Engine(scheduler, EchoExecutor(num_blocks, block, clock, forces=forces), clock, ahead)
     todo = sorted(requests, key=lambda r: (r.arrival, r.id), reverse=True)
     got: dict[str, dict] = {r.id: {"tokens": [], "scores": 0, "vector": None} for r in todo}
     ends: dict[str, Finish] = {}
@@ -101,6 +101,18 @@ def test_output_does_not_depend_on_policy_memory_or_overlap(policy, num_blocks, 
             assert got[r.id]["scores"] == expected_scores(r), r.id
             assert (got[r.id]["vector"] is not None) == (r.answer is Answer.VECTOR)
             assert ends[r.id] in (Finish.STOP, Finish.LENGTH)
+
+
+@pytest.mark.parametrize("ahead", [0, 1], ids=["plain", "overlap"])
+@pytest.mark.parametrize("policy", EVERY, ids=lambda p: p.__name__)
+def test_tokens_that_must_follow_come_at_once_and_change_no_answer(policy, ahead):
+    requests, steps = workload(12), []
+    for forces in (0.0, 0.7):
+        got, _, scheduler = run(requests, policy(), 60, ahead, forces=forces)
+        assert {r.id: got[r.id]["tokens"] for r in requests} == {r.id: reference(r) for r in requests}
+        steps.append(scheduler.counters.steps)
+    calm = policy.__name__ in ("Policy", "BatchPolicy")
+    assert not calm or steps[1] < 0.8 * steps[0]
 
 
 @pytest.mark.parametrize("policy", EVERY, ids=lambda p: p.__name__)

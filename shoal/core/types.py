@@ -76,7 +76,7 @@ def root_of(adapter: str, salt: str) -> str:
 class Constraint:
     """What the text of an answer must be. Equal constraints have equal texts; only who makes masks reads them."""
 
-    kind: str  # "json": a schema; "regex"; "choice": a JSON list of texts; "grammar"
+    kind: str  # "json": a schema; "regex"; "choice": a JSON list of texts; "grammar"; "calls": of tools, as JSON
     text: str
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -19,6 +20,8 @@ from shoal.core.types import Tokens, TokenScore
 from shoal.jobs.body import ChatBody, EmbeddingBody, PassedBody
 from shoal.jobs.logprobs import TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
 from shoal.jobs.schema import RowSpec, unwrap
+from shoal.jobs.tools import tool_use
+from shoal.text.tools import Style, read_calls
 
 NOT_EXECUTED = frozenset(("batch_expired", "batch_cancelled"))  # failures of rows that never ran: no response
 STATUS = {  # of other codes: 400
@@ -115,10 +118,12 @@ class AnswerWriter(Lines):
     """Makes lines of an engine's answers. `created` is a Unix time."""
 
     def __init__(
-        self, tokenizer: TokenizerLike, fingerprint: str, model: str, created: int = 0, envelopes: bool = False
-    ) -> None:
+        self, tokenizer: TokenizerLike, fingerprint: str, model: str, created: int = 0, envelopes: bool = False,
+        style: Style | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(fingerprint, envelopes)
         self.tokenizer = tokenizer
+        self.style = style  # how the model writes calls of tools; None where it has not learnt it
         self.model = model  # the name for rows that give none
         self.created = created
 
@@ -152,11 +157,12 @@ class AnswerWriter(Lines):
         names = TokenNames(self.tokenizer, bool(body.return_tokens_as_token_ids))
         choices = []
         for index, sample in enumerate(answers.samples):
+            message, finish = self._message(row, sample, f"{mark}{index}")
             choice: dict[str, Any] = {
                 "index": index,
-                "message": {"role": "assistant", "content": sample.text},
+                "message": message,
                 "logprobs": chat_logprobs(sample.logprobs, row.logprobs, names) if row.logprobs >= 0 else None,
-                "finish_reason": sample.finish,
+                "finish_reason": finish,
                 "stop_reason": sample.stop_reason,
             }
             if body.return_token_ids:
@@ -168,6 +174,27 @@ class AnswerWriter(Lines):
         if body.return_token_ids:
             reply["prompt_token_ids"] = list(answers.prompt)
         return reply
+
+    def _message(self, row: RowSpec, sample: Sample, mark: str) -> tuple[dict[str, Any], str]:
+        """What the assistant says, in words or in calls of tools, and why it ended."""
+        use = tool_use(row.body)
+        message = {"role": "assistant", "content": sample.text}
+        if use is None or self.style is None:
+            return message, sample.finish
+        # Special tokens are part of how calls are written, and no part of a text.
+        before, calls = read_calls(self.style, self.tokenizer.decode(sample.tokens, False), use.names)
+        if not calls:
+            return message, sample.finish
+        shown = [
+            {
+                "id": self._mark(f"{mark}.{number}".encode())[:9],  # as long as Mistral's templates want it
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)},
+            }
+            for number, call in enumerate(calls if use.several else calls[:1])
+        ]
+        finish = "tool_calls" if sample.finish == "stop" else sample.finish
+        return {**message, "content": before or None, "tool_calls": shown}, finish
 
     def _text(self, row: RowSpec, answers: Sequence[PromptAnswers], mark: str) -> dict[str, Any]:
         body = row.body

@@ -83,17 +83,62 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: str
 
 
+class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A function that a model may call."""
+
+    name: Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # a JSON schema of an object
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """OpenAI's wrapping of a function."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class ChosenFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The wish that one function be called."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class CalledFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A function that was called, with its arguments as JSON or as its text."""
+
+    name: str
+    arguments: str | dict[str, Any]
+
+
+class ToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A call in an assistant's message."""
+
+    function: CalledFunction
+    id: str | None = None
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One turn of a chat."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None  # None only beside tool calls
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
     refusal: None = None
-    tool_calls: Empty | None = None
-    tool_call_id: None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
     function_call: None = None
     audio: None = None
     annotations: Raw = Raw()
@@ -177,8 +222,9 @@ class ChatBody(Body, frozen=True, forbid_unknown_fields=True, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     echo: bool | None = None
-    tools: Empty | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    parallel_tool_calls: bool | None = None
     functions: Empty | None = None
     function_call: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = None
@@ -189,7 +235,6 @@ class ChatBody(Body, frozen=True, forbid_unknown_fields=True, kw_only=True):
     verbosity: None = None
     mm_processor_kwargs: NoObject | None = None
     media_io_kwargs: NoObject | None = None
-    parallel_tool_calls: Raw = Raw()
     prediction: Raw = Raw()
     include_reasoning: Raw = Raw()
 
@@ -235,9 +280,9 @@ _IGNORED = frozenset(each.name for each in msgspec.structs.fields(Body) if isins
 
 UNSUPPORTED = frozenset(
     "stream use_beam_search logits_processors logprob_token_ids prompt_embeds thinking_token_budget vllm_xargs"
-    " kv_transfer_params echo tools tool_choice functions function_call modalities audio documents"
+    " kv_transfer_params echo functions function_call modalities audio documents"
     " chat_template"
-    " web_search_options verbosity mm_processor_kwargs media_io_kwargs suffix tool_calls tool_call_id refusal".split()
+    " web_search_options verbosity mm_processor_kwargs media_io_kwargs suffix refusal".split()
 )
 """Fields that are known, and refused with any value that asks for something."""
 

@@ -14,8 +14,10 @@ _PATH = re.compile(r"^(?P<what>.*?)(?: - at (?P<path>.*))?$", re.DOTALL)
 UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(.*)`")
 _ADVICE = {
-    ".role": "this version reads the roles system, developer, user and assistant",
-    ".type": "this version reads parts of text only",
+    ".role": "this version reads the roles system, developer, user, assistant and tool",
+    ".type": "this version reads parts of text only, and tools of type function",
+    ".function.name": "give it 1 to 64 letters, digits, underscores and hyphens",
+    ".tool_choice": 'say none, auto, required or a function: {"type": "function", "function": {"name": …}}',
 }
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 

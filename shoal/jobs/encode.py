@@ -18,13 +18,15 @@ import numpy as np
 from shoal.core.config import BLOCK_SIZE
 from shoal.core.errors import RowError
 from shoal.core.types import TOKEN, Answer, Constraint, Request, Sampling, Tokens, root_of
-from shoal.jobs.body import ChatBody, EmbeddingBody, Message
+from shoal.jobs.body import ChatBody, EmbeddingBody
 from shoal.jobs.embed import check_dimensions, check_kind, fit
 from shoal.jobs.keys import RequestKeys
 from shoal.jobs.schema import RowSpec, parse_line
 from shoal.jobs.settings import JobSettings
+from shoal.jobs.tools import shown_tools, turn_of, wanted_call
 from shoal.text.checkpoint import ModelInfo
 from shoal.text.constraint import Checker
+from shoal.text.tools import Style
 
 GREEDY_BELOW = 1e-5  # a temperature below this is greedy, as in vLLM
 
@@ -50,6 +52,9 @@ class TemplateLike(Protocol):
 
     @property
     def hash(self) -> str: ...
+
+    @property
+    def style(self) -> Style | None: ...
 
     def render(
         self,
@@ -88,6 +93,7 @@ class RowEncoder:
         self.settings = settings
         self._keys = RequestKeys()
         self._checker = Checker()
+        self.style = template.style if template is not None else None  # how the model writes calls of tools
 
     @property
     def fingerprint(self) -> str:
@@ -196,7 +202,8 @@ class RowEncoder:
         extra = body.chat_template_kwargs or {}
         if body.reasoning_effort is not None:
             extra = {"reasoning_effort": body.reasoning_effort, **extra}
-        return self.template.render([_turn(m) for m in body.messages], opening, final, None, extra)
+        tools = shown_tools(body, self.style)
+        return self.template.render([turn_of(m) for m in body.messages], opening, final, tools, extra)
 
     def _finish(self, batch: _Batch) -> list[Encoded | RowError]:
         """Tokenize and check: most of it is the tokenizer's work, outside Python's lock."""
@@ -268,7 +275,7 @@ class RowEncoder:
 
     def _constraint(self, row: RowSpec) -> Constraint | None:
         """The row's constraint, the same object for rows that have the same; RowError if it cannot be kept."""
-        asked = row.constraint
+        asked = row.constraint or wanted_call(row.body, self.style)
         if asked is None:
             return None
         constraint, field = asked
@@ -363,20 +370,6 @@ class _Batch(msgspec.Struct):
     rows: list[RowSpec | RowError]
     texts: tuple[list[str], list[str]]  # to be tokenized without [0] and with [1] special tokens
     places: tuple[list[int], list[int]]  # the row of each text
-
-
-def _turn(message: Message) -> dict[str, str]:
-    """A message as templates read it; parts of text are joined by line ends, as in vLLM."""
-    content = message.content
-    turn = {
-        "role": message.role,
-        "content": content if isinstance(content, str) else "\n".join(part.text for part in content),
-    }
-    for name in ("name", "reasoning", "reasoning_content"):
-        value = getattr(message, name)
-        if value is not None:
-            turn[name] = value
-    return turn
 
 
 def _computed_from(score_from: int) -> int:

@@ -65,7 +65,7 @@ class Prepared:
         """What makes lines of answers."""
         decided, shown = self.manifest.answers, self.options.openai
         if isinstance(self.words, Words):
-            return AnswerWriter(self.words.tokenizer, decided, self.name, created(), shown)
+            return AnswerWriter(self.words.tokenizer, decided, self.name, created(), shown, self.words.encoder.style)
         return ReplyWriter(decided, shown)
 
     def feed(self, plan: Plan, done: Callable[[int], bool], known: Known | None) -> Feed:

@@ -19,6 +19,7 @@ from shoal.jobs.constrain import wanted
 from shoal.jobs.loops import Rule, rule_of
 from shoal.jobs.prompt import DEFAULT_PROMPT
 from shoal.jobs.settings import JobSettings
+from shoal.jobs.tools import check_messages, tool_use
 
 LINE_LIMIT = 8 << 20  # bytes: a longer line is refused without being read into memory
 DEPTH_LIMIT = 256  # levels of nested JSON
@@ -339,6 +340,10 @@ def _check(row: RowSpec, settings: JobSettings) -> None:
 def _check_chat(row: RowSpec, body: ChatBody) -> None:
     if body.echo:
         raise unsupported("echo")
+    check_messages(body)
+    if tool_use(body) is not None and row.constraint is not None:
+        asked = row.constraint[1]
+        raise RowError(f"{asked} and tools exclude each other: keep one, or set tool_choice to none", param=asked)
     if body.top_logprobs and not body.logprobs:
         raise RowError("top_logprobs needs logprobs: true", param="top_logprobs")
     if body.continue_final_message and body.add_generation_prompt:

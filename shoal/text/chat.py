@@ -17,6 +17,7 @@ import jinja2
 from shoal.core.errors import ModelError, RowError
 from shoal.text.files import TokenizerFiles, read_json
 from shoal.text.sandbox import MAX_CHARACTERS, ChatEnvironment, TooMuch
+from shoal.text.tools import Style, style_of
 from shoal.text.unicode import check
 
 DATE = datetime.date(2024, 7, 26)
@@ -60,6 +61,11 @@ class ChatTemplate:
         files = TokenizerFiles.read(Path(folder))
         variables = {name: token.content for name, token in files.named_tokens().items()}
         return cls(_sources(files), variables, date, str(folder))
+
+    @property
+    def style(self) -> Style | None:
+        """How the model writes calls of tools, by the template that shows it how; None where none does."""
+        return style_of(self.sources.get("tool_use") or self.sources.get("default") or "")
 
     def render(
         self,

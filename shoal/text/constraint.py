@@ -15,6 +15,7 @@ import msgspec
 
 from shoal.core.errors import RowError
 from shoal.core.types import Constraint
+from shoal.text.tools import calls_lark
 
 WHITESPACE = r"[ \t\r\n]{1,64}"  # between the words of JSON: a model that likes spaces must not write them for ever
 LIMIT = 4 << 20  # characters of a constraint: a larger one takes the library seconds
@@ -105,6 +106,9 @@ def library_grammar(constraint: Constraint) -> str:
                 return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {words}")
             case "grammar":
                 return grammar_from("grammar", text)
+            case "calls":
+                found = calls_lark(text, {"whitespace_pattern": WHITESPACE, "lenient": False, "coerce_one_of": False})
+                return LLMatcher.grammar_from_lark(found)
     except ValueError as error:
         raise _refused(str(error)) from None
     raise _refused(f"the kind {constraint.kind!r} is not known")
@@ -116,7 +120,7 @@ def refusal(kind: str, reason: str) -> RowError:
     return _refused(f"this {_NAMES.get(kind, kind)} cannot be kept: {' '.join(lines)[:400]}")
 
 
-_NAMES = {"json": "JSON schema", "regex": "regular expression", "choice": "choice"}
+_NAMES = {"json": "JSON schema", "calls": "schema of arguments", "regex": "regular expression", "choice": "choice"}
 
 
 def _refused(reason: str) -> RowError:

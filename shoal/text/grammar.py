@@ -30,6 +30,7 @@ KEPT_TEXT = 1 << 20  # characters of those together: what is compiled grows with
 Bits = npt.NDArray[np.int32]
 
 
+JSON_KINDS = frozenset(("json", "calls"))  # constraints on texts that are mostly JSON
 MARGIN = 16  # tokens kept for what may still be opened between two looks at how far the end is
 WAY = 4096  # tokens to an end that is looked for: further ones are not found
 
@@ -91,7 +92,7 @@ class Grammars:
         given, a token at a time.
         """
         endless = stop.isdisjoint(self.vocabulary.ends)
-        row = Matching(limit, stop, constraint.kind == "json", endless, jumps)
+        row = Matching(limit, stop, constraint.kind in JSON_KINDS, endless, jumps)
         try:
             compiled = self._compile(constraint)
         except RowError as error:
@@ -124,7 +125,7 @@ class Grammars:
         found = self._compiled.get(constraint)
         if found is None:
             matcher = LLMatcher(self._words, library_grammar(constraint), log_level=0, limits=self._limits)
-            way = self._of_begin.way(matcher, constraint.kind == "json", (), WAY)  # looks at the first mask too
+            way = self._of_begin.way(matcher, constraint.kind in JSON_KINDS, (), WAY)  # looks at the first mask too
             if matcher.is_error():
                 raise refusal(constraint.kind, matcher.get_error())
             found = self._compiled[constraint] = _Compiled(matcher, way)
@@ -143,9 +144,9 @@ class Grammars:
             assert row.matcher is not None
             row.matcher.consume_token(token)
             if len(row.tokens) >= row.look_at:
-                if row.way is None or not closer.still(row.matcher, row.way):
-                    most = min(WAY, row.limit - len(row.tokens))
-                    row.way = closer.way(row.matcher, row.json, row.tokens, most)
+                most = min(WAY, row.limit - len(row.tokens))
+                known = closer.again(row.matcher, row.way) if row.way is not None else None
+                row.way = closer.way(row.matcher, row.json, row.tokens, most) if known is None else known
                 self._look(row, row.way)
 
     def _go_on(self, row: Matching, room_W: Bits, address: int, closer: Closer) -> None:

@@ -44,6 +44,7 @@ class PlainTemplate:
     """role: content, line by line; refuses an assistant who speaks first."""
 
     hash = "plain"
+    style = None
 
     def render(
         self,

@@ -62,7 +62,7 @@ def test_what_changes_nothing_is_accepted(body: dict[str, Any]) -> None:
     ("body", "code", "param", "advice"),
     [
         ({"stream": True}, "not_supported", "stream", "remove"),
-        ({"tools": [{"type": "function"}]}, "not_supported", "tools", "remove"),
+        ({"tools": [{"type": "function"}]}, "missing_field", "function", "add it"),
         ({"response_format": {"type": "json_schema"}}, "missing_field", "json_schema", "add"),
         ({"response_format": {"type": "xml"}}, "invalid_request", "response_format.type", "xml"),
         (
@@ -94,7 +94,7 @@ def test_what_changes_nothing_is_accepted(body: dict[str, Any]) -> None:
         ({"max_tokens": 4, "min_tokens": 5}, "invalid_request", "min_tokens", "lower it"),
         ({"top_logprobs": 2}, "invalid_request", "top_logprobs", "logprobs: true"),
         ({"messages": []}, "invalid_request", "messages", "length >= 1"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "invalid_request", "messages[0].role", "the roles"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, "invalid_request", "messages[0].role", "the roles"),
         ({"messages": [{"role": "user"}]}, "missing_field", "content", "add it"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "invalid_request", None, "text only"),
         ({"chat_template_kwargs": {"messages": []}}, "invalid_request", "chat_template_kwargs", "messages"),

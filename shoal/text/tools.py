@@ -1,0 +1,169 @@
+"""How models write calls of tools: found in their texts, and as what a text has to be where a call is asked for.
+
+Knows the ways of writing of three families of models; it must not know templates' engines, tokens or requests. Which
+way a model has is seen in its chat template, for that is where it was taught.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from shoal.core.types import Constraint
+
+_TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_MISTRAL = "[TOOL_CALLS]"
+_NAMED = re.compile(r"\s*([\w-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")
+_PYTHON = "<|python_tag|>"
+_json = json.JSONDecoder()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call as a model wrote it."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """A family's way of writing calls."""
+
+    name: str
+    find: Callable[[str], tuple[str, list[Call]]]  # what stands before the calls, and the calls; none where any is bad
+    arguments: str  # what it calls the arguments
+    first: str = ""  # what stands before all calls
+    begin: str = ""  # before each
+    end: str = ""
+    between: str = ""  # two of them; nothing where a text has but one
+    last: str = ""
+
+
+def style_of(template: str) -> Style | None:
+    """The style that a chat template teaches; None for one that shows no tools."""
+    if "tools" not in template:
+        return None
+    return next((style for mark, style in _MARKS.items() if mark in template), None)
+
+
+def read_calls(style: Style, text: str, names: Collection[str]) -> tuple[str, list[Call]]:
+    """What stands before the calls of a text, and the calls; the whole text and none where it is not made of calls of
+    these tools, as JSON."""
+    try:
+        before, calls = style.find(text)
+    except (ValueError, RecursionError):
+        return text, []
+    if not calls or any(call.name not in names for call in calls):
+        return text, []
+    return before.strip(), calls
+
+
+def _call(value: Any) -> Call:
+    """From the JSON of a call. ValueError for anything else."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise ValueError("not a call")
+    arguments = value.get("arguments", value.get("parameters"))
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    if not isinstance(arguments, dict):
+        raise ValueError("no arguments")
+    return Call(value["name"], arguments)
+
+
+def _tagged(text: str) -> tuple[str, list[Call]]:
+    calls = [_call(_json.raw_decode(inside.strip())[0]) for inside in _TAGGED.findall(text)]
+    return text.partition("<tool_call>")[0], calls
+
+
+def _bare(text: str) -> tuple[str, list[Call]]:
+    """Objects one after the other, semicolons between them, and nothing before."""
+    rest, calls = text.strip().removeprefix(_PYTHON).strip(), list[Call]()
+    while rest.startswith("{"):
+        value, end = _json.raw_decode(rest)
+        calls.append(_call(value))
+        rest = rest[end:].lstrip().removeprefix(";").lstrip()
+    return "", calls
+
+
+def _listed(text: str) -> tuple[str, list[Call]]:
+    """A list behind a mark, or behind the mark names with their arguments; a text that is a list needs no mark."""
+    before, mark, rest = text.partition(_MISTRAL)
+    if not mark:
+        before, rest = "", text
+    if rest.lstrip().startswith("["):
+        values, _ = _json.raw_decode(rest.lstrip())
+        return before, [_call(value) for value in values]
+    calls = list[Call]()
+    while mark and (name := _NAMED.match(rest)):
+        value, end = _json.raw_decode(rest[name.end() :])
+        calls.append(_call({"name": name[1], "arguments": value}))
+        rest = rest[name.end() + end :].lstrip().removeprefix(_MISTRAL)
+    return before, calls
+
+
+HERMES = Style("hermes", _tagged, "arguments", begin="<tool_call>\n", end="\n</tool_call>", between="\n")
+LLAMA = Style("llama", _bare, "parameters")
+MISTRAL = Style("mistral", _listed, "arguments", first="[", between=", ", last="]")
+
+_MARKS = {"<tool_call>": HERMES, _MISTRAL: MISTRAL, _PYTHON: LLAMA, '"parameters": dictionary': LLAMA}
+"""What only the templates of one family say."""
+
+
+# -- what a text has to be ----------------------------------------------------------------------------
+
+
+def calls_constraint(style: Style, functions: Sequence[tuple[str, Mapping[str, Any]]], several: bool) -> Constraint:
+    """A text that is a call of one of these functions, by name and JSON schema of its arguments; or several calls,
+    where the style has a way to write them."""
+    kinds = []
+    schemas: dict[str, Any] = {}
+    for number, (name, parameters) in enumerate(functions):
+        place = f"f{number}"
+        schemas[place] = _moved({k: v for k, v in parameters.items() if k != "$schema"}, f"#/$defs/{place}")
+        properties = {"name": {"const": name}, style.arguments: {"$ref": f"#/$defs/{place}"}}
+        kinds.append(
+            {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+        )
+    schema = {**(kinds[0] if len(kinds) == 1 else {"anyOf": kinds}), "$defs": schemas}
+    signs = {name: getattr(style, name) for name in ("first", "begin", "end", "last")}
+    between = style.between if several else ""
+    return Constraint("calls", msgspec.json.encode({"schema": schema, **signs, "between": between}).decode())
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """A schema whose references still mean the same when it stands at another place."""
+    if isinstance(schema, list):
+        return [_moved(each, root) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {}
+    for name, value in schema.items():
+        if name == "$ref" and isinstance(value, str) and value.startswith("#"):
+            found[name] = root + value[1:]
+        else:
+            found[name] = value if name in ("enum", "const", "default", "examples") else _moved(value, root)
+    return found
+
+
+def calls_lark(text: str, guidance: Mapping[str, Any]) -> str:
+    """The library's grammar of such a constraint; `guidance` says how it is to read the schema."""
+    asked = json.loads(text)
+    body = json.dumps({**asked["schema"], "x-guidance": guidance})
+    one = _joined([_literal(asked["begin"]), "body", _literal(asked["end"])])
+    more = f" ({_literal(asked['between'])} call)*" if asked["between"] else ""
+    every = _joined([_literal(asked["first"]), f"call{more}", _literal(asked["last"])])
+    return f"start: {every}\ncall: {one}\nbody: %json {body}\n"
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return " ".join(part for part in parts if part)

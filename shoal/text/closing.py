@@ -106,16 +106,12 @@ class Closer:
         """As much of a way found earlier as leads to an end from here: all of it in the same string, its last part
         when what it began with has been written since. None when nothing does. It costs a tenth of finding a way."""
         for first in range(len(way) + 1):
-            rest = way[first:]
-            if matcher.validate_tokens(rest) == len(rest) and self._ends(matcher, rest):
-                return rest
+            ahead, rest = matcher.deep_copy(), way[first:]
+            if ahead.try_consume_tokens(rest) == len(rest):
+                ahead.unsafe_compute_mask_ptr(self._address, self._mask.nbytes)
+                if not ahead.is_error() and self._may_end():
+                    return rest
         return None
-
-    def _ends(self, matcher: LLMatcher, way: list[int]) -> bool:
-        matcher = matcher.deep_copy()
-        matcher.try_consume_tokens(way)
-        matcher.unsafe_compute_mask_ptr(self._address, self._mask.nbytes)
-        return not matcher.is_error() and self._may_end()
 
     def _allowed(self, token: int) -> bool:
         return bool(self._bytes[token >> 3] >> (token & 7) & 1)

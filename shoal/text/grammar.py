@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 KEPT = 128  # compiled constraints kept for rows to come; 140 kB each for a schema of 500 bytes
 KEPT_TEXT = 1 << 20  # characters of those together: what is compiled grows with what was written
+
+ASKED = 4096  # texts whose tokens are remembered
 
 Bits = npt.NDArray[np.int32]
 
@@ -167,7 +170,7 @@ class Grammars:
             row.look_at = len(row.tokens) + max(16, left // 4)
             return
         spare = left - 1 - len(way) - MARGIN
-        if spare < 4:
+        if spare < max(4, min(16, row.limit // 16)):  # with less to spare there would be a look at every token
             row.ending = way[::-1]
         row.look_at = len(row.tokens) + spare // 5
 
@@ -218,8 +221,12 @@ class _Words:
         self._vocabulary = vocabulary
         self._ids: dict[bytes, int] = {}
         self._longest = 0
+        self._asked = lru_cache(ASKED)(self._written)
 
     def __call__(self, text: str) -> list[int]:
+        return self._asked(text)  # the library asks for a few texts again and again, and only reads what it gets
+
+    def _written(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text, False).tolist()
         if max(ids, default=0) < len(self.tokens) and self._vocabulary.text(ids) == text.encode():
             return list(ids)

@@ -76,7 +76,7 @@ class Closer:
         `matcher` stands after the tokens produced, and stays there. [] when the text may end here.
         """
         matcher, way = matcher.deep_copy(), list[int]()
-        inside, escaped = _follow(self._vocabulary.text(produced)) if json else (False, False)
+        inside, escaped, _ = follow(self._vocabulary.text(produced)) if json else (False, False, 0)
         before: Bits | None = None  # what was possible one token ago in the same string
         used = np.zeros(256, dtype=np.int64)  # how often a token with that first byte was taken in the same string
         while not matcher.is_error():
@@ -96,7 +96,7 @@ class Closer:
             way += here
             if json:
                 was = inside
-                inside, escaped = _follow(self._vocabulary.text(here), inside, escaped)
+                inside, escaped, _ = follow(self._vocabulary.text(here), inside, escaped)
                 if inside is not was:
                     before = None
                     used[:] = 0
@@ -138,7 +138,9 @@ class Closer:
         return -1
 
 
-def _follow(text: bytes, inside: bool = False, escaped: bool = False) -> tuple[bool, bool]:
-    """Whether JSON text ends inside a string, and there behind a backslash that speaks of the next character."""
+def follow(text: bytes, inside: bool = False, escaped: bool = False) -> tuple[bool, bool, int]:
+    """Whether JSON text ends inside a string, and there behind a backslash that speaks of the next character; and how
+    many strings have begun or ended."""
     rest = _ESCAPED.sub(b"", b"\\" * escaped + text)
-    return inside ^ bool(rest.count(b'"') & 1), rest.endswith(b"\\")
+    quotes = rest.count(b'"')
+    return inside ^ bool(quotes & 1), rest.endswith(b"\\"), quotes

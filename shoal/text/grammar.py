@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from shoal.core.errors import ModelError, RowError
 from shoal.core.types import Constraint
-from shoal.text.closing import Closer, Vocabulary
+from shoal.text.closing import Closer, Vocabulary, follow
 from shoal.text.constraint import library_grammar, limits, refusal
 from shoal.text.decoding import Kind
 from shoal.text.tokenizer import Tokenizer
@@ -54,6 +54,9 @@ class Matching:
     tokens: list[int] = field(default_factory=list)
     look_at: int = 0  # when it has so many tokens, see how far the end is
     way: list[int] | None = None  # the way to its end that was found last
+    seen: int = 0  # tokens it had at the last look, and whether its text was
+    inside: bool = False  # in a string of JSON then, and
+    escaped: bool = False  # behind a backslash
     ending: list[int] | None = None  # the tokens it has to take to its end, the next one last
 
 
@@ -147,10 +150,19 @@ class Grammars:
             assert row.matcher is not None
             row.matcher.consume_token(token)
             if len(row.tokens) >= row.look_at:
-                most = min(WAY, row.limit - len(row.tokens))
-                known = closer.again(row.matcher, row.way) if row.way is not None else None
-                row.way = closer.way(row.matcher, row.json, row.tokens, most) if known is None else known
+                if not self._stays(row) or _spare(row, row.way or []) < _hurry(row):
+                    most = min(WAY, row.limit - len(row.tokens))
+                    known = closer.again(row.matcher, row.way) if row.way is not None else None
+                    row.way = closer.way(row.matcher, row.json, row.tokens, most) if known is None else known
                 self._look(row, row.way)
+
+    def _stays(self, row: Matching) -> bool:
+        """Whether a row of JSON is where it was at the last look: in the same string, or between the same words. Then
+        the way to its end is as long as it was, but for strings that must have some length."""
+        text = self.vocabulary.text(row.tokens[row.seen :])
+        row.seen, before = len(row.tokens), row.inside
+        row.inside, row.escaped, quotes = follow(text, row.inside, row.escaped)
+        return row.json and row.way is not None and not quotes and (before or text.isspace())
 
     def _go_on(self, row: Matching, room_W: Bits, address: int, closer: Closer) -> None:
         """Fill the bits of the row's next token; a row that jumps first takes those it has no choice about."""
@@ -169,8 +181,8 @@ class Grammars:
         if way is None or len(way) >= left:
             row.look_at = len(row.tokens) + max(16, left // 4)
             return
-        spare = left - 1 - len(way) - MARGIN
-        if spare < max(4, min(16, row.limit // 16)):  # with less to spare there would be a look at every token
+        spare = _spare(row, way)
+        if spare < _hurry(row):
             row.ending = way[::-1]
         row.look_at = len(row.tokens) + spare // 5
 
@@ -193,6 +205,16 @@ class Grammars:
         """For a row that ignores the end: it comes only where nothing else can, and then again and again."""
         other = bits_W & ~self._end
         return other if other.any() else bits_W
+
+
+def _spare(row: Matching, way: list[int]) -> int:
+    """Tokens that are left to a row beside those to its end."""
+    return row.limit - len(row.tokens) - 1 - len(way) - MARGIN
+
+
+def _hurry(row: Matching) -> int:
+    """With less than that to spare a row is led to its end: there would soon be a look at every token."""
+    return max(4, min(16, row.limit // 16))
 
 
 def _only(bits_W: Bits) -> int:

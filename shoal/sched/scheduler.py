@@ -165,17 +165,15 @@ class Scheduler:
         new = result.tokens.get(ticket)
         done: Finish | None = None
         if new:
-            forced = result.forced.get(ticket) if result.forced else None
+            forced, sampled = result.forced.get(ticket) if result.forced else None, len(new)
             if len(new) == 1 and not forced and end < seq.limit:
                 seq.tokens[end] = new[0]
             else:
-                sampled = len(new)
                 new = self._cut(seq, end, [*new, *(forced or ())])
                 # A token that was planned to be sampled behind the first one is known now: its step samples none.
                 seq.tokens[end:] = array(TOKEN, new)
-                sampled = min(sampled, len(new))
             if part.draft:
-                seq.computed, seq.guessing = end + sampled - 1, False
+                seq.computed, seq.guessing = end + min(sampled, len(new)) - 1, False
             if seq.first_token is None:
                 seq.first_token = now
             if new[-1] in seq.stop:

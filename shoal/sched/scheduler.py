@@ -164,6 +164,8 @@ class Scheduler:
             return self.finish(seq, [], Finish.ERROR, now, error)
         new = result.tokens.get(ticket)
         done: Finish | None = None
+        if part.draft:
+            seq.guessing = False
         if new:
             forced, sampled = result.forced.get(ticket) if result.forced else None, len(new)
             if len(new) == 1 and not forced and end < seq.limit:
@@ -173,7 +175,7 @@ class Scheduler:
                 # A token that was planned to be sampled behind the first one is known now: its step samples none.
                 seq.tokens[end:] = array(TOKEN, new)
             if part.draft:
-                seq.computed, seq.guessing = end + min(sampled, len(new)) - 1, False
+                seq.computed = end + min(sampled, len(new)) - 1
             if seq.first_token is None:
                 seq.first_token = now
             if new[-1] in seq.stop:

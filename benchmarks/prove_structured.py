@@ -27,6 +27,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -184,6 +185,17 @@ def named(message: str, schema: Any) -> bool:
     return any(word and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", message) for word in own)
 
 
+def validator(schema: Any) -> Any:
+    """jsonschema's, with multiples told exactly: it divides floats, which are too small for what a model may write."""
+    kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
+    return jsonschema.validators.extend(kind, {"multipleOf": _multiple})(schema)
+
+
+def _multiple(_: Any, of: Any, value: Any, schema: Any) -> Iterator[jsonschema.ValidationError]:
+    if isinstance(value, int | float) and Fraction(str(value)) % Fraction(str(of)):
+        yield jsonschema.ValidationError(f"{value} is not a multiple of {of}")
+
+
 def rows() -> Part:
     """Rows of all kinds of schemas through the whole job."""
     luck, found = Random(SEED), schemas()
@@ -199,9 +211,8 @@ def rows() -> Part:
             choice, schema = row["response"]["body"]["choices"][0], wanted[int(row["custom_id"])]
             ends[choice["finish_reason"]] += 1
             if choice["finish_reason"] == "stop":
-                kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
                 try:
-                    kind(schema).validate(json.loads(choice["message"]["content"]))
+                    validator(schema).validate(json.loads(choice["message"]["content"]))
                 except (ValueError, jsonschema.ValidationError) as error:
                     invalid.append(f"{row['custom_id']}: {str(error)[:200]}")
         for line in (Path(name) / "out.errors.jsonl").read_text().splitlines():

@@ -192,7 +192,7 @@ def validator(schema: Any) -> Any:
 
 
 def _multiple(_: Any, of: Any, value: Any, schema: Any) -> Iterator[jsonschema.ValidationError]:
-    if isinstance(value, int | float) and Fraction(str(value)) % Fraction(str(of)):
+    if type(value) in (int, float) and Fraction(str(value)) % Fraction(str(of)):
         yield jsonschema.ValidationError(f"{value} is not a multiple of {of}")
 
 

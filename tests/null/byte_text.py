@@ -12,6 +12,7 @@ from shoal.core.types import TOKEN
 from shoal.jobs.encode import RowEncoder
 from shoal.jobs.settings import JobSettings
 from shoal.text.checkpoint import ModelInfo
+from shoal.text.tools import Style
 
 BOS, EOS, FIRST = 0, 1, 2
 VOCAB_SIZE = FIRST + 256
@@ -44,7 +45,7 @@ class PlainTemplate:
     """role: content, line by line; refuses an assistant who speaks first."""
 
     hash = "plain"
-    style = None
+    style: Style | None = None
 
     def render(
         self,

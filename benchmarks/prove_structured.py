@@ -338,23 +338,22 @@ PARTS: dict[str, Callable[[], Part]] = {
 
 
 def main() -> int:
-    """Run some parts or all; what others have shown on the same commit is kept."""
+    """Run some parts or all; what was found of the others is kept, each with its commit."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
     wanted = parser.parse_args().parts or list(PARTS)
     before = RESULTS / "structured.json"
     record = json.loads(before.read_text()) if before.exists() else {}
-    same = record.get("commit") == commit()
-    parts, claims = (record["parts"], record["claims"]) if same else ({}, {})
-    good = True
+    parts, good = record.get("parts", {}), True
     for name in wanted:
-        parts[name], holds = PARTS[name]()
-        claims |= {f"{name}_{claim}": held for claim, held in holds.items()}
+        data, holds = PARTS[name]()
+        parts[name] = {"commit": commit(), "claims": holds, **data}
         for claim, held in holds.items():
             print(f"{name}: {claim}: {'holds' if held else 'DOES NOT HOLD'}", flush=True)
         good = good and all(holds.values())
-        shown = set(parts) == set(PARTS) and all(claims.values())
-        write_result("structured", {"shown": shown, "claims": claims, "parts": parts}, SEED)
+        whole = set(parts) == set(PARTS) and len({part["commit"] for part in parts.values()}) == 1
+        shown = whole and all(all(part["claims"].values()) for part in parts.values())
+        write_result("structured", {"shown": shown, "parts": parts}, SEED)
     return 0 if good else 1
 
 

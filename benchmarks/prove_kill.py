@@ -133,7 +133,9 @@ class Job:
             kind, line = event.split()
             if kind == "C":
                 kept.add(line)
-            elif line in kept:
+            elif kind == "F":
+                kept.discard(line)
+            elif kind == "S" and line in kept:
                 again.append(int(line))
         return again
 
@@ -161,9 +163,11 @@ def alive(process: psutil.Process) -> bool:
 
 
 def observed(log: str, arguments: list[str]) -> None:
-    """Be `shoal` with these arguments, and write down which lines are handed to an engine, and which committed."""
+    """Be `shoal` with these arguments, and write down which lines are handed to an engine, which are committed, and
+    that a file has been put into its place."""
     from shoal.cli import main as shoal
     from shoal.client import EngineProcess
+    from shoal.jobs.files import DiskFiles
     from shoal.jobs.journal import Journal, Written
 
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -173,6 +177,7 @@ def observed(log: str, arguments: list[str]) -> None:
 
     submit: Callable[..., None] = EngineProcess.submit
     commit: Callable[..., None] = Journal.commit
+    replace: Callable[..., None] = DiskFiles.replace
 
     def noted_submit(self: EngineProcess, requests: Iterable[Any], *rest: Any) -> None:
         requests = tuple(requests)
@@ -184,7 +189,12 @@ def observed(log: str, arguments: list[str]) -> None:
         commit(self, written)
         note("C", lines)
 
+    def noted_replace(self: DiskFiles, source: Path, target: Path) -> None:
+        replace(self, source, target)
+        note("R", [0])
+
     EngineProcess.submit, Journal.commit = noted_submit, noted_commit  # type: ignore[method-assign, assignment]
+    DiskFiles.replace = noted_replace  # type: ignore[method-assign]
     sys.argv = ["shoal", *arguments]
     shoal()
 
@@ -228,14 +238,13 @@ def victims_of(rng: Random) -> list[str]:
     return chosen
 
 
-def trial(
-    folder: Path, source: Path, wanted: tuple[bytes, bytes], rng: Random, scale: tuple[int, float], victims: list[str]
+def survive(
+    job: Job, rng: Random, scale: tuple[int, float], victims: list[str], look: Callable[[int], list[str]]
 ) -> dict[str, Any]:
-    """One job, killed at random moments and run to its end. `scale`: log size and seconds of an unbroken run.
+    """Run the job to its end, killed at random moments. `scale`: log size and seconds of an unbroken run.
 
-    With no seconds to choose from, the moments are places in the log.
+    With no seconds to choose from, the moments are places in the log. `look` says after each life what is wrong.
     """
-    job = Job(folder, source)
     victims, kills, lives, orphans = list(victims), list[str](), 0, [0.0]
     wrong: list[str] = []
     while True:
@@ -253,9 +262,7 @@ def trial(
                     orphans.append(survived)
             code = process.wait()
         job.note_journalled()
-        for name, now, whole in zip(("output", "errors"), job.files(), wanted, strict=True):
-            if not whole.startswith(now):
-                wrong.append(f"after life {lives} the {name} file is no prefix of the unbroken run's")
+        wrong += look(lives)
         if code not in RESUMABLE:
             break
         if lives > 8:
@@ -263,13 +270,30 @@ def trial(
             break
     if code != EXIT_FAILED_LINES:
         wrong.append(f"it ended with {code}: {job.messages.read_text()[-500:]}")
-    if job.files() != wanted:
-        wrong.append("the finished files differ")
     if again := job.generated_again():
         wrong.append(f"generated again after they were journalled: lines {again[:10]}")
     if max(orphans) > ORPHAN_SECONDS:
         wrong.append(f"an engine outlived its parent by {max(orphans):.1f} s")
     return {"kills": kills, "lives": lives, "orphan_seconds": max(orphans), "wrong": wrong}
+
+
+def trial(
+    folder: Path, source: Path, wanted: tuple[bytes, bytes], rng: Random, scale: tuple[int, float], victims: list[str]
+) -> dict[str, Any]:
+    """One job, killed at random moments and run to its end; `scale` as in `survive`."""
+    job = Job(folder, source)
+
+    def look(life: int) -> list[str]:
+        return [
+            f"after life {life} the {name} file is no prefix of the unbroken run's"
+            for name, now, whole in zip(("output", "errors"), job.files(), wanted, strict=True)
+            if not whole.startswith(now)
+        ]
+
+    found = survive(job, rng, scale, victims, look)
+    if job.files() != wanted:
+        found["wrong"].append("the finished files differ")
+    return found
 
 
 def second_run_is_refused(job: Job, first: psutil.Popen) -> list[str]:

@@ -1,4 +1,5 @@
-"""Kill the main job, run it again: the bytes of an unbroken run. This is `benchmarks/prove_kill.py` at a small size."""
+"""Kill the main job, run it again: the bytes of an unbroken run. These are `benchmarks/prove_kill.py` and
+`benchmarks/prove_kill_everything.py` at a small size."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from random import Random
 
 import pytest
 
+from benchmarks import prove_kill_everything as everything
 from benchmarks.prove_kill import EXIT_FAILED_LINES, VICTIMS, Job, second_run_is_refused, trial, wait_for, write_rows
 
 ROWS = 40
@@ -32,6 +34,18 @@ def test_a_killed_job_ends_in_the_same_bytes(unbroken: Job, tmp_path: Path, vict
     scale = (unbroken.log.stat().st_size, 0.0)
     found = trial(tmp_path / "job", source, unbroken.files(), Random(VICTIMS.index(victim)), scale, [victim])
     assert found["kills"] == [victim] and found["wrong"] == []
+
+
+def test_a_job_with_everything_switched_on_and_its_retry_may_be_killed_too(tmp_path: Path) -> None:
+    whole = everything.Unbroken(tmp_path, ROWS, seed=3)
+    assert whole.wrong == []
+    facts = whole.facts()
+    assert facts["answered_first"]["structured"] > 5 and facts["lines_generated_by_retry"] > 1
+    assert whole.run_codes.keys() >= {"invalid_constraint", "invalid_json_line", "duplicate_custom_id"}
+    whole.run_scale, whole.retry_scale = (whole.run_scale[0], 0.0), (whole.retry_scale[0], 0.0)
+    found = everything.trial(tmp_path / "job", whole, Random(2))
+    assert [one["wrong"] for one in found] == [[], []]
+    assert all(one["kills"] for one in found), "the job was killed, and its retry"
 
 
 def test_an_interrupted_job_lets_nobody_in_says_so_and_goes_on(unbroken: Job, tmp_path: Path) -> None:

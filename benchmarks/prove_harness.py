@@ -38,7 +38,7 @@ SHOTS = {"minnow": 5, "stories260K": 0}  # questions with their answers before e
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file of JSON lines."""
     text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
-    yield from map(json.loads, text.splitlines())
+    yield from map(json.loads, filter(None, text.split("\n")))  # a text may hold other ends of lines
 
 
 def shown(question: dict[str, Any], answer: str) -> str:

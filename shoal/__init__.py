@@ -13,19 +13,26 @@ from shoal.core.errors import ShoalError
 
 if TYPE_CHECKING:
     from shoal.jobs.call import run
+    from shoal.jobs.stream import Counts, Result, Stream
     from shoal.llm import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams, StructuredOutputsParams
+    from shoal.preview.call import Explained, explain
 
 __version__ = "0.2.0"
 
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "Counts",
     "EngineConfig",
+    "Explained",
     "Logprob",
     "RequestOutput",
+    "Result",
     "SamplingParams",
     "ShoalError",
+    "Stream",
     "StructuredOutputsParams",
+    "explain",
     "run",
 ]
 
@@ -35,6 +42,8 @@ _LATE = {
         "shoal.llm",
     ),
     "run": "shoal.jobs.call",
+    **dict.fromkeys(("Counts", "Result", "Stream"), "shoal.jobs.stream"),
+    **dict.fromkeys(("Explained", "explain"), "shoal.preview.call"),
 }
 
 

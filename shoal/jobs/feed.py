@@ -146,7 +146,7 @@ class Feed:
 
     def follow(self, units: Iterator[Unit]) -> None:
         """Hand out these instead of what the plan has left."""
-        self._units = units
+        self._units, self._exhausted = units, False
 
     def _take(self) -> list[AnyPart]:
         if self._groups or self._quarantine:

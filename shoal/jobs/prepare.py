@@ -141,7 +141,7 @@ def prepare(options: JobOptions, files: Files) -> Prepared:
     try:
         source = open_source(options.input, state.path, files, sys.stdin.buffer)
         if isinstance(words, Words):
-            manifest = _manifest(options, state.path, files, words.folder, source, words.encoder)
+            manifest = make_manifest(options, state.path, files, words, source.fingerprint)
         else:
             manifest = _served_manifest(options, source)
         begin = state.begin(manifest)
@@ -188,9 +188,9 @@ def _check_input(options: JobOptions, errors: Path | None) -> None:
         raise UsageError(f"cannot read {options.input}: {error.strerror}") from error
 
 
-def _manifest(
-    options: JobOptions, state: Path, files: Files, folder: Path, source: Source, encoder: RowEncoder
-) -> Manifest:
+def make_manifest(options: JobOptions, state: Path, files: Files, words: Words, fingerprint: str) -> Manifest:
+    """All that the answers depend on. In the folder `state` the hashes of large files are kept for the next time."""
+    folder, encoder = words.folder, words.encoder
     model = [
         path for pattern in ("*.safetensors", "config.json", "generation_config.json") for path in folder.glob(pattern)
     ]
@@ -201,7 +201,7 @@ def _manifest(
     template = encoder.template.hash if encoder.template is not None else ""
     weights = weight_mode(options.weights, folder)
     return Manifest(
-        input=source.fingerprint,
+        input=fingerprint,
         model=hashes,
         tokenizer=encoder.tokenizer.hash,
         template=template,

@@ -55,10 +55,8 @@ class Reuse:
 
     def add(self, ended: Ended, now: float) -> list[Ended]:
         """A row that was computed or recalled: what can be noted of it now."""
-        if self._cache is not None and ended.error is None and "cache" not in ended.stats:
-            for ask, answer in zip(ended.asks, ended.answers, strict=False):
-                for number, sample in enumerate(answer.samples):
-                    self._cache.put(ask, number, Kept(sample, () if number else answer.scores), now)
+        if self._cache is not None and "cache" not in ended.stats:
+            keep(ended, self._cache, now)
         return self.copies.add(ended)
 
     def _ended(self, row: int, answers: tuple[PromptAnswers, ...]) -> Ended:
@@ -70,6 +68,14 @@ class Reuse:
             stats["loop_period"] = loop
         ended = Ended(row, line, raw, spec, answers, None, stats)
         return replace(ended, stats=free_stats(ended) | {"cache": True})
+
+
+def keep(ended: Ended, cache: AnswerCache, now: float) -> None:
+    """Put what a row came to into the cache; nothing of a row that failed."""
+    if ended.error is None:
+        for ask, answer in zip(ended.asks, ended.answers, strict=False):
+            for number, sample in enumerate(answer.samples):
+                cache.put(ask, number, Kept(sample, () if number else answer.scores), now)
 
 
 def forget(ended: Ended, cache: AnswerCache) -> None:

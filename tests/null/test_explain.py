@@ -20,6 +20,7 @@ from encoder_folder import write_encoder, write_pooling
 from rich.console import Console
 from test_embeddings import embedding
 
+import shoal
 from shoal.core.config import WEIGHTS, EngineConfig
 from shoal.jobs.options import JobOptions
 from shoal.preview import facts, machine
@@ -353,3 +354,21 @@ def test_the_prefixes_whose_own_part_saves_most_come_first(tmp_path: Path) -> No
     with look(options(file(tmp_path, lines)).job) as looked:
         shown = [[(each.end, each.uses) for each in forest(looked, most).prefixes] for most in (1, 2, 9)]
     assert shown == [[(30, 10)], [(30, 10), (50, 5)], [(30, 10), (50, 5)]]
+
+
+def test_as_a_call_it_says_what_the_command_says_and_shows_itself_in_a_notebook(tmp_path: Path) -> None:
+    path = file(tmp_path, rows(3))
+    found = shoal.explain(path, threads=2)
+    console = Console(file=io.StringIO(), width=400)
+    run_explain(options(path, threads=2), True, console)
+    command = json.loads(console.file.getvalue())  # type: ignore[attr-defined]
+    mine = json.loads(found.json)
+    for each in (mine, command):
+        del each["seconds"], each["time"]["plan"], each["time"]["low"], each["time"]["high"]  # measured just now
+    assert mine == command and found.facts.rows.total == len(rows(3))
+    assert f"rows      {len(rows(3))}" in repr(found)
+    frame = ElementTree.fromstring(found._repr_html_())
+    assert frame.tag == "iframe" and "style" in frame.attrib
+    assert frame.attrib["srcdoc"] == found.html.replace("\n", " "), "the page, whose ends of lines are spaces to XML"
+    with pytest.raises(shoal.ShoalError, match="standard input"):
+        shoal.explain("-")

@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "flags": {"core", "jobs"},
     "cli": {"core", "flags", "models", "jobs", "bench", "preview", "show"},
     "__main__": {"cli"},
-    "__init__": {"core", "jobs", "llm"},
+    "__init__": {"core", "jobs", "llm", "preview"},
 }
 
 # layer -> packages from outside it may import, the standard library apart.

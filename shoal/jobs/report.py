@@ -247,8 +247,11 @@ def prompt_line(tokens: Tokens, interrupted: bool = False, reused: int = 0) -> s
     total = tokens.prompt - reused
     saved, could = total - tokens.prompt_computed, total - tokens.prompt_bound
     words = f"{count(tokens.prompt)} in, {count(tokens.prompt_computed)} computed"
-    words += f": shared prefixes saved {count(saved)} ({percent(saved, tokens.prompt)})"
-    words += f" of the {count(could)} that a memory without limit would"
+    if saved > could:  # nobody knows yet what sharing saves
+        words += f" of at least {count(tokens.prompt_bound)}: the others are of rows that failed or have not ended"
+    else:
+        words += f": shared prefixes saved {count(saved)} ({percent(saved, tokens.prompt)})"
+        words += f" of the {count(could)} that a memory without limit would"
     if reused:
         words += f"; {count(reused)} of rows that were not computed"
     if tokens.prompt_recomputed:

@@ -110,6 +110,7 @@ class _Job:
             engine, backend, lambda: EngineProcess(threads), self.meter, self.patience, self.display, stop
         )
         self.budget_hit = False
+        self.resumed = 0  # rows that an earlier run has ended
         self.strangers = False  # whether a row has named another model
         self.cache = AnswerCache(Path(job.options.cache), job.manifest.engine) if job.options.cache else None
         self.check: Check | None = None  # when rows run again to be compared
@@ -127,6 +128,7 @@ class _Job:
             self.meter.resume(results)
             self._refuse_bad_rows(plan, results)
             self._check_budget(results)
+            self.resumed = results.status().answered - plan.num_bad
             feed = self._feed(plan, results, self.cache.get if self.cache is not None else None)
             self.reuse = Reuse(feed, results, self.cache)
             with self.display:
@@ -134,7 +136,7 @@ class _Job:
                 self.meter.note(self.job, feed.plan, results)
                 if results.status().answered < results.status().total and not (self.budget_hit or self.stop.asked):
                     self._start(plan if options.verify else feed.plan)
-                    self._say_plan(feed.plan, results)
+                    self._say_plan(feed.plan)
                     self._loop(feed, results)
                 finished = results.status().answered == results.status().total
                 if finished:
@@ -210,9 +212,8 @@ class _Job:
         useful = plan.bound + min(plan.answer_tokens, config.max_sequences * words.info.context)
         self.engines.start(config, useful, meanwhile)
 
-    def _say_plan(self, plan: Plan, results: Results) -> None:
-        done = results.status().answered - plan.num_bad - self.reuse.recalled
-        self.display.plan(self.meter.plan_facts(self.job, plan, max(done, 0)))
+    def _say_plan(self, plan: Plan) -> None:
+        self.display.plan(self.meter.plan_facts(self.job, plan, self.resumed))
 
     def _revive(self, plan: Plan, feed: Feed, results: Results, death: EngineDied) -> None:
         """Start another engine in place of a dead one, and give up on a row that has killed it twice alone."""

@@ -66,7 +66,7 @@ def test_plain_rows_and_texts_too(job: Jobs) -> None:
 
 
 def test_what_cannot_be_a_row_fails_alone() -> None:
-    rows: list[object] = ["fine", 7, {"prompt": {1, 2}}, ["no"], "fine too"]
+    rows: list[object] = ["fine", 7, {"prompt": object()}, ["no"], "fine too"]
     found = sorted(results(rows, chat=True, body={"max_tokens": 4}), key=lambda result: result.number)
     assert [result.ok for result in found] == [True, False, False, False, True]
     assert [result.line["response"]["body"]["error"]["code"] for result in found[1:4]] == ["malformed_row"] * 3

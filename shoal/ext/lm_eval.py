@@ -155,10 +155,10 @@ class ShoalLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     def _generated(self, prompt: str, wish: dict[str, Any]) -> dict[str, Any]:
         rest = {k: v for k, v in wish.items() if k not in ("until", "max_gen_toks", "do_sample")}
-        room = self._info.context - wish["max_gen_toks"]
+        room = self.max_length - wish["max_gen_toks"]
         if room < 1:
             raise ShoalError(
-                f"answers of {wish['max_gen_toks']} tokens leave no room in {self._info.context}: ask for fewer"
+                f"answers of {wish['max_gen_toks']} tokens leave no room in {self.max_length}: ask for fewer"
             )
         stops = [stop for stop in wish["until"] if stop][:MOST_STOPS]  # of others the text is cut off afterwards
         return {**rest, "prompt": self.tok_encode(prompt)[-room:], "max_tokens": wish["max_gen_toks"], "stop": stops}

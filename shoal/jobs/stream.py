@@ -204,10 +204,10 @@ class _Work:
         process = EngineProcess(self._options.threads or 0) if self._backend is None else None
         display = Display(Console(stderr=True), self._clock, quiet=True)
         meter = Meter(self._began)
-        patience = Patience(meter.engine_seconds)
+        self._patience = Patience(meter.engine_seconds)
         threads = self._options.threads or 0
         self._engines = Engines(
-            process, self._backend, lambda: EngineProcess(threads), meter, patience, display, Stop()
+            process, self._backend, lambda: EngineProcess(threads), meter, self._patience, display, Stop()
         )
         self._display, self._cache = display, cast("AnswerCache | None", None)
         try:
@@ -304,7 +304,11 @@ class _Work:
                 self._engines.backend.cancel(late)
             news = self._engines.backend.outputs(0.0 if self._ready else POLL)
             if news is not None:
+                self._patience.heard(self._clock.now())
                 self._news(news)
+            elif (process := self._engines.process) is not None:
+                if said := self._patience.words(self._clock.now(), process.pid):
+                    self._display.warn(said)
         except EngineDied as death:
             self._revive(death)
 

@@ -24,6 +24,7 @@ from shoal.jobs.report import (
     Seconds,
     Tokens,
     print_report,
+    prompt_line,
     read_report,
     to_json,
     write_report,
@@ -98,6 +99,16 @@ def test_the_text_names_what_people_ask_for() -> None:
         "o.errors.jsonl: 3 lines",
     ):
         assert words in text
+
+
+def test_rows_that_were_not_computed_are_no_saving() -> None:
+    """A row that failed for want of memory, or has not ended, has cost nothing: no prefix has saved that."""
+    whole = prompt_line(Tokens(prompt=1000, prompt_bound=600, prompt_computed=600))
+    assert (
+        whole == "1,000 in, 600 computed: shared prefixes saved 400 (40 %) of the 400 that a memory without limit would"
+    )
+    killed = prompt_line(Tokens(prompt=1000, prompt_bound=600, prompt_computed=250))
+    assert killed == "1,000 in, 250 computed of at least 600: the others are of rows that failed or have not ended"
 
 
 def test_the_largest_group_of_errors_comes_first() -> None:

@@ -63,6 +63,18 @@ def test_the_same_file_costs_nothing_the_second_time(job, tmp_path: Path) -> Non
         assert report.reused.output_tokens == report.tokens.output == apart.report.tokens.output
 
 
+def test_copies_of_what_the_cache_knows_are_not_said_to_come_from_an_earlier_run(job, tmp_path: Path) -> None:
+    rows = [chat(i, "the same", temperature=0) for i in range(5)]
+    assert job(rows, cache=tmp_path / "cache").run() == 0
+    more = job([*rows, chat(5, "another")], cache=tmp_path / "cache")
+    assert more.run() == 0
+    assert "1 rows were answered by earlier jobs" in more.said and "by an earlier run" not in more.said
+    half = job(rows[:1] + [chat(i) for i in range(1, 200)])
+    assert half.run(Watched(echo_backend(), interrupt(12))) == 5
+    done = half.report.rows.ok
+    assert half.run() == 0 and 0 < done < 200 and f"{done} rows were answered by an earlier run" in half.said
+
+
 @pytest.mark.parametrize("order", [Order.PLAN, Order.INPUT])
 def test_an_edit_costs_the_edited_rows_and_prompts_their_own_bound(job, tmp_path: Path, order: Order) -> None:
     rows = mixed(300)

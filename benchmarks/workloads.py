@@ -60,6 +60,38 @@ def bbh() -> list[str]:
     return found
 
 
+def mmlu(shots: int = 5) -> list[str]:
+    """The test questions of all subjects, each behind its subject's own worked examples; subjects in name order."""
+    heads: dict[str, str] = {}
+    with (PROMPTS / "mmlu" / "dev.jsonl").open(encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            name = row["subject"]
+            head = heads.get(name, f"Multiple choice questions about {name.replace('_', ' ')}, with answers.\n\n")
+            if head.count("\nAnswer: ") < shots:
+                heads[name] = f"{head}{_choices(row)} {'ABCD'[int(row['answer'])]}\n\n"
+    found = []
+    for part in ("test_1of2.jsonl.gz", "test_2of2.jsonl.gz"):
+        with gzip.open(PROMPTS / "mmlu" / part, "rt", encoding="utf-8") as file:
+            found += [(row["subject"], heads[row["subject"]] + _choices(row)) for row in map(json.loads, file)]
+    return [text for _, text in sorted(found, key=lambda pair: pair[0])]
+
+
+def _choices(row: dict[str, Any]) -> str:
+    choices = "".join(f"{letter}. {text}\n" for letter, text in zip("ABCD", row["choices"], strict=True))
+    return f"{row['question']}\n{choices}Answer:"
+
+
+def paragraphs(questions: int = 6) -> list[str]:
+    """Paragraphs of Natural Questions, each with its own question and those of the next ones."""
+    with gzip.open(PROMPTS / "rag" / "nq-open-oracle.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    found = []
+    for number, row in enumerate(rows[:-questions]):
+        first = f"{row['ctxs'][0]['title']}\n{row['ctxs'][0]['text']}\n\n"
+        found += [f"{first}Question: {each['question']}?\nAnswer:" for each in rows[number : number + questions]]
+    return found
+
+
 def bench(name: str, scale: float = 1.0) -> list[tuple[list[int], int]]:
     """(prompt tokens, output tokens) of workload W1, W2, W3 or W4, in its shuffled order."""
     spec = importlib.util.spec_from_file_location("shared_workloads", SHARED / "bench" / "workloads.py")

@@ -12,7 +12,7 @@ from shoal.core.config import EngineConfig
 from shoal.core.errors import ShoalError
 
 if TYPE_CHECKING:
-    from shoal.jobs.call import run
+    from shoal.call import run
     from shoal.jobs.stream import Counts, Result, Stream
     from shoal.llm import LLM, CompletionOutput, Logprob, RequestOutput, SamplingParams, StructuredOutputsParams
     from shoal.preview.call import Explained, explain
@@ -41,7 +41,7 @@ _LATE = {
         ("LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "StructuredOutputsParams"),
         "shoal.llm",
     ),
-    "run": "shoal.jobs.call",
+    "run": "shoal.call",
     **dict.fromkeys(("Counts", "Result", "Stream"), "shoal.jobs.stream"),
     **dict.fromkeys(("Explained", "explain"), "shoal.preview.call"),
 }

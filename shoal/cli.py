@@ -35,8 +35,9 @@ app = typer.Typer(
 def answer(options: JobOptions, again: Again | None = None) -> int:
     """Run the job; its exit code."""
     from shoal.jobs.run import run_job  # here, so that --help and report need not load what a job needs
+    from shoal.preview.foresee import Foreseer
 
-    return run_job(options, again=again)
+    return run_job(options, again=again, seer=Foreseer())
 
 
 @app.command()

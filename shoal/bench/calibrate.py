@@ -15,6 +15,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import cast
 
@@ -42,7 +43,10 @@ CHUNKS = (16, 64, 256, 1024)  # tokens of a prompt
 FAR, CHUNK = 3584, 256  # a chunk of a prompt this far in shows what looking back costs
 LONG, LONG_ROWS = 1024, 64  # rows of this many tokens show what reading them costs
 WAITING = 768  # rows that wait beside a full step: a job keeps so many in an engine, about
-SHARE = 0.25  # seconds of each measurement, about
+SHARE = 0.06  # seconds of each measurement in a round, about
+ROUNDS = 3  # at most
+LONGEST = 6.5  # seconds of all rounds, unless one alone takes longer
+BEGIN_ANSWER = 4  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +83,15 @@ def build(config: ModelConfig, mode: str, kv_mode: str) -> Bench:
 
 
 def engine(
-    executor: Executor, bench: Bench, budget: Budget, prompts: Sequence[Tokens], answer: int, temperature: float = 0.0
-) -> Engine:
+    executor: Executor, bench: Bench, budget: Budget, prompts: Sequence[Tokens], answer: int, temperature: float = 0.0,
+    score_from: int = -1,
+) -> Engine:  # fmt: skip
     """An engine with all prompts in it."""
     policy = BatchPolicy(budget)
     made = Engine(Scheduler(policy, bench.pages, PAGE), executor, WallClock(), ahead=1)
     for row, prompt in enumerate(prompts):
         sampling = Sampling(max_tokens=answer, temperature=temperature, seed=row)
-        refused = made.add(Request(str(row), prompt, sampling, index=row, future=()))
+        refused = made.add(Request(str(row), prompt, sampling, index=row, future=(), score_from=score_from))
         assert refused is None, refused
     return made
 
@@ -96,11 +101,14 @@ def prompt(seed: int, count: int, vocabulary: int) -> Tokens:
     return array(TOKEN, [(7919 * (seed + 1) + 104729 * i) % vocabulary for i in range(count)])
 
 
-def decode(executor: Executor, bench: Bench, rows: int, context: int = 4, temperature: float = 0.0) -> float:
-    """Seconds of a step that gives each of so many rows a token."""
+def decode(
+    executor: Executor, bench: Bench, rows: int, context: int = 4, temperature: float = 0.0, shared: int = 0
+) -> float:  # fmt: skip
+    """Seconds of a step that gives each of so many rows a token; all begin with the same `shared` tokens."""
     steps = 24
     more = WAITING if rows == max(ROWS) else 0
-    prompts = [prompt(row, context, bench.config.vocab_size) for row in range(rows + more)]
+    first = prompt(0, shared, bench.config.vocab_size)
+    prompts = [first + prompt(row, context, bench.config.vocab_size) for row in range(rows + more)]
     made = engine(executor, bench, Budget(4096, rows), prompts, steps + 8 + rows * context // 4096, temperature)
     while made.last is None or made.last.num_tokens != rows or len(made.scheduler.running) < rows:
         made.step()
@@ -117,68 +125,100 @@ def decode(executor: Executor, bench: Bench, rows: int, context: int = 4, temper
     return median(seconds)
 
 
-def prefill(executor: Executor, bench: Bench, tokens: int) -> float:
+def prefill(executor: Executor, bench: Bench, tokens: int, score_from: int = -1) -> float:
     """Seconds of the step that computes a prompt, or what is not skipped of it, and gives it a token."""
     seconds, end = [], time.perf_counter() + SHARE
     while len(seconds) < 2 or time.perf_counter() < end:
         prompts = [prompt(len(seconds), tokens, bench.config.vocab_size)]
-        made = engine(executor, bench, Budget(tokens, 1), prompts, 1)
+        made = engine(executor, bench, Budget(tokens, 1), prompts, 1, score_from=score_from)
         began = time.perf_counter()
         while made.busy:
             made.step()
         seconds.append(time.perf_counter() - began)
-    return min(seconds)
+    return median(seconds)
 
 
-def begin(executor: Executor, bench: Bench, step: float) -> float:
-    """Seconds to let a row in, beside a full step of so many seconds: rows come and go, and nothing else changes."""
+def begin(executor: Executor, bench: Bench) -> float:
+    """Seconds of full steps in which rows come and go: each has `BEGIN_ANSWER` tokens."""
     rows = max(ROWS)
-    prompts = [prompt(row, 4, bench.config.vocab_size) for row in range(rows + WAITING)]
-    made = engine(executor, bench, Budget(4096, rows), prompts, 4)
-    began, steps = time.perf_counter(), 0.0
+    prompts = [prompt(row, 1, bench.config.vocab_size) for row in range(rows + WAITING)]
+    made = engine(executor, bench, Budget(4096, rows), prompts, BEGIN_ANSWER)
+    began = time.perf_counter()
     while made.busy:
         made.step()
-        if made.last is not None:
-            steps += made.last.num_tokens / rows
-            made.last = None
-    return max(time.perf_counter() - began - steps * step, 0.0) / len(prompts)
+    return time.perf_counter() - began
+
+
+def trials(bench: Bench) -> dict[tuple[str, int], Callable[[], float]]:
+    """All that is timed, by name and size; `few` layers and `one`."""
+    context = min(FAR, bench.config.context - CHUNK - 64)
+    found: dict[tuple[str, int], Callable[[], float]] = {
+        ("looking", context): partial(prefill, Skipping(bench.few, CHUNK), bench, context + CHUNK),
+        ("near", CHUNK): partial(prefill, Skipping(bench.few, CHUNK), bench, CHUNK),
+        ("scored", CHUNK): partial(prefill, bench.few, bench, CHUNK, 1),
+        ("long", LONG_ROWS): partial(decode, Skipping(bench.few), bench, LONG_ROWS, min(LONG, context)),
+        ("listed", max(ROWS)): partial(decode, bench.few, bench, max(ROWS), shared=min(LONG, context)),
+        ("drawn", LONG_ROWS): partial(decode, bench.few, bench, LONG_ROWS, temperature=1.0),
+        ("begin", max(ROWS)): partial(begin, bench.few, bench),
+    }
+    for name, runner in (("few", bench.few), ("one", bench.one)):
+        found |= {(f"decode {name}", rows): partial(decode, runner, bench, rows) for rows in ROWS}
+        found |= {
+            (f"prefill {name}", tokens): partial(prefill, runner, bench, tokens)
+            for tokens in sorted({min(tokens, context) for tokens in CHUNKS})
+        }
+    return found
 
 
 def measure(bench: Bench, num_layers: int) -> dict[str, object]:
-    """The curves and rates of `sched.cost.MeasuredCost` for a model of so many layers."""
-    count = bench.config.num_layers
+    """The curves and rates of `sched.cost.MeasuredCost` for a model of so many layers.
 
-    def both(work: Callable[..., float], size: int) -> tuple[float, float]:
+    Everything is timed in several rounds, and the middle one counts: what else the machine does comes and goes.
+    """
+    count, work = bench.config.num_layers, trials(bench)
+    rounds: list[dict[tuple[str, int], float]] = []
+    began = time.perf_counter()
+    while not rounds or (len(rounds) < ROUNDS and (time.perf_counter() - began) * (1 + 1 / len(rounds)) <= LONGEST):
+        rounds.append({key: trial() for key, trial in work.items()})
+    took = {key: median(each[key] for each in rounds) for key in work}
+
+    def both(name: str, size: int) -> tuple[float, float]:
         """Seconds of a whole step, and of them the layers', if the model had all its layers."""
-        few = work(bench.few, bench, size)
-        layer = max(few - work(bench.one, bench, size), 0.0) / (count - 1) if count > 1 else few
+        few = took[f"{name} few", size]
+        layer = max(few - took[f"{name} one", size], 0.0) / (count - 1) if count > 1 else few
         return few + (num_layers - count) * layer, num_layers * layer
 
-    context = min(FAR, bench.config.context - CHUNK - 64)
-    looking, near = (prefill(Skipping(bench.few, CHUNK), bench, tokens) for tokens in (context + CHUNK, CHUNK))
-    pair = max(looking - near, 0.0) / (CHUNK * context) * num_layers / count
-    decodes = {rows: both(decode, rows) for rows in ROWS}
-    layers = [(1, decodes[1][1])]
-    for tokens in sorted({min(tokens, context) for tokens in CHUNKS}):
-        seconds = both(prefill, tokens)[1] - pair * tokens * tokens / 2
+    sizes = {name: size for name, size in took if " " not in name}
+    alone = {name: took[name, size] for name, size in sizes.items()}
+    context = sizes["looking"]
+    pair = max(alone["looking"] - alone["near"], 0.0) / (CHUNK * context) * num_layers / count
+    layers = [(1, max(both("decode", 1)[1], 1e-6))]
+    for tokens in (tokens for name, tokens in took if name == "prefill few"):
+        seconds = both("prefill", tokens)[1] - pair * tokens * tokens / 2
         layers.append((tokens, max(seconds, layers[-1][1])))
     answers: list[tuple[int, float]] = []
-    for rows, (seconds, _) in decodes.items():
-        rest = seconds - along(tuple(layers), rows)
+    for rows in ROWS:
+        rest = both("decode", rows)[0] - along(tuple(layers), rows)
         answers.append((rows, max(rest, answers[-1][1] if answers else 1e-6)))
-    long, short = decode(Skipping(bench.few), bench, LONG_ROWS, min(LONG, context)), decode(bench.few, bench, LONG_ROWS)
-    position = max(long - short, 0.0) / (LONG_ROWS * min(LONG, context)) * num_layers / count
-    drawn = max(decode(bench.few, bench, LONG_ROWS, temperature=1.0) - short, 0.0) / LONG_ROWS
-    came = begin(bench.few, bench, decode(bench.few, bench, max(ROWS)))
-    found = {
-        "begin": came,
+    short = took["decode few", LONG_ROWS]
+    position = max(alone["long"] - short, 0.0) / (LONG_ROWS * min(LONG, context)) * num_layers / count
+    many, far = max(ROWS), min(LONG, context)
+    looks = (many * far * pair + far * max(position - pair, 0.0)) * count / num_layers
+    listed = max(alone["listed"] - took["decode few", many] - looks, 0.0) / (many * far / PAGE)
+    rows = max(ROWS) + WAITING
+    steps = rows * BEGIN_ANSWER / max(ROWS)
+    return {
+        "begin": max(alone["begin"] - steps * took["decode few", max(ROWS)], 0.0) / rows,
         "layers": layers,
         "answers": answers,
         "pair": pair,
         "read": max(position - pair, 0.0),
-        "draw": drawn,
+        "draw": max(alone["drawn"] - short, 0.0) / LONG_ROWS,
+        "score": max(alone["scored"] - took["prefill few", CHUNK], 0.0) / (CHUNK - 1),
+        "unsteady": median(max(each[key] for each in rounds) / min(each[key] for each in rounds) for key in work) - 1,
+        "listed": listed,
+        "block": PAGE,
     }
-    return {**found, "block": PAGE}
 
 
 def main() -> None:

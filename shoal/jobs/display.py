@@ -88,6 +88,7 @@ class Progress:
     kv_total: int = 0  # bytes
     looped: int = 0  # rows that were cut off while they repeated themselves
     straggler: Straggler | None = None  # the row that runs much longer than others have
+    seconds_left: float | None = None  # by a forecast; None: by the tokens a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,9 @@ class Window:
             return Rates(seconds_left=0.0 if progress.work_left == 0 else math.inf)
         work = (progress.work_done - first.work_done) / passed
         left = math.inf
-        if progress.work_left is not None:
+        if progress.seconds_left is not None:
+            left = progress.seconds_left
+        elif progress.work_left is not None:
             left = progress.work_left / work if work > 0 else 0.0 if progress.work_left == 0 else math.inf
         return Rates(
             (progress.tokens_in - first.tokens_in) / passed, (progress.tokens_out - first.tokens_out) / passed, left

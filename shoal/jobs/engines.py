@@ -52,13 +52,19 @@ class Engines:
         self._make, self._meter, self._patience, self._display, self._stop = make, meter, patience, display, stop
         self._clock = WallClock()
 
-    def start(self, config: EngineConfig, useful: int, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Have an engine with memory for up to `useful` tokens, unless asked to stop meanwhile."""
+    def start(
+        self, config: EngineConfig, useful: int, loading: Callable[[], None] = lambda: None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """Have an engine with memory for up to `useful` tokens, unless asked to stop meanwhile.
+
+        `loading` is done once, while the first engine loads.
+        """
         if self.backend is not None:
-            return
+            return loading()
         for loads in range(1, LOADS + 1):
             try:
-                return self._load(config, useful)
+                return self._load(config, useful, loading if loads == 1 else lambda: None)
             except EngineDied as error:
                 death = error
                 if self._stop.asked:
@@ -72,10 +78,11 @@ class Engines:
             "and run the same command again to continue"
         ) from death
 
-    def _load(self, config: EngineConfig, useful: int) -> None:
+    def _load(self, config: EngineConfig, useful: int, loading: Callable[[], None]) -> None:
         if self.process is None:
             self.process = self._make()
         self.process.begin(Begin(config, useful))
+        loading()
         while not self._stop.asked:
             ready = self.process.ready(POLL)
             if ready is not None:

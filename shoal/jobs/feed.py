@@ -254,6 +254,10 @@ class Feed:
                 cancel += [id for id, part in self._parts.items() if part.row is row and not part.cancelled]
         return cancel
 
+    def ages(self, now: float) -> list[float]:
+        """For how many seconds each request has run that runs now."""
+        return self._watches.ages(now)
+
     def straggler(self, now: float) -> Straggler | None:
         """The row that has run longest of those that run."""
         oldest = self._watches.oldest(now)

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from shoal.core.errors import ShoalError, StateError
 from shoal.jobs.files import on_network, read_mounts
 
@@ -115,6 +118,14 @@ class Journal:
         """Whether the line has ended (committed or about to be)."""
         byte = line >> 3
         return byte < len(self._bits) and bool(self._bits[byte] >> (line & 7) & 1)
+
+    def ended(self, lines: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether the row of each of these lines has ended."""
+        bits = np.unpackbits(np.frombuffer(self._bits, dtype=np.uint8), bitorder="little")
+        found = np.zeros(len(lines), dtype=np.bool_)
+        known = lines < len(bits)
+        found[known] = bits[lines[known]] > 0
+        return found
 
     def put(
         self, line: int, key: bytes, status: Status, payload: bytes, stats: Mapping[str, object], now: float

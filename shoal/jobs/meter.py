@@ -23,6 +23,8 @@ from shoal.client import News, Ready
 from shoal.jobs.display import PlanFacts, Progress, Window
 from shoal.jobs.feed import Feed
 from shoal.jobs.files import disk_errors
+from shoal.jobs.foretold import Seer
+from shoal.jobs.outlook import Outlook
 from shoal.jobs.plan import Plan
 from shoal.jobs.prepare import Prepared
 from shoal.jobs.pulse import LONGEST, Recorder
@@ -63,6 +65,9 @@ class Meter:
         self._steps: IO[str] | None = None
         self._facts = Report(Rows())
         self._bound = 0  # prompt tokens to compute
+        self.outlook: Outlook | None = None
+        self._peak_blocks = 0
+        self._in_flight = 0  # tokens that are counted, and not computed yet
         self._ended = self._ended_tokens = 0  # rows of this run, and the output tokens they came to
         self._ended_seconds, self._looped = 0.0, 0  # for which they ran; rows of them that repeat themselves
         self._answered: dict[str, int] | None = None  # counters when all rows had ended
@@ -78,17 +83,39 @@ class Meter:
         """Note what is known of the rows to be answered, before any is computed."""
         served = job.options.endpoints  # by whom tokens are counted as they come; the plan's are units of text
         self._bound = 0 if served else plan.bound
-        self._facts = Report(
+        earlier = results.journal.meta(FACTS)
+        facts = Report(
             rows=Rows(results.status().total), endpoints=list(served),
             tokens=Tokens() if served else Tokens(plan.prompt_tokens, plan.bound),
             versions={"shoal": __version__, **{name: version(name) for name in LIBRARIES}},
             manifest=job.manifest.hash, plan=plan.hash,
             model=job.name, weights=job.manifest.weight_mode, kv=job.manifest.kv_mode,
             input=str(job.options.input), output=str(job.options.output), finished=False,
+            predicted=msgspec.json.decode(earlier, type=Report).predicted if earlier else None,
         )  # fmt: skip
-        facts = msgspec.json.encode(self._facts).decode()
-        if results.journal.meta(FACTS) != facts:
-            results.journal.set_meta(FACTS, facts)
+        self._keep(facts, results)
+
+    def foretell(self, seer: Seer | None, job: Prepared, plan: Plan, results: Results) -> None:
+        """Ask what the rows to be computed will take; what was said when the job began stays."""
+        if seer is None:
+            return
+        wanted = ~results.journal.ended(plan.lines)
+        course = seer.foretell(job, plan, None if wanted.all() else wanted, self.plan_seconds)
+        if course is None:
+            return
+        self.outlook = Outlook(course, max(int(wanted.sum()) - plan.num_copies, 1))
+        if self._facts.predicted is None:
+            self._keep(replace(self._facts, predicted=course.said), results)
+
+    def begin(self, now: float) -> None:
+        """The engine is ready and begins."""
+        if self.outlook is not None:
+            self.outlook.begin(now, time.monotonic() - self.began)
+
+    def _keep(self, facts: Report, results: Results) -> None:
+        self._facts, text = facts, msgspec.json.encode(facts).decode()
+        if results.journal.meta(FACTS) != text:
+            results.journal.set_meta(FACTS, text)
 
     def plan_facts(self, job: Prepared, plan: Plan, resumed: int) -> PlanFacts:
         """What there is to say before any model work; `resumed` rows were answered by an earlier run."""
@@ -124,11 +151,13 @@ class Meter:
         self._processes = [psutil.Process(), psutil.Process(pid)]
         self._recorder.loaded(time.monotonic() - self.began)
 
-    def ended(self, stats: Mapping[str, object]) -> None:
+    def ended(self, row: int, stats: Mapping[str, object]) -> None:
         """A row of this run has ended; what it cost says how long the others will take."""
         self._looped += "loop_period" in stats
         if "copy_of" in stats or "cache" in stats:
             return  # it has cost nothing
+        if self.outlook is not None:
+            self.outlook.ended(row, stats)
         tokens = stats.get("completion_tokens", 0)
         assert isinstance(tokens, int)
         self._ended += 1
@@ -156,7 +185,9 @@ class Meter:
             share = news.used_blocks / max(self.ready.num_blocks, 1) if self.ready else 0.0
             totals = self.total("prompt_computed"), self.total("output_computed")
             self._recorder.hear(time.monotonic() - self.began, totals, share, news.waiting, news.running)
+            self._peak_blocks = max(self._peak_blocks, news.used_blocks, *(step.used_blocks for step in news.steps), 0)
         if news.steps:
+            self._in_flight = news.steps[-1].tokens
             with disk_errors(folder / STEPS):
                 if self._steps is None:
                     self._steps = (folder / STEPS).open("a", encoding="utf-8")
@@ -209,7 +240,11 @@ class Meter:
         computed, output = self.total("prompt_computed"), self.total("output_computed")
         oldest = feed.straggler(now)
         slow = max(LONG, TIMES * self._ended_seconds / max(self._ended, 1))
-        block = self.ready.kv_bytes // self.ready.num_blocks if self.ready else 0
+        block = self._block_bytes
+        left = None
+        if self.outlook is not None and self._answered is None:
+            done = max(computed + output - self._in_flight, 0)
+            left = self.outlook.left(now, done, output, lambda: feed.ages(now))
         return Progress(
             rows_total=rows, rows_done=answered, rows_failed=failed, rows_written=written, waiting_for=waiting_for,
             tokens_in=computed + self.total("cached"), tokens_out=output, tokens_saved=self.total("cached"),
@@ -217,7 +252,12 @@ class Meter:
             work_left=self._work_left(max(self._bound - computed, 0), output, rows - answered - free),
             kv_used=self._used_blocks * block, kv_total=self.ready.kv_bytes if self.ready else 0,
             looped=self._looped, straggler=oldest if oldest is not None and oldest.seconds > slow else None,
+            seconds_left=left,
         )  # fmt: skip
+
+    @property
+    def _block_bytes(self) -> int:
+        return self.ready.kv_bytes // max(self.ready.num_blocks, 1) if self.ready else 0
 
     def _work_left(self, prompts: int, output: int, rows: int) -> int | None:
         """Tokens that `rows` will still cost: `prompts`, and answers as long as those that have ended were."""
@@ -232,6 +272,9 @@ class Meter:
         """The final report: rows from the journal, costs of this run and the earlier ones."""
         spent = self._spent()
         results.journal.note(SPENT, json.dumps(spent))
+        said = self._facts.predicted
+        if self.outlook is not None and said is not None and said.soon is None:
+            self._keep(replace(self._facts, predicted=replace(said, soon=self.outlook.said.soon)), results)
         self._recorder.state = "ended"
         self._recorder.note(results.journal, progress)
         results.keep()
@@ -254,6 +297,7 @@ class Meter:
             "restarts": float(self.restarts), "runs": 1.0,
         }  # fmt: skip
         spent = {name: value + self._earlier.get(name, 0.0) for name, value in own.items()}
+        spent["peak_kv"] = max(float(self._peak_blocks * self._block_bytes), self._earlier.get("peak_kv", 0.0))
         spent["peak"] = max(float(self._peak), self._earlier.get("peak", 0.0))
         return spent
 

@@ -105,6 +105,16 @@ class Plan:
         return self.prompt_tokens - self.bound
 
     @property
+    def units(self) -> npt.NDArray[Any]:
+        """Every prompt that is computed, in file order: plan_store.UNIT."""
+        return self._units
+
+    @property
+    def served(self) -> npt.NDArray[np.int64]:
+        """Numbers of the units in serving order."""
+        return self._unit_at.astype(np.int64)
+
+    @property
     def lines(self) -> npt.NDArray[np.int64]:
         """Line numbers of all rows, ascending."""
         return self._rows["line"].astype(np.int64)

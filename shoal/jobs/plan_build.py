@@ -150,7 +150,7 @@ class _Tables:
         for number, prompt in enumerate(result.prompts):
             reach = 0 if result.alone else result.score_from - 1 if result.score_from >= 1 else -1
             length = len(prompt)
-            facts = (row, number, length, length - unsampled, reach, result.samples, root, expect)
+            facts = (row, number, length, length - unsampled, reach, result.samples, result.max_tokens, root, expect)
             _append(self.units, (arena.append(prompt), *facts))
 
     def refuse_repeated(self, source: Source, encoder: Encoder) -> None:

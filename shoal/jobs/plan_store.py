@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from shoal.core.errors import RowError, StateError
 
-FORMAT = 2  # of the folder; another number means: make the plan again
+FORMAT = 3  # of the folder; another number means: make the plan again
 SUMMARY = "plan.json"
 ARENA = "prompts.i32"
 ERRORS = "bad_rows.jsonl"
@@ -36,6 +36,7 @@ UNIT = np.dtype(
         ("goal", "<i4"),  # prompt tokens that must be computed
         ("reach", "<i4"),  # the most tokens it may take from other prompts; -1: all
         ("samples", "<i4"),
+        ("limit", "<i4"),  # the most output tokens of one sample
         ("root", "<i4"),
         ("expect", "<f4"),  # expected output tokens of one sample; -1: unknown
     ]

@@ -9,6 +9,7 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from shoal.jobs.display import Display, Progress
 from shoal.jobs.engines import POLL, Engines, open_servers, pause_after
 from shoal.jobs.feed import Ended, Feed, Known
 from shoal.jobs.files import DiskFiles, Files
+from shoal.jobs.foretold import Seer
 from shoal.jobs.meter import Meter
 from shoal.jobs.note import keep_note
 from shoal.jobs.options import JobOptions, Order
@@ -30,7 +32,8 @@ from shoal.jobs.plan import Order as PlanOrder
 from shoal.jobs.plan import Plan, build_plan
 from shoal.jobs.prepare import Prepared, ServedWords, prepare
 from shoal.jobs.report import NAME as REPORT
-from shoal.jobs.report import print_report, read_report, write_report
+from shoal.jobs.report import read_report, write_report
+from shoal.jobs.report_words import print_report
 from shoal.jobs.results import Results, open_results
 from shoal.jobs.retry import Again
 from shoal.jobs.reuse import Reuse, forget
@@ -47,11 +50,13 @@ LAST_STEP = 2.0  # seconds that an interrupted job waits for what the step under
 
 
 def run_job(
-    options: JobOptions, backend: Backend | None = None, console: Console | None = None, again: Again | None = None
+    options: JobOptions, backend: Backend | None = None, console: Console | None = None, again: Again | None = None,
+    seer: Seer | None = None,
 ) -> int:  # fmt: skip
     """Run the job, or go on with it, to its end; with failed rows `again`. The exit code; ShoalErrors carry theirs.
 
-    `backend` replaces the engine process: it is used as it is, and not started again when it dies.
+    `backend` replaces the engine process: it is used as it is, and not started again when it dies. `seer` foretells
+    the job.
     """
     files, began = DiskFiles(), time.monotonic()
     console = console or Console(stderr=True)
@@ -65,7 +70,7 @@ def run_job(
                 ended = job.begin is JobBegin.FINISHED and (job.state.path / REPORT).is_file() and not options.verify
                 if ended and (again is None or again.idle(job.state.path)):
                     return _ended_before(job, console)
-                return _Job(job, files, console, stop, began, engine, backend or servers, again).run()
+                return _Job(job, files, console, stop, began, engine, backend or servers, again, seer).run()
             finally:
                 job.source.close()
                 job.state.close()
@@ -97,9 +102,10 @@ class _Job:
 
     def __init__(
         self, job: Prepared, files: Files, console: Console, stop: Stop, began: float,
-        engine: EngineProcess | None, backend: Backend | None, again: Again | None,
+        engine: EngineProcess | None, backend: Backend | None, again: Again | None, seer: Seer | None,
     ) -> None:  # fmt: skip
         self.job, self.files, self.console, self.stop, self.again = job, files, console, stop, again
+        self.seer = seer
         self.clock = WallClock()
         self.display = Display(console, self.clock, job.options.quiet)
         self.writer = job.writer()
@@ -135,8 +141,10 @@ class _Job:
                 self._recall(feed, results)
                 self.meter.note(self.job, feed.plan, results)
                 if results.status().answered < results.status().total and not (self.budget_hit or self.stop.asked):
-                    self._start(plan if options.verify else feed.plan)
-                    self._say_plan(feed.plan)
+                    foretell = partial(self.meter.foretell, self.seer, self.job, feed.plan, results)
+                    self._start(plan if options.verify else feed.plan, foretell)
+                    self.display.plan(self.meter.plan_facts(self.job, feed.plan, self.resumed))
+                    self.meter.begin(self.clock.now())
                     self._loop(feed, results)
                 finished = results.status().answered == results.status().total
                 if finished:
@@ -204,16 +212,15 @@ class _Job:
 
     # -- the engine --------------------------------------------------------------------------------
 
-    def _start(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def _start(
+        self, plan: Plan, loading: Callable[[], None] = lambda: None, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:  # fmt: skip
         words = self.job.words
         if isinstance(words, ServedWords):
             return
         config = replace(self.job.options.engine(), model=str(words.folder))
         useful = plan.bound + min(plan.answer_tokens, config.max_sequences * words.info.context)
-        self.engines.start(config, useful, meanwhile)
-
-    def _say_plan(self, plan: Plan) -> None:
-        self.display.plan(self.meter.plan_facts(self.job, plan, self.resumed))
+        self.engines.start(config, useful, loading, meanwhile)
 
     def _revive(self, plan: Plan, feed: Feed, results: Results, death: EngineDied) -> None:
         """Start another engine in place of a dead one, and give up on a row that has killed it twice alone."""
@@ -227,7 +234,7 @@ class _Job:
             self._pass_time(feed, results)
 
         self.engines.wait(pause_after(self.engines.deaths), meanwhile)
-        self._start(plan, meanwhile)
+        self._start(plan, meanwhile=meanwhile)
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -344,7 +351,7 @@ class _Job:
                 forget(ended, self.cache)
 
     def _put(self, results: Results, ended: Ended) -> None:
-        self.meter.ended(ended.stats)
+        self.meter.ended(ended.row, ended.stats)
         if ended.error is not None:
             self._fail(results, ended.line, ended.raw, ended.error, ended.stats, ended.had)
         else:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -37,7 +38,7 @@ _BLOCK = 1 << 20
 _LARGEST = 1 << 26  # bytes of a state file that is read whole
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: a property is kept
 class Manifest:
     """Everything an answer depends on. Hashes are hexadecimal SHA-256."""
 
@@ -58,7 +59,7 @@ class Manifest:
         """Return one hash over all of it."""
         return _hash_of(asdict(self))
 
-    @property
+    @cached_property  # asked for with every row
     def answers(self) -> str:
         """Return one hash over all but input file and layout: with a line's body it decides the line's answer."""
         return _hash_of(asdict(self) | {"input": "", "layout": {}})

@@ -83,7 +83,8 @@ def tally(facts: Report, stats: Iterable[tuple[int, Status, str]], spent: Mappin
             int(spent["prompt_last"]), int(spent["output_preempted"]),
         ),
         seconds=Seconds(spent["wall"], spent["cpu"], spent["load"], spent["plan"]),
-        steps=int(spent["steps"]), peak_memory_bytes=int(spent["peak"]), errors=errors, looped=looped,
+        steps=int(spent["steps"]), peak_memory_bytes=int(spent["peak"]), peak_kv_bytes=int(spent["peak_kv"]),
+        errors=errors, looped=looped,
         slowest=[row for _, _, row in sorted(slow, key=lambda one: (-one[0], -one[1]))],
         runs=int(spent["runs"]), engine_restarts=int(spent["restarts"]),
     )  # fmt: skip

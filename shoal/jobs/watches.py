@@ -59,6 +59,10 @@ class Watches:
                 found.append(id)
         return found
 
+    def ages(self, now: float) -> list[float]:
+        """For how many seconds each has run."""
+        return [now - since for since in self._since.values()]
+
     def oldest(self, now: float) -> tuple[str, float] | None:
         """The one that has run longest, and for how many seconds."""
         id = next(iter(self._since), None)

@@ -16,7 +16,8 @@ from shoal.core.errors import ShoalError
 from shoal.jobs.bill import Bill, bill
 from shoal.jobs.plan_sort import Ints
 from shoal.preview import paperwork
-from shoal.preview.forecast import Time, predict
+from shoal.preview.bulk import Time
+from shoal.preview.forecast import predict
 from shoal.preview.look import Looked
 from shoal.preview.machine import Measured, Unmeasured, measured
 from shoal.preview.options import ExplainOptions
@@ -25,7 +26,6 @@ from shoal.runtime.memory import available_host_bytes, plan_memory
 from shoal.show.prefixes import Forest, largest
 from shoal.text.checkpoint import kv_mode, weight_mode
 
-ERROR = 0.15  # what a prediction may be off where all answers' lengths are known
 BARS = 12  # of a histogram, at most
 EXAMPLES = 5  # line numbers given of each kind of bad row
 LEAST_TOKENS = 2048  # as a run's engine: what its memory must hold where nobody says how large it is
@@ -110,6 +110,7 @@ class Forecast(msgspec.Struct, frozen=True):
     plan: float
     limit: str  # compute, bandwidth, attention or memory
     measured_at: float  # Unix time of this machine's measurement
+    unsteady: float  # share by which its speed varied then
 
 
 class Advice(msgspec.Struct, frozen=True):
@@ -172,7 +173,7 @@ def _foretell(options: ExplainOptions, looked: Looked) -> tuple[Memory | None, F
     weights = weight_mode(job.weights, words.folder)
     kv = kv_mode(job.kv, weights)
     config = job.engine()
-    memory = _memory(looked, config, sizes, weights, kv)
+    memory = memory_of(looked, config, sizes, weights, kv)
     why = memory.problem or ("" if len(looked.units) else "no row can be run")
     if why:
         return memory, None, why
@@ -217,7 +218,7 @@ def _bad(looked: Looked) -> tuple[Bad, ...]:
     return tuple(Bad(code, number, lines, message) for code, (number, lines, message) in ordered)
 
 
-def _memory(looked: Looked, config: EngineConfig, sizes: Sizes, weights: str, kv: str) -> Memory:
+def memory_of(looked: Looked, config: EngineConfig, sizes: Sizes, weights: str, kv: str) -> Memory:
     """What a run's engine would be given."""
     context, plan = looked.words.info.context, looked.plan
     weight_bytes, position = sizes.weight_bytes(weights), sizes.position_bytes(kv)
@@ -241,11 +242,10 @@ def _forecast(
     limits, certain = looked.limits, looked.certain
 
     paper = paperwork.measure(looked)
-    spare = len(os.sched_getaffinity(0)) > machine.threads
 
     def span(answers: Ints) -> Span:
         tokens = int((answers * looked.units["samples"]).sum())
-        job = 0.0 if spare else paper.seconds(looked.plan.num_requests, tokens)
+        job = 0.0 if spare_cores(machine) else paper.seconds(looked.plan.num_requests, tokens)
         time = predict(looked, answers, machine.cost(paper.drawn), config, memory.have_tokens // config.block_size)
         if memory.have_tokens >= memory.need_tokens:
             time.waited = 0.0  # what is put off then is put off for other reasons
@@ -259,13 +259,20 @@ def _forecast(
         least = span(np.where(certain, limits, np.minimum(limits, 1)))
         expected = options.answer_tokens
         likely = span(np.where(certain, limits, np.minimum(limits, expected))) if expected else None
-    load = machine.start + machine.build * memory.weight_bytes / max(machine.measured_bytes, 1)
+    load = machine.load(memory.weight_bytes)
     before = max(load, looked.seconds)
     chosen = likely or most
     shares = {"bandwidth": chosen.weights, "compute": chosen.compute, "attention": chosen.attention}
     limit = "memory" if chosen.waited > 0.5 else max(shares, key=lambda name: shares[name])
-    low, high = (likely or least).seconds * (1 - ERROR), (likely or most).seconds * (1 + ERROR)
-    return Forecast(least, most, likely, before + low, before + high, load, looked.seconds, limit, machine.at)
+    low, high = (likely or least).seconds * (1 - machine.error), (likely or most).seconds * (1 + machine.error)
+    return Forecast(
+        least, most, likely, before + low, before + high, load, looked.seconds, limit, machine.at, machine.unsteady
+    )
+
+
+def spare_cores(machine: Measured) -> bool:
+    """Whether a job's own process has a core beside the engine's."""
+    return len(os.sched_getaffinity(0)) > machine.threads
 
 
 def _span(answer_tokens: int, time: Time, job: float) -> Span:

@@ -22,6 +22,7 @@ from shoal.jobs.prepare import arithmetic, instruction_set
 from shoal.preview.sizes import Sizes
 from shoal.sched.cost import MeasuredCost
 
+ERROR, MOST_ERROR = 0.15, 0.5  # shares that a prediction may be off: on a steady machine, and on any
 TIMEOUT = 120  # seconds: a measurement takes a few
 PROCESSOR = ("model name", "cpu family", "model", "stepping", "cache size", "CPU part", "CPU implementer")
 
@@ -35,17 +36,29 @@ class Measured(msgspec.Struct, frozen=True):
     read: float
     draw: float  # seconds more for a token that is drawn, instead of being the likeliest
     begin: float  # seconds to let a row in
+    score: float  # seconds to find the likelihood of a prompt's token
     block: int
     threads: int
     start: float  # seconds until an engine's process has loaded its libraries
     build: float  # seconds to make and pack the weights that were measured with
     measured_bytes: int  # of these weights
+    listed: float = 0.0  # seconds for a block in the list of a sequence
+    unsteady: float = 0.0  # share by which the same work took longer in one round than in another
     at: float = 0.0  # Unix time
+
+    @property
+    def error(self) -> float:
+        """Share that a prediction may be off where all answers' lengths are known."""
+        return min(max(ERROR, self.unsteady), MOST_ERROR)
 
     def cost(self, drawn: float = 0.0) -> MeasuredCost:
         """As the scheduler's simulator takes it, where this share of the rows draws its tokens."""
         answers = tuple((rows, seconds + drawn * self.draw * rows) for rows, seconds in self.answers)
-        return MeasuredCost(self.layers, answers, self.pair, self.read, self.begin, self.block)
+        return MeasuredCost(self.layers, answers, self.pair, self.read, self.begin, self.score, self.listed, self.block)
+
+    def load(self, weight_bytes: int) -> float:
+        """Seconds until an engine with so many bytes of weights is ready."""
+        return self.start + self.build * weight_bytes / max(self.measured_bytes, 1)
 
 
 class Unmeasured(ShoalError):
@@ -55,10 +68,8 @@ class Unmeasured(ShoalError):
 def measured(folder: Path, sizes: Sizes, weights: str, kv: str, threads: int | None, again: bool = False) -> Measured:
     """The measurement for this machine, code, model shape and threads; made now where none is kept, or `again`."""
     path = cache_folder() / f"{key(folder, sizes, weights, kv, threads)}.json"
-    if not again:
-        kept = _kept(path)
-        if kept is not None:
-            return kept
+    if not again and (found := _kept(path)) is not None:
+        return found
     found = msgspec.structs.replace(_measure(folder, weights, kv, threads), at=time.time())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,6 +81,11 @@ def measured(folder: Path, sizes: Sizes, weights: str, kv: str, threads: int | N
             f"{path} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can"
         ) from error
     return found
+
+
+def kept(folder: Path, sizes: Sizes, weights: str, kv: str, threads: int | None) -> Measured | None:
+    """The measurement as it is kept; None where there is none."""
+    return _kept(cache_folder() / f"{key(folder, sizes, weights, kv, threads)}.json")
 
 
 def cache_folder() -> Path:

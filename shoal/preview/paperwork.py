@@ -1,28 +1,34 @@
 """What a job's own process does beside the engine, timed on the first rows of the very file: a run's own code.
 
-It must not know engines or what steps cost. Answers are pretended; keeping them on the disk is not counted.
+It must not know engines or what steps cost. Answers are pretended; of the disk only the processor's time is counted.
 """
 
 from __future__ import annotations
 
 import pickle
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from shoal.core.types import Finish, Output, Request
 from shoal.jobs.answer import AnswerWriter
 from shoal.jobs.feed import Feed
+from shoal.jobs.files import DiskFiles
 from shoal.jobs.part import parts_of
+from shoal.jobs.results import Results, open_results
+from shoal.jobs.stop import WallClock
 from shoal.preview.look import Looked
 
 TOKENS = 64  # of a long pretended answer; the others have one
+FEW = 256  # requests that are tried
 
 
 @dataclass(frozen=True, slots=True)
 class Paperwork:
     """Seconds of one core."""
 
-    request: float  # to make it of its row, hand it over, and write its answer
+    request: float  # to make it of its row, hand it over, and to write and keep its answer
     token: float  # of its answer
     drawn: float  # share of the requests whose tokens are drawn, not the likeliest
 
@@ -32,29 +38,38 @@ class Paperwork:
 
 
 def measure(looked: Looked) -> Paperwork:
-    """Hand out the first requests, answer every other one with many tokens, and take the answers."""
+    """Hand out the first requests, answer every other one with many tokens, and keep the answers."""
     words = looked.words
     feed = Feed(looked.plan, looked.source, words.encoder, parts_of(words.tokenizer), lambda line: False)
     writer = AnswerWriter(words.tokenizer, "0" * 64, words.name, 0, False)
-    began = time.perf_counter()
-    requests, _ = feed.next(began)
-    handed = pickle.loads(pickle.dumps(requests))
-    opening = (time.perf_counter() - began) / max(len(requests), 1)
-    short = _take(feed, writer, handed[::2], 1)
-    long = _take(feed, writer, handed[1::2], TOKENS)
-    token = max(long - short, 0.0) / (TOKENS - 1) if len(handed) > 1 else 0.0
+    began = time.thread_time()
+    requests, _ = feed.next(0.0)
     drawn = sum(not request.sampling.greedy for request in requests) / max(len(requests), 1)
+    handed = pickle.loads(pickle.dumps(requests))[:FEW]
+    opening = (time.thread_time() - began) / max(len(requests), 1)
+    with tempfile.TemporaryDirectory(prefix="shoal-") as name:
+        out, lines = Path(name) / "out.jsonl", range(1, looked.plan.num_lines + 1)
+        results = open_results(Path(name), out, None, lines, "finish", DiskFiles(), WallClock())
+        try:
+            short = _take(feed, writer, results, handed[::2], 1)
+            long = _take(feed, writer, results, handed[1::2], TOKENS)
+        finally:
+            results.close()
+    token = max(long - short, 0.0) / (TOKENS - 1) if len(handed) > 1 else 0.0
     return Paperwork(opening + max(short - token, 0.0), token, drawn)
 
 
-def _take(feed: Feed, writer: AnswerWriter, requests: list[Request], tokens: int) -> float:
-    """Seconds to take the answer of one of the requests."""
+def _take(feed: Feed, writer: AnswerWriter, results: Results, requests: list[Request], tokens: int) -> float:
+    """Seconds to take and keep the answer of one of the requests."""
     timing = {"arrival": 0.0, "start": 0.0, "first": 0.0, "end": 0.0, "cached": 0.0, "preemptions": 0.0}
-    began = time.perf_counter()
+    began = time.thread_time()
     for request in requests:
+        feed.started((request.id,), 0.0)
         answer = (request.prompt * -(-tokens // len(request.prompt)))[:tokens].tolist()
         output = Output(request.id, answer, Finish.LENGTH, timing=timing)
         ended, _ = feed.take(pickle.loads(pickle.dumps(output)))
         if ended is not None and ended.error is None:
-            writer.answer(ended.spec, ended.answers)
-    return (time.perf_counter() - began) / max(len(requests), 1)
+            results.put(ended.line, bytes(16), "ok", writer.answer(ended.spec, ended.answers), ended.stats)
+            results.status()
+    results.keep()
+    return (time.thread_time() - began) / max(len(requests), 1)

@@ -12,6 +12,7 @@ from rich.text import Text
 from shoal.jobs.bill import bill_words
 from shoal.jobs.units import count, duration, percent, size
 from shoal.preview.facts import Explanation, Forecast, Lengths, Memory, Span
+from shoal.preview.machine import ERROR
 
 BAR = 30  # characters of the longest bar
 PREFIXES = 8  # shown on a terminal
@@ -138,8 +139,9 @@ def spans_words(time: Forecast) -> Iterator[str]:
 
 
 def measured_words(time_: Forecast) -> str:
-    """When the machine was measured."""
-    return time.strftime("on %Y-%m-%d at %H:%M", time.localtime(time_.measured_at))
+    """When the machine was measured, and whether that can be relied on."""
+    unsteady = f", while its speed varied by {100 * time_.unsteady:.0f} %" if time_.unsteady > ERROR else ""
+    return time.strftime("on %Y-%m-%d at %H:%M", time.localtime(time_.measured_at)) + unsteady
 
 
 def span_words(name: str, span: Span) -> str:

@@ -71,11 +71,18 @@ class MeasuredCost:
     pair: float  # of one query position with one key position, in all layers
     read: float  # of reading the keys and values of one position, in all layers
     start: float = 0.0  # of letting a row in
+    score: float = 0.0  # of the likelihood of a prompt's token
+    listed: float = 0.0  # of a block in the list of a sequence, whoever else lists it: planning and laying out
     block: int = 32  # positions of a block
 
-    def parts(self, tokens: float, rows: float, pairs: float, read: float, starts: int = 0) -> Parts:
-        """What a step of so many tokens takes; `rows` of them get a token, and `read` positions are looked at."""
+    def parts(
+        self, tokens: float, rows: float, pairs: float, read: float, starts: int = 0, scored: int = 0,
+        listed: float = 0,
+    ) -> Parts:  # fmt: skip
+        """What a step of so many tokens takes; `rows` of them get a token, `read` positions are looked at, and of
+        `scored` tokens the likelihood is wanted; its sequences list so many blocks."""
         answers = (along(self.answers, rows) if rows else 0.0) + self.start * starts
+        answers += self.score * scored + self.listed * listed
         return Parts(along(self.layers, tokens), answers, self.pair * pairs + self.read * read)
 
     def seconds(self, step: Step) -> float:
@@ -86,6 +93,8 @@ class MeasuredCost:
         """What the step takes. A block that several rows look at is read once."""
         _, tokens, _, pairs = shape(step)
         rows = sum(1 for part in step.slices if part.want)
+        scored = sum(part.want - 1 for part in step.slices if part.want > 1)
         blocks = {block for part in step.slices for block in part.blocks}
+        listed = sum(len(part.blocks) for part in step.slices)
         most = sum(part.start + len(part.tokens) for part in step.slices)
-        return self.parts(tokens, rows, pairs, min(most, self.block * len(blocks)), len(step.starts))
+        return self.parts(tokens, rows, pairs, min(most, self.block * len(blocks)), len(step.starts), scored, listed)

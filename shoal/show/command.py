@@ -8,7 +8,8 @@ from rich.console import Console
 
 from shoal.jobs.bill import bill, bill_words, check_rates
 from shoal.jobs.files import disk_errors
-from shoal.jobs.report import Report, print_report, to_json
+from shoal.jobs.report import Report, to_json
+from shoal.jobs.report_words import print_report
 from shoal.jobs.tally import look_report
 from shoal.show.report_page import page
 from shoal.show.story import noted, tell

@@ -19,7 +19,8 @@ from rich.text import Text
 
 from shoal.jobs.display import Progress, left_words, rows_words
 from shoal.jobs.pulse import Pulse
-from shoal.jobs.report import Report, errors, fault_word
+from shoal.jobs.report import Report
+from shoal.jobs.report_words import errors, fault_word
 from shoal.jobs.timeline import Timeline
 from shoal.jobs.units import count, duration, percent, size
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from shoal.core.errors import fault_of
 from shoal.jobs.bill import bill_words
 from shoal.jobs.display import left_words
-from shoal.jobs.report import Report, Slow, again_line, errors, prompt_line, reused_line, rows_line
-from shoal.jobs.report import facts as facts_of
+from shoal.jobs.report import Report, Slow, compared
+from shoal.jobs.report_words import again_line, errors, prompt_line, reused_line, rows_line
+from shoal.jobs.report_words import facts as facts_of
 from shoal.jobs.timeline import Timeline
 from shoal.jobs.units import count, duration, percent
 from shoal.show.page import caption, legend, loud, pairs, paragraphs, section, table, tiles, two, whole
@@ -36,6 +37,7 @@ def page(story: Story) -> str:
         [
             loud(problems),
             tiles(_tiles(story)),
+            section("Predicted and actual", _predicted(report)),
             section("Rows", _rows(report), _failures(report)),
             section("What became of the prompt tokens", _tokens(report)),
             section("While it ran", _timeline(story.timeline)),
@@ -46,6 +48,15 @@ def page(story: Story) -> str:
         state,
         tone,
     )
+
+
+def _predicted(report: Report) -> str:
+    """What was said when the job was planned, beside what has come of it."""
+    if report.predicted is None:
+        return ""
+    names = ("", "predicted", "actual" if report.finished else "so far")
+    why = [f"Time is not predicted: {report.predicted.why}."] if report.predicted.why else []
+    return table(names, [(one.name, *one.words()) for one in compared(report)]) + paragraphs(why)
 
 
 def standing(report: Report) -> tuple[str, str]:

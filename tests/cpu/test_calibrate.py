@@ -41,5 +41,13 @@ def test_a_measurement_rises_with_what_is_measured() -> None:
         assert list(amounts) == sorted(set(amounts)) and min(amounts) == 1
         assert list(seconds) == sorted(seconds) and seconds[0] > 0
     assert found.layers[-1][1] > 4 * found.layers[0][1]
-    assert found.pair >= 0 and found.read >= 0 and found.draw >= 0 and found.start > 0 and found.build > 0
+    assert (
+        found.pair >= 0
+        and found.read >= 0
+        and found.draw >= 0
+        and found.score >= 0
+        and found.start > 0
+        and found.build > 0
+    )
     assert found.threads == torch.get_num_threads() and found.measured_bytes > 10**6
+    assert found.unsteady >= 0

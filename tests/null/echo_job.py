@@ -24,6 +24,7 @@ from shoal.core.errors import EngineDied
 from shoal.core.types import Request
 from shoal.engine import Engine
 from shoal.jobs.engines import Engines
+from shoal.jobs.foretold import Seer
 from shoal.jobs.options import JobOptions
 from shoal.jobs.report import Report, read_report
 from shoal.jobs.run import run_job
@@ -70,6 +71,7 @@ class EchoJob:
     name: str = "out.jsonl"
     options: dict[str, Any] = field(default_factory=dict)
     said: str = ""  # on the terminal, by the last run
+    seer: Seer | None = None  # foretells the runs
     paused: list[float] = field(default_factory=list)  # seconds that runs would have waited before another engine
 
     @property
@@ -108,7 +110,7 @@ class EchoJob:
         console = Console(file=io.StringIO(), width=400)
         options = JobOptions(**{"input": source, "output": self.out, **self.options, **more})
         try:
-            return run_job(options, backend, console)
+            return run_job(options, backend, console, seer=self.seer)
         finally:
             self.said = console.file.getvalue()  # type: ignore[attr-defined]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import msgspec
 import numpy as np
 import pytest
 from echo_job import EchoJob, chat, completion
@@ -25,19 +26,20 @@ from shoal.core.config import WEIGHTS, EngineConfig
 from shoal.jobs.options import JobOptions
 from shoal.preview import facts, machine
 from shoal.preview.command import explain, run_explain
-from shoal.preview.facts import ERROR, lengths
+from shoal.preview.facts import lengths
 from shoal.preview.forecast import in_bulk, simulate, work_of
 from shoal.preview.look import Looked, look
-from shoal.preview.machine import Measured, Unmeasured
+from shoal.preview.machine import ERROR, Measured, Unmeasured
 from shoal.preview.options import ExplainOptions
 from shoal.preview.sizes import Sizes
+from shoal.preview.words import measured_words
 from shoal.show.prefixes import MOST, Forest, largest
 from shoal.text.checkpoint import EMBEDDED
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETEND = Measured(
     layers=((1, 0.01), (64, 0.012), (1024, 0.2)), answers=((1, 0.001), (256, 0.02)), pair=1e-8, read=1e-8,
-    draw=1e-4, begin=1e-4, block=32,
+    draw=1e-4, begin=1e-4, score=1e-5, block=32,
     threads=2, start=1.0, build=0.1, measured_bytes=10**7, at=1.0,
 )  # fmt: skip
 
@@ -156,6 +158,16 @@ def test_the_time_is_a_point_where_lengths_are_known_and_a_range_where_not(tmp_p
     expected = explain(options(file(tmp_path, rows(1, fixed=False)), answer_tokens=9)).time
     assert expected is not None and expected.likely is not None
     assert unknown.low < expected.low < expected.high < unknown.high
+
+
+def test_a_machine_whose_speed_varied_gives_a_wider_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = file(tmp_path, rows(1))
+    steady = explain(options(path)).time
+    monkeypatch.setattr(facts, "measured", lambda *_: msgspec.structs.replace(PRETEND, unsteady=0.3))
+    unsteady = explain(options(path)).time
+    assert steady is not None and unsteady is not None
+    assert unsteady.low < steady.low < steady.high < unsteady.high
+    assert "varied by 30 %" in measured_words(unsteady) and "varied" not in measured_words(steady)
 
 
 def test_tokens_that_are_drawn_cost_more(tmp_path: Path) -> None:
@@ -318,6 +330,22 @@ def test_rows_without_answers_take_time_too(tmp_path: Path) -> None:
         assert found.time.most.seconds > 0 and found.time.most.answer_tokens == 0
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_every_likelihood_that_is_wanted_is_paid_for(tmp_path: Path, seed: int) -> None:
+    dear = msgspec.structs.replace(PRETEND, score=1e-3)
+    config = EngineConfig(step_tokens=512, max_sequences=64)
+    with look(options(file(tmp_path, odd_rows(seed))).job) as looked:
+        work = work_of(looked, looked.limits)
+        wanted = 1e-3 * int(work.scored.sum())
+        assert wanted > 0
+        for time in (
+            lambda cost: simulate(looked, looked.limits, cost, config, 4000),
+            lambda cost: in_bulk(work, cost, config, 4000),
+        ):
+            more = time(dear.cost()).seconds - time(msgspec.structs.replace(PRETEND, score=0.0).cost()).seconds
+            assert more == pytest.approx(wanted, rel=0.03)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_prefixes_save_together_what_the_plan_saves(tmp_path: Path, seed: int) -> None:
     with look(options(file(tmp_path, odd_rows(seed))).job) as looked:
@@ -358,18 +386,15 @@ def test_the_prefixes_whose_own_part_saves_most_come_first(tmp_path: Path) -> No
 
 def test_as_a_call_it_says_what_the_command_says_and_shows_itself_in_a_notebook(tmp_path: Path) -> None:
     path = file(tmp_path, rows(3))
-    found = shoal.explain(path)
-    console = Console(file=io.StringIO(), width=400)
+    found, console = shoal.explain(path), Console(file=io.StringIO(), width=400)
     run_explain(options(path), True, console)
-    command = json.loads(console.file.getvalue())  # type: ignore[attr-defined]
-    mine = json.loads(found.json)
+    mine, command = json.loads(found.json), json.loads(console.file.getvalue())  # type: ignore[attr-defined]
     for each in (mine, command):
         assert each["time"]["high"] > 0
         del each["seconds"], each["time"], each["advice"]  # the time it took to look is in these
-    assert mine == command and found.facts.rows.total == len(rows(3))
-    assert f"rows      {len(rows(3))}" in repr(found)
+    assert mine == command and f"rows      {len(rows(3))}" in repr(found)
     frame = ElementTree.fromstring(found._repr_html_())
-    assert frame.tag == "iframe" and "style" in frame.attrib
-    assert frame.attrib["srcdoc"] == found.html.replace("\n", " "), "the page, whose ends of lines are spaces to XML"
+    srcdoc = found.html.replace("\n", " ")  # ends of lines are spaces to XML
+    assert frame.tag == "iframe" and frame.attrib["srcdoc"] == srcdoc
     with pytest.raises(shoal.ShoalError, match="standard input"):
         shoal.explain("-")

@@ -37,10 +37,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": EVERYTHING | {"build", "client", "host", "jobs"},
     "show": {"core", "text", "jobs"},
     "preview": {"core", "sched", "engine", "sim", "runtime", "text", "jobs", "show"},
+    "call": {"core", "jobs", "preview"},
     "flags": {"core", "jobs"},
     "cli": {"core", "flags", "models", "jobs", "bench", "preview", "show"},
     "__main__": {"cli"},
-    "__init__": {"core", "jobs", "llm", "preview"},
+    "__init__": {"core", "call", "jobs", "llm", "preview"},
 }
 
 # layer -> packages from outside it may import, the standard library apart.
@@ -64,6 +65,7 @@ OUTSIDE: dict[str, set[str]] = {
     "bench": {"torch", "numpy"},
     "show": {"numpy", "msgspec", "rich"},
     "preview": {"numpy", "msgspec", "rich"},
+    "call": set(),
     "flags": {"typer", "yaml"},
     "cli": {"typer", "rich"},
     "__main__": set(),

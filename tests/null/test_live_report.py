@@ -20,7 +20,8 @@ from test_retry import BAD
 from whole_job import SteppingClock
 
 from shoal.core.errors import StateError
-from shoal.jobs.report import Again, Report, Rows, Slow, Tokens, again_line, facts
+from shoal.jobs.report import Again, Report, Rows, Slow, Tokens
+from shoal.jobs.report_words import again_line, facts
 from shoal.jobs.tally import look_report, tally
 
 Jobs = Callable[..., EchoJob]

@@ -17,18 +17,8 @@ from shoal.core.clock import SimClock
 from shoal.core.errors import ShoalError, StateError
 from shoal.jobs.display import PLAIN_EVERY, Display, PlanFacts, Progress, Rates, Window, plain_line
 from shoal.jobs.files import DiskFiles
-from shoal.jobs.report import (
-    Failures,
-    Report,
-    Rows,
-    Seconds,
-    Tokens,
-    print_report,
-    prompt_line,
-    read_report,
-    to_json,
-    write_report,
-)
+from shoal.jobs.report import Failures, Report, Rows, Seconds, Tokens, read_report, to_json, write_report
+from shoal.jobs.report_words import print_report, prompt_line
 from shoal.jobs.state import folder_of
 from shoal.jobs.units import count, duration, percent, size
 

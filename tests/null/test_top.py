@@ -156,8 +156,8 @@ def test_a_key_ends_it_and_the_terminal_is_as_before(job: Jobs, key: bytes) -> N
             assert select.select([ours], [], [], 60)[0], said
             said += os.read(ours, 65536)
         os.write(ours, key)
-        while process.poll() is None:
-            if select.select([ours], [], [], 0.1)[0]:
+        while select.select([ours], [], [], 0.1)[0] or process.poll() is None:
+            if select.select([ours], [], [], 0)[0]:
                 said += os.read(ours, 65536)
     assert process.returncode == 0, said.decode(errors="replace")
     assert b"\x1b[?1049h" in said and b"\x1b[?1049l" in said  # a screen of its own, and back

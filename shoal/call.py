@@ -15,6 +15,7 @@ from shoal.jobs.options import STDIN, JobOptions, place_of
 from shoal.jobs.report import Report, read_report
 from shoal.jobs.run import run_job
 from shoal.jobs.stream import WINDOW, Counts, Result, Stream, stream
+from shoal.preview.foresee import Foreseer
 
 
 @overload
@@ -57,7 +58,8 @@ def run(
     if Path(input) == STDIN:
         raise UsageError("shoal.run reads a file; standard input is the command's: shoal run -i -")
     place = place_of(options.pop("device", "cpu"), endpoint)
-    run_job(JobOptions(input=Path(input), output=Path(output), device=place, **{"quiet": True, **options}))
+    job = JobOptions(input=Path(input), output=Path(output), device=place, **{"quiet": True, **options})
+    run_job(job, seer=Foreseer())
     return read_report(Path(output))
 
 

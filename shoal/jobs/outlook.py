@@ -1,0 +1,56 @@
+"""What is left of a running job: asks whoever foretold it, not too often, and keeps what was said.
+
+It knows a course, the counts of a run and the time; it must not know how anything is predicted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from shoal.jobs.foretold import SOON, Course, Foretold
+
+EVERY = 1.0  # seconds between two looks ahead, at least
+SHARE = 100  # times what the last one took
+
+
+class Outlook:
+    """The time left of one run. Changed by the job's loop alone."""
+
+    def __init__(self, course: Course, rows: int) -> None:
+        """`rows` of the run are to be computed."""
+        self.said: Foretold = course.said
+        self._course, self._rows = course, rows
+        self._ended = 0
+        self._before = 0.0  # seconds of the job before the engine began
+        self._began: float | None = None
+        self._due = -math.inf
+        self._end: float | None = None  # when the last row will end
+
+    def ended(self, row: int, stats: Mapping[str, object]) -> None:
+        """A row that was computed has ended."""
+        tokens = stats.get("completion_tokens", 0)
+        assert isinstance(tokens, int)
+        self._ended += 1
+        self._course.ended(row, tokens)
+
+    def begin(self, now: float, before: float) -> None:
+        """The engine begins, so many seconds after the job."""
+        self._began, self._before = now, before
+
+    def left(self, now: float, tokens: int, output: int, running: Callable[[], Sequence[float]]) -> float | None:
+        """Seconds left when so many tokens, of them `output` of answers, were computed; None when nobody can say.
+        `running` has the seconds that each request has run."""
+        if self._began is None or not tokens:
+            return None
+        soon = self.said.soon is None and self._ended >= SOON * self._rows
+        if soon or now >= self._due:
+            began, passed = time.monotonic(), now - self._began
+            found = self._course.left(passed, tokens, output, running())
+            self._end = None if found is None else now + found
+            self._due = now + max(EVERY, SHARE * (time.monotonic() - began))
+            if soon and found is not None:
+                self.said = replace(self.said, soon=self._before + passed + found)
+        return None if self._end is None else max(self._end - now, 0.0)

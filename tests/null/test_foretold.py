@@ -1,0 +1,203 @@
+"""What a run says of itself before its first step and on its way, and what its report makes of that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from echo_job import ROWS, EchoJob, Watched, chat, completion, echo_backend, interrupt
+from hypothesis import given
+from hypothesis import strategies as st
+from test_explain import PRETEND, file, options, rows
+
+from shoal.core.config import EngineConfig
+from shoal.core.errors import ShoalError
+from shoal.jobs.foretold import Foretold
+from shoal.jobs.report import compared, to_json
+from shoal.jobs.tally import look_report
+from shoal.preview import foresee
+from shoal.preview.course import Course, Learnt, Rates
+from shoal.preview.forecast import simulate
+from shoal.preview.foresee import UNMEASURED, Foreseer
+from shoal.preview.look import Looked, look
+
+Jobs = Callable[..., EchoJob]
+CONFIG = EngineConfig(step_tokens=512, max_sequences=32)
+SHARES = np.linspace(0.02, 0.98, 49)
+NONE = np.zeros(0)
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foresee, "kept", lambda *_: PRETEND)
+
+
+def fixed(count: int = 80) -> list[str]:
+    return [
+        completion(i, f"a river {i % 9} and a fish {i}", max_tokens=3 + i % 9, ignore_eos=True) for i in range(count)
+    ]
+
+
+@pytest.mark.usefixtures("kept")
+def test_a_report_has_what_was_predicted_beside_what_came_of_it(job: Jobs) -> None:
+    one = job([*fixed(), fixed()[0].replace("r0", "twin"), "{"])
+    one.seer = Foreseer()
+    assert one.run() == 3
+    said, report = one.report.predicted, one.report
+    assert said is not None and said.seconds is not None and said.seconds[0] == said.seconds[1] > 0
+    found = {each.name: each for each in compared(report)}
+    for name in ("prompt tokens computed", "output tokens"):
+        assert found[name].low == found[name].high == found[name].actual > 0
+    assert found["time"].actual == report.seconds.wall and report.reused.duplicates == 1
+    assert json.loads(to_json(report))["compared"][0]["actual"] == report.tokens.prompt_computed
+    assert look_report(one.out) == report
+    alone = job(one.rows)
+    assert alone.run() == 3 and alone.final() == one.final() and alone.report.predicted is None
+    assert "predicted" in one.said and "prompt tokens computed" in one.said
+
+
+def test_without_a_calibration_it_says_so(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foresee, "kept", lambda *_: None)
+    one = job(fixed())
+    one.seer = Foreseer()
+    assert one.run() == 0
+    said = one.report.predicted
+    assert said is not None and said.seconds is None and said.why == UNMEASURED and UNMEASURED in one.said
+    assert said.prompt_tokens == one.report.tokens.prompt_computed
+
+
+def test_a_prediction_that_fails_is_a_reason_in_the_report_and_the_job_goes_on(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ShoalError("no room for it")
+
+    monkeypatch.setattr(foresee, "kept", broken)
+    one = job(fixed())
+    one.seer = Foreseer()
+    assert one.run() == 0 and one.report.predicted is not None
+    assert one.report.predicted.why == "no room for it" and one.report.predicted.seconds is None
+
+
+@pytest.mark.usefixtures("kept")
+def test_what_was_said_first_stays_through_interruptions(job: Jobs) -> None:
+    one = job(ROWS)
+    one.seer = Foreseer()
+    one.run(Watched(echo_backend(tokens=64, sequences=8), interrupt(30)))
+    before = look_report(one.out)
+    assert before.predicted is not None and not before.finished and before.rows.ok > 0
+    assert one.run() == 0
+    after = one.report.predicted
+    assert after is not None and replace(after, soon=None) == replace(before.predicted, soon=None)
+
+
+def test_the_journal_says_of_many_lines_what_it_says_of_each(job: Jobs) -> None:
+    from shoal.jobs.journal import Journal
+
+    one = job(ROWS)
+    one.run(Watched(echo_backend(tokens=64, sequences=8), interrupt(30)))
+    journal = Journal(one.state)
+    lines = np.arange(1, 99_999, 7, dtype=np.int64)
+    found = journal.ended(lines)
+    assert found.tolist() == [journal.done(line) for line in lines.tolist()] and found.any()
+    journal.close()
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60))
+def test_when_all_have_ended_lengths_are_those_that_ended(ended: list[int]) -> None:
+    found = Learnt(ended, [False] * len(ended), NONE).lengths((np.arange(len(ended)) + 0.5) / len(ended))
+    assert sorted(found.tolist()) == sorted(ended)
+
+
+@given(st.lists(st.integers(1, 99), min_size=1, max_size=40), st.integers(1, 300), st.integers(0, 200))
+def test_answers_that_still_run_never_make_the_others_shorter(ended: list[int], running: int, age: int) -> None:
+    alone = Learnt(ended, [False] * len(ended), NONE).lengths(SHARES)
+    beside = Learnt(ended, [False] * len(ended), np.full(running, float(age))).lengths(SHARES)
+    assert (beside >= alone).all()
+    assert (np.diff(beside) <= 0).all()
+
+
+def test_answers_cut_off_count_as_longer_than_their_limits() -> None:
+    found = Learnt([10] * 50 + [64] * 50, [False] * 50 + [True] * 50, NONE).lengths(np.array([0.9, 0.6, 0.4, 0.1]))
+    assert found[:2].tolist() == [10, 10] and (found[2:] > 64).all()
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.6])
+def test_the_first_to_end_say_how_long_the_others_may_be(spread: float) -> None:
+    luck = np.random.default_rng(3)
+    lengths = np.sort(luck.lognormal(np.log(100), spread, 256).astype(np.int64))
+    early = lengths[:26]  # all began together
+    found = Learnt(early.tolist(), [False] * 26, np.full(230, float(early[-1]))).lengths(SHARES)
+    assert float(np.median(found)) == pytest.approx(100, rel=0.35)
+
+
+def course(looked: Looked, blocks: int = 4000) -> Course:
+    return Course(Foretold(), looked, Rates(PRETEND.cost(), CONFIG, blocks, 0.0, 0.0))
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.7, 0.6])
+def test_on_a_machine_that_is_slower_than_measured_the_time_left_is_longer(tmp_path: Path, slower: float) -> None:
+    with look(options(file(tmp_path, rows(1, 30, 12))).job) as looked:
+        real = simulate(looked, looked.limits, PRETEND.cost(), CONFIG, 4000)
+        one = course(looked)
+        for tokens, seconds in real.course[len(real.course) // 10 :: 7]:
+            left = one.left(slower * seconds, round(tokens), 0, [1.0] * 32)
+            assert left is not None
+            assert slower * seconds + left == pytest.approx(slower * real.seconds, rel=0.12)
+
+
+def test_at_the_end_nothing_is_left(tmp_path: Path) -> None:
+    with look(options(file(tmp_path, rows(2))).job) as looked:
+        real = simulate(looked, looked.limits, PRETEND.cost(), CONFIG, 4000)
+        left = course(looked).left(real.seconds, round(real.course[-1][0]), 0, [])
+    assert left == pytest.approx(0.0, abs=0.05 * real.seconds)
+
+
+@pytest.mark.parametrize("middle", [20, 60, 150])
+def test_lengths_are_learnt_from_the_rows_that_have_ended(tmp_path: Path, middle: int) -> None:
+    luck = np.random.default_rng(middle)
+    lines = [chat(i, f"a river {i}", max_tokens=256) for i in range(700)]
+    with look(options(file(tmp_path, lines)).job) as looked:
+        answers = np.clip(luck.lognormal(np.log(middle), 0.5, len(looked.units)), 1, 256).astype(np.int64)
+        real = simulate(looked, answers, PRETEND.cost(), CONFIG, 4000)
+        one = course(looked)
+        assert one.left(1.0, 100, 0, [1.0] * 32) is None
+        job = walk(answers[looked.order].tolist(), 32, 35)
+        for place in job.ended:
+            unit = int(looked.order[place])
+            one.ended(int(looked.units["row"][unit]), int(answers[unit]))
+        prompts = int(looked.cost[: job.started].sum())
+        seconds = float(np.interp(prompts + job.output, *zip(*real.course, strict=True)))
+        left = one.left(seconds, prompts + job.output, job.output, job.running)
+    assert left is not None
+    assert seconds + left == pytest.approx(real.seconds, rel=0.25)  # 35 lengths alone err by a tenth
+
+
+@dataclass
+class Walk:
+    """A job of so many seats when some rows have ended."""
+
+    ended: list[int]
+    started: int
+    output: int
+    running: list[float]
+
+
+def walk(answers: list[int], seats: int, until: int) -> Walk:
+    """A token for each running row at a time, in order."""
+    running, started, output, ended = dict[int, int](), 0, 0, list[int]()
+    while len(ended) < until:
+        while len(running) < seats:
+            running[started] = 0
+            started += 1
+        for place in list(running):
+            running[place] += 1
+            output += 1
+            if running[place] == answers[place]:
+                del running[place]
+                ended.append(place)
+    return Walk(ended, started, output, [float(age) for age in running.values()])

@@ -7,6 +7,7 @@ import io
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -139,6 +140,12 @@ def test_rows_are_counted_less_often_where_it_takes_long(job: Jobs, monkeypatch:
     assert len(counted) == 1
 
 
+def at_a_terminal() -> None:
+    """What a shell does for a command; and whoever runs the tests in the background has switched Ctrl-C off."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize("key", [b"q", b"\x03"])
 def test_a_key_ends_it_and_the_terminal_is_as_before(job: Jobs, key: bytes) -> None:
     one = killed(job(ROWS))
@@ -149,7 +156,7 @@ def test_a_key_ends_it_and_the_terminal_is_as_before(job: Jobs, key: bytes) -> N
     with held(one):
         process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=at_a_terminal,
         )  # fmt: skip
         said = b""
         while b"/120 rows" not in said:

@@ -165,8 +165,9 @@ class Servers:
             waits = [wait for server in self.servers if (wait := server.wait(now)) > 0]
             if self._queue and any(server.open(now) for server in self.servers):
                 continue
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), min([NEWS_EVERY, *waits]))
+            with contextlib.suppress(TimeoutError):  # not wait_for: Python 3.11's forgets that it was cancelled
+                async with asyncio.timeout(min([NEWS_EVERY, *waits])):
+                    await self._wake.wait()
 
     def _ready(self, now: float) -> list[Server]:
         """Servers that take a call now, the one with the least to do first."""

@@ -280,3 +280,16 @@ def test_what_only_an_engine_of_ours_can_be_told_is_refused() -> None:
     for name, value in {"memory": 1, "weights": "int8", "verify": 0.1, "seed": 3, "adapter": {"a": "b"}}.items():
         with pytest.raises(UsageError, match="--endpoint"):
             JobOptions(**place, **{name: value})
+
+
+def test_it_ends_though_something_happens_at_the_moment_of_closing() -> None:
+    backend = Servers(["http://127.0.0.1:9/v1"])
+    loop = backend._loop
+
+    def happen() -> None:
+        backend._wake.set()
+        loop.call_soon(loop.stop)  # as close() does: now the thread that sends has been woken, and has not run
+
+    loop.call_soon_threadsafe(happen)
+    backend._thread.join(10)
+    assert not backend._thread.is_alive()

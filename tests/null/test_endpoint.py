@@ -285,6 +285,7 @@ def test_what_only_an_engine_of_ours_can_be_told_is_refused() -> None:
 def test_it_ends_though_something_happens_at_the_moment_of_closing() -> None:
     backend = Servers(["http://127.0.0.1:9/v1"])
     loop = backend._loop
+    time.sleep(0.1)  # it waits for something to happen
 
     def happen() -> None:
         backend._wake.set()

@@ -23,8 +23,8 @@ from dataclasses import replace
 from shoal.cli import main
 from shoal.jobs.engines import Engines
 load = Engines._load
-def load_deadly(engines, config, useful):
-    load(engines, replace(config, policy="deadly_policy:Deadly", max_sequences=2), useful)
+def load_deadly(engines, config, *more):
+    load(engines, replace(config, policy="deadly_policy:Deadly", max_sequences=2), *more)
 Engines._load = load_deadly
 try:
     main()

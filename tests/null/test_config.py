@@ -80,9 +80,11 @@ def test_the_public_face_is_what_is_meant_and_costs_no_torch() -> None:
     names, late = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True
     ).stdout.split("\n")[:2]
-    public = ["LLM", "CompletionOutput", "EngineConfig", "Logprob", "RequestOutput", "SamplingParams", "ShoalError"]
-    public.append("StructuredOutputsParams")
-    assert names == f"{[*public, 'run']} False"
+    public = (
+        "LLM CompletionOutput Counts EngineConfig Explained Logprob RequestOutput Result SamplingParams ShoalError "
+        "Stream"
+    )
+    assert names == f"{[*public.split(), 'StructuredOutputsParams', 'explain', 'run']} False"
     assert late == "True"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         shoal.nothing  # noqa: B018

@@ -5,10 +5,11 @@ It knows numbers and how to set them beside what came of them; it must not know 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
+from shoal.core.errors import ShoalError
 from shoal.jobs.units import count, duration, size
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from shoal.jobs.plan import Plan
     from shoal.jobs.prepare import Prepared
 
+_T = TypeVar("_T")
+
 SOON = 0.05  # share of the rows after whose end the time is said again, and kept
 
 
@@ -25,13 +28,26 @@ SOON = 0.05  # share of the rows after whose end the time is said again, and kep
 class Foretold:
     """What a job will come to. Where answers may end anywhere, from their ending at once to their limits."""
 
-    prompt_tokens: int = 0  # to be computed
-    output_tokens: tuple[int, int] = (0, 0)  # computed: least and most
+    prompt_tokens: int | None = None  # to be computed; None: nobody can say
+    output_tokens: tuple[int, int] | None = None  # computed: least and most
     seconds: tuple[float, float] | None = None  # all in all: least and most; None: nobody can say
     kv_bytes: tuple[int, int] | None = None  # of keys and values in use at once, at most: least and most
     measured_at: float = 0.0  # Unix time of the measurement of this machine that the seconds rest on
-    why: str = ""  # there are no seconds
+    why: str = ""  # there are no seconds, or none were said anew while it ran
     soon: float | None = None  # seconds all in all, as estimated when a twentieth of the rows had ended
+
+    @property
+    def lacking(self) -> str:
+        """What `why` is the reason of."""
+        return "time is not predicted" if self.seconds is None else "time left is not estimated anew"
+
+
+def attempt(ask: Callable[[], _T]) -> _T | str:
+    """What is said, or why nothing is. The job goes on either way: what is foretold decides nothing."""
+    try:
+        return ask()
+    except Exception as error:  # arithmetic over whatever a file holds: a mistake in it must not cost any answers
+        return str(error) if isinstance(error, ShoalError) else f"{type(error).__name__}: {error}"
 
 
 class Course(Protocol):
@@ -84,10 +100,11 @@ class Compared:
 def compare(said: Foretold, prompt_tokens: int, output_tokens: int, seconds: float, kv_bytes: int) -> list[Compared]:
     """The table of what was predicted and what it has come to."""
     low, high = said.seconds or (None, None)
+    few, many = said.output_tokens or (None, None)
     some, full = said.kv_bytes or (None, None)
     found = [
         Compared("prompt tokens computed", said.prompt_tokens, said.prompt_tokens, prompt_tokens, "tokens"),
-        Compared("output tokens", *said.output_tokens, output_tokens, "tokens"),
+        Compared("output tokens", few, many, output_tokens, "tokens"),
         Compared("time", low, high, seconds, "seconds"),
         Compared("peak of keys and values", some, full, kv_bytes, "bytes"),
     ]

@@ -23,7 +23,7 @@ from shoal.client import News, Ready
 from shoal.jobs.display import PlanFacts, Progress, Window
 from shoal.jobs.feed import Feed
 from shoal.jobs.files import disk_errors
-from shoal.jobs.foretold import Seer
+from shoal.jobs.foretold import Foretold, Seer, attempt
 from shoal.jobs.outlook import Outlook
 from shoal.jobs.plan import Plan
 from shoal.jobs.prepare import Prepared
@@ -100,12 +100,14 @@ class Meter:
         if seer is None:
             return
         wanted = ~results.journal.ended(plan.lines)
-        course = seer.foretell(job, plan, None if wanted.all() else wanted, self.plan_seconds)
+        course = attempt(lambda: seer.foretell(job, plan, None if wanted.all() else wanted, self.plan_seconds))
         if course is None:
             return
-        self.outlook = Outlook(course, max(int(wanted.sum()) - plan.num_copies, 1))
+        if not isinstance(course, str):
+            self.outlook = Outlook(course, max(int(wanted.sum()) - plan.num_copies, 1))
         if self._facts.predicted is None:
-            self._keep(replace(self._facts, predicted=course.said), results)
+            said = Foretold(why=course) if isinstance(course, str) else course.said
+            self._keep(replace(self._facts, predicted=said), results)
 
     def begin(self, now: float) -> None:
         """The engine is ready and begins."""
@@ -116,6 +118,15 @@ class Meter:
         self._facts, text = facts, msgspec.json.encode(facts).decode()
         if results.journal.meta(FACTS) != text:
             results.journal.set_meta(FACTS, text)
+
+    def _keep_foretold(self, results: Results) -> None:
+        """What is said on the way stays with what was said before."""
+        said, outlook = self._facts.predicted, self.outlook
+        if said is None or outlook is None:
+            return
+        found = replace(said, soon=outlook.said.soon if said.soon is None else said.soon, why=said.why or outlook.why)
+        if found != said:
+            self._keep(replace(self._facts, predicted=found), results)
 
     def plan_facts(self, job: Prepared, plan: Plan, resumed: int) -> PlanFacts:
         """What there is to say before any model work; `resumed` rows were answered by an earlier run."""
@@ -272,9 +283,7 @@ class Meter:
         """The final report: rows from the journal, costs of this run and the earlier ones."""
         spent = self._spent()
         results.journal.note(SPENT, json.dumps(spent))
-        said = self._facts.predicted
-        if self.outlook is not None and said is not None and said.soon is None:
-            self._keep(replace(self._facts, predicted=replace(said, soon=self.outlook.said.soon)), results)
+        self._keep_foretold(results)
         self._recorder.state = "ended"
         self._recorder.note(results.journal, progress)
         results.keep()

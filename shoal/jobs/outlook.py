@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from shoal.jobs.foretold import SOON, Course, Foretold
+from shoal.jobs.foretold import SOON, Course, Foretold, attempt
 
 EVERY = 1.0  # seconds between two looks ahead, at least
 SHARE = 100  # times what the last one took
@@ -28,13 +28,14 @@ class Outlook:
         self._began: float | None = None
         self._due = -math.inf
         self._end: float | None = None  # when the last row will end
+        self.why = ""  # nothing more is said
 
     def ended(self, row: int, stats: Mapping[str, object]) -> None:
         """A row that was computed has ended."""
         tokens = stats.get("completion_tokens", 0)
         assert isinstance(tokens, int)
         self._ended += 1
-        self._course.ended(row, tokens)
+        self._ask(lambda: self._course.ended(row, tokens))
 
     def begin(self, now: float, before: float) -> None:
         """The engine begins, so many seconds after the job."""
@@ -43,14 +44,22 @@ class Outlook:
     def left(self, now: float, tokens: int, output: int, running: Callable[[], Sequence[float]]) -> float | None:
         """Seconds left when so many tokens, of them `output` of answers, were computed; None when nobody can say.
         `running` has the seconds that each request has run."""
-        if self._began is None or not tokens:
+        if self._began is None or not tokens or self.why:
             return None
         soon = self.said.soon is None and self._ended >= SOON * self._rows
         if soon or now >= self._due:
-            began, passed = time.monotonic(), now - self._began
-            found = self._course.left(passed, tokens, output, running())
+            began, passed, ages = time.monotonic(), now - self._began, running()
+            found = self._ask(lambda: self._course.left(passed, tokens, output, ages))
             self._end = None if found is None else now + found
             self._due = now + max(EVERY, SHARE * (time.monotonic() - began))
             if soon and found is not None:
                 self.said = replace(self.said, soon=self._before + passed + found)
         return None if self._end is None else max(self._end - now, 0.0)
+
+    def _ask(self, ask: Callable[[], float | None]) -> float | None:
+        """Ask the course, until it fails."""
+        found = None if self.why else attempt(ask)
+        if isinstance(found, str):
+            self.why = found
+            return None
+        return found

@@ -192,5 +192,5 @@ def predicted_table(report: Report) -> Table:
     for one in compared(report):
         table.add_row(Text(one.name), *map(Text, one.words()))
     if report.predicted.why:
-        table.add_row(Text("time is not predicted"), Text(report.predicted.why), Text(""))
+        table.add_row(Text(report.predicted.lacking), Text(report.predicted.why), Text(""))
     return table

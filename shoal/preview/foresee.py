@@ -8,8 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from shoal.core.errors import ShoalError
-from shoal.jobs.foretold import Foretold
+from shoal.jobs.foretold import Foretold, attempt
 from shoal.jobs.plan import Plan
 from shoal.jobs.plan_sort import Ints
 from shoal.jobs.prepare import Prepared, Words
@@ -41,10 +40,8 @@ class Foreseer:
             return None
         looked = looked_at(found, words, job.source, planned)
         said = Foretold(int(looked.cost.sum()), (_tokens(looked, _least(looked)), _tokens(looked, looked.limits)))
-        try:
-            return _course(job, words, looked, said)
-        except (ShoalError, OSError) as error:  # the job goes on: its report says why it has no prediction
-            return Course(_without(said, str(error)), looked, None)
+        course = attempt(lambda: _course(job, words, looked, said))
+        return Course(_without(said, course), looked, None) if isinstance(course, str) else course
 
 
 def _course(job: Prepared, words: Words, looked: Looked, said: Foretold) -> Course:

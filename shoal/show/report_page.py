@@ -55,7 +55,8 @@ def _predicted(report: Report) -> str:
     if report.predicted is None:
         return ""
     names = ("", "predicted", "actual" if report.finished else "so far")
-    why = [f"Time is not predicted: {report.predicted.why}."] if report.predicted.why else []
+    said = report.predicted
+    why = [f"{said.lacking.capitalize()}: {said.why}."] if said.why else []
     return table(names, [(one.name, *one.words()) for one in compared(report)]) + paragraphs(why)
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,10 +165,8 @@ def build(files: TokenizerFiles) -> tokenizers.Tokenizer:
     """The tokenizer of a folder: from tokenizer.json, else from vocab.json with merges.txt. ModelError for neither."""
     folder = files.folder
     if (folder / "tokenizer.json").is_file():
-        try:
+        with _refused(f"{folder / 'tokenizer.json'} cannot be read"):
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises bare Exception for every malformed file
-            raise ModelError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         backend = _from_merges(files)
     else:
@@ -178,6 +177,15 @@ def build(files: TokenizerFiles) -> tokenizers.Tokenizer:
     _add_tokens(backend, files)
     _set_ends(backend, files)
     return backend
+
+
+@contextmanager
+def _refused(words: str) -> Iterator[None]:
+    """Say with these words that what is read here is malformed."""
+    try:
+        yield
+    except Exception as error:  # the library raises bare Exception for every malformed file
+        raise ModelError(f"{words}: {error}") from error
 
 
 def _nothing_to_load(folder: Path) -> str:
@@ -193,12 +201,10 @@ def _from_merges(files: TokenizerFiles) -> tokenizers.Tokenizer:
     """Byte-level BPE from vocab.json and merges.txt, split in GPT-2's or Qwen2's way."""
     qwen = files.style == "qwen2"
     listed = {token.content: token_id for token_id, token in files.listed_tokens()}
-    try:
+    with _refused(f"vocab.json and merges.txt in {files.folder} do not fit together"):
         vocab, merges = models.BPE.read_file(str(files.folder / "vocab.json"), str(files.folder / "merges.txt"))
         # Listed tokens enter with their own ids: added afterwards they would be numbered without gaps.
         backend = tokenizers.Tokenizer(models.BPE({**vocab, **listed}, merges, fuse_unk=False))
-    except Exception as error:  # the library raises bare Exception for every malformed file
-        raise ModelError(f"vocab.json and merges.txt in {files.folder} do not fit together: {error}") from error
     space = bool(files.config.get("add_prefix_space", False))
     if qwen:
         backend.normalizer = normalizers.NFC()

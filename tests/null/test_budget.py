@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILE_LINES, FUNCTION_LINES = 400, 60
 CPP_FILE_LINES, CPP_FUNCTION_LINES = 600, 120
 FLAGS, ENGINE_FIELDS, JOB_FIELDS = 24, 40, 24
-BROAD_EXCEPTS = 3  # in the package, each with its reason beside it: tokenizers and templates raise anything
+BROAD_EXCEPTS = 3  # in the package, each with its reason beside it: tokenizers, templates and forecasts raise anything
 VARIABLES = {"SHOAL_ISA", "SHOAL_PEER_"}  # read from the environment besides flags; the latter begins several
 
 

@@ -83,6 +83,15 @@ def test_a_prediction_that_fails_is_a_reason_in_the_report_and_the_job_goes_on(
     assert one.report.predicted.why == "no room for it" and one.report.predicted.seconds is None
 
 
+def test_what_fails_before_anything_is_known_is_a_reason_too(job: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foresee, "served", lambda *_: {}["units"])
+    one = job(fixed())
+    one.seer = Foreseer()
+    assert one.run() == 0
+    assert one.report.predicted == Foretold(why="KeyError: 'units'")
+    assert compared(one.report)[0].words()[0] == "–"
+
+
 @pytest.mark.usefixtures("kept")
 def test_what_was_said_first_stays_through_interruptions(job: Jobs) -> None:
     one = job(ROWS)

@@ -1,0 +1,64 @@
+"""What a run is told of itself decides nothing, and stays what it was through kills and resumed runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from echo_job import ROWS, EchoJob, echo_backend
+
+from shoal.jobs.foretold import Course, Foretold
+
+Jobs = Callable[..., EchoJob]
+SAID = Foretold(10, (5, 50), (1.0, 2.0), (0, 9))
+
+
+class Steady:
+    """A course that has always as many seconds left."""
+
+    def __init__(self, said: Foretold = SAID, left: float = 7.0) -> None:
+        self.said, self._left = said, left
+
+    def ended(self, row: int, tokens: int) -> None:
+        """It learns nothing."""
+
+    def left(self, seconds: float, tokens: int, output: int, running: Sequence[float]) -> float | None:
+        return self._left
+
+
+class Says:
+    """Foretells each job as it was told to."""
+
+    def __init__(self, course: Callable[[], Course]) -> None:
+        self._course = course
+
+    def foretell(self, *_: Any) -> Course:
+        return self._course()
+
+
+def raises(*_: Any) -> Any:
+    return [][3]
+
+
+class Fails(Steady):
+    """One that fails where it is told to."""
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        setattr(self, at, raises)
+
+
+FAILING = [(raises, None), (lambda: Fails("left"), (1.0, 2.0)), (lambda: Fails("ended"), (1.0, 2.0))]
+
+
+@pytest.mark.parametrize(("course", "seconds"), FAILING)
+def test_whatever_a_prediction_raises_is_a_reason_in_the_report_and_the_job_goes_on(
+    job: Jobs, unbroken: tuple[bytes, bytes], course: Callable[[], Course], seconds: object
+) -> None:
+    one = job(ROWS)
+    one.seer = Says(course)
+    assert one.run(echo_backend(tokens=64, sequences=8)) == 0 and one.final() == unbroken
+    said = one.report.predicted
+    assert said is not None and said.why == "IndexError: list index out of range" and said.seconds == seconds
+    assert f"{said.lacking}  " in one.said and said.why in one.said

@@ -44,9 +44,10 @@ def measure(looked: Looked) -> Paperwork:
     writer = AnswerWriter(words.tokenizer, "0" * 64, words.name, 0, False)
     began = time.thread_time()
     requests, _ = feed.next(0.0)
+    made = time.thread_time()
+    handed = pickle.loads(pickle.dumps(requests[:FEW]))
+    opening = (made - began) / max(len(requests), 1) + (time.thread_time() - made) / max(len(handed), 1)
     drawn = sum(not request.sampling.greedy for request in requests) / max(len(requests), 1)
-    handed = pickle.loads(pickle.dumps(requests))[:FEW]
-    opening = (time.thread_time() - began) / max(len(requests), 1)
     with tempfile.TemporaryDirectory(prefix="shoal-") as name:
         out, lines = Path(name) / "out.jsonl", range(1, looked.plan.num_lines + 1)
         results = open_results(Path(name), out, None, lines, "finish", DiskFiles(), WallClock())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +20,12 @@ from shoal.core.errors import ShoalError
 from shoal.jobs.foretold import Foretold
 from shoal.jobs.report import compared, to_json
 from shoal.jobs.tally import look_report
-from shoal.preview import foresee
+from shoal.preview import foresee, paperwork
 from shoal.preview.course import Course, Learnt, Rates
 from shoal.preview.forecast import simulate
 from shoal.preview.foresee import UNMEASURED, Foreseer
 from shoal.preview.look import Looked, look
+from shoal.preview.paperwork import FEW
 
 Jobs = Callable[..., EchoJob]
 CONFIG = EngineConfig(step_tokens=512, max_sequences=32)
@@ -114,6 +116,21 @@ def test_the_journal_says_of_many_lines_what_it_says_of_each(job: Jobs) -> None:
     found = journal.ended(lines)
     assert found.tolist() == [journal.done(line) for line in lines.tolist()] and found.any()
     journal.close()
+
+
+def test_no_more_requests_are_handed_over_for_the_measure_than_are_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed, dumps = list[int](), pickle.dumps
+
+    def dump(one: object) -> bytes:
+        handed.append(len(one) if isinstance(one, list) else 0)
+        return dumps(one)
+
+    with look(options(file(tmp_path, [completion(i, f"a fish {i}") for i in range(700)])).job) as looked:
+        monkeypatch.setattr(pickle, "dumps", dump)
+        assert paperwork.measure(looked).request > 0
+    assert max(handed) == FEW
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=60))

@@ -223,6 +223,7 @@ class Meter:
             results.journal.note(SPENT, json.dumps(self._spent()))
             rates = self._window.add(now, progress)
             self._recorder.note(results.journal, progress, rates, feed.longest(now, LONGEST))
+        self._keep_foretold(results)
         if self._saved is None or now - self._saved > SAVE_EVERY:
             if self._saved is not None:
                 results.keep()

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from echo_job import ROWS, EchoJob, echo_backend
+from echo_job import ROWS, EchoJob, Watched, echo_backend
+from test_live_report import broken_at
 
 from shoal.jobs.foretold import Course, Foretold
+from shoal.jobs.tally import look_report
 
 Jobs = Callable[..., EchoJob]
 SAID = Foretold(10, (5, 50), (1.0, 2.0), (0, 9))
@@ -62,3 +64,15 @@ def test_whatever_a_prediction_raises_is_a_reason_in_the_report_and_the_job_goes
     said = one.report.predicted
     assert said is not None and said.why == "IndexError: list index out of range" and said.seconds == seconds
     assert f"{said.lacking}  " in one.said and said.why in one.said
+
+
+def test_what_is_said_when_a_twentieth_has_ended_survives_a_kill(job: Jobs) -> None:
+    one = job(ROWS)
+    one.seer = Says(Steady)
+    with pytest.raises(KeyboardInterrupt):
+        one.run(Watched(echo_backend(tokens=64, sequences=8), broken_at(40)))
+    assert not (one.state / "report.json").exists()
+    said = look_report(one.out).predicted
+    assert said is not None and said.soon is not None and said.soon > 7.0
+    one.seer = Says(lambda: Steady(left=99.0))
+    assert one.run() == 0 and one.report.predicted == said

@@ -112,7 +112,7 @@ class Meter:
     def begin(self, now: float) -> None:
         """The engine is ready and begins."""
         if self.outlook is not None:
-            self.outlook.begin(now, time.monotonic() - self.began)
+            self.outlook.begin(now, self._earlier.get("wall", 0.0) + time.monotonic() - self.began)
 
     def _keep(self, facts: Report, results: Results) -> None:
         self._facts, text = facts, msgspec.json.encode(facts).decode()

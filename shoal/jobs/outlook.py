@@ -24,7 +24,7 @@ class Outlook:
         self.said: Foretold = course.said
         self._course, self._rows = course, rows
         self._ended = 0
-        self._before = 0.0  # seconds of the job before the engine began
+        self._before = 0.0  # seconds of all runs before the engine began
         self._began: float | None = None
         self._due = -math.inf
         self._end: float | None = None  # when the last row will end
@@ -38,7 +38,7 @@ class Outlook:
         self._ask(lambda: self._course.ended(row, tokens))
 
     def begin(self, now: float, before: float) -> None:
-        """The engine begins, so many seconds after the job."""
+        """The engine begins, after so many seconds of the job over all its runs."""
         self._began, self._before = now, before
 
     def left(self, now: float, tokens: int, output: int, running: Callable[[], Sequence[float]]) -> float | None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from echo_job import ROWS, EchoJob, Watched, echo_backend
-from test_live_report import broken_at
+from test_live_report import broken_at, meta
 
-from shoal.jobs.foretold import Course, Foretold
+from shoal.jobs.foretold import SOON, Course, Foretold
 from shoal.jobs.tally import look_report
 
 Jobs = Callable[..., EchoJob]
@@ -76,3 +76,16 @@ def test_what_is_said_when_a_twentieth_has_ended_survives_a_kill(job: Jobs) -> N
     assert said is not None and said.soon is not None and said.soon > 7.0
     one.seer = Says(lambda: Steady(left=99.0))
     assert one.run() == 0 and one.report.predicted == said
+
+
+def test_what_a_resumed_run_says_is_of_all_runs(job: Jobs) -> None:
+    one = job(ROWS)
+    one.seer = Says(Steady)
+    with pytest.raises(KeyboardInterrupt):
+        one.run(Watched(echo_backend(tokens=64, sequences=2), broken_at(6)))
+    assert look_report(one.out).rows.ended < SOON * len(ROWS)
+    meta(one, "UPDATE meta SET value=json_set(value, '$.wall', 1000.0) WHERE name='spent'")
+    assert one.run() == 0
+    said, seconds = one.report.predicted, one.report.seconds.wall
+    assert said is not None and said.soon is not None
+    assert 1007.0 < said.soon <= seconds + 7.0

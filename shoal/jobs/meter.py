@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 import msgspec
+import numpy as np
 import psutil  # type: ignore[import-untyped]
 
 from shoal import __version__
@@ -104,7 +105,8 @@ class Meter:
         if course is None:
             return
         if not isinstance(course, str):
-            self.outlook = Outlook(course, max(int(wanted.sum()) - plan.num_copies, 1))
+            computed = np.unique(plan.units["row"])  # others are copies, known to the cache, or bad
+            self.outlook = Outlook(course, len(computed), int((~wanted[computed]).sum()))
         if self._facts.predicted is None:
             said = Foretold(why=course) if isinstance(course, str) else course.said
             self._keep(replace(self._facts, predicted=said), results)
@@ -124,7 +126,7 @@ class Meter:
         said, outlook = self._facts.predicted, self.outlook
         if said is None or outlook is None:
             return
-        found = replace(said, soon=outlook.said.soon if said.soon is None else said.soon, why=said.why or outlook.why)
+        found = replace(said, soon=outlook.soon if said.soon is None else said.soon, why=said.why or outlook.why)
         if found != said:
             self._keep(replace(self._facts, predicted=found), results)
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
-from shoal.jobs.foretold import SOON, Course, Foretold, attempt
+from shoal.jobs.foretold import SOON, Course, attempt
 
 EVERY = 1.0  # seconds between two looks ahead, at least
 SHARE = 100  # times what the last one took
@@ -19,11 +18,13 @@ SHARE = 100  # times what the last one took
 class Outlook:
     """The time left of one run. Changed by the job's loop alone."""
 
-    def __init__(self, course: Course, rows: int) -> None:
-        """`rows` of the run are to be computed."""
-        self.said: Foretold = course.said
-        self._course, self._rows = course, rows
-        self._ended = 0
+    def __init__(self, course: Course, rows: int, ended: int) -> None:
+        """`rows` of the job have to be computed, of which earlier runs have `ended` some."""
+        self.soon: float | None = None  # seconds all in all, as estimated when a twentieth of the rows had ended
+        self._course = course
+        self._share = SOON * rows
+        self._ended = ended
+        self._passed = ended >= self._share  # that moment was in an earlier run, or has come
         self._before = 0.0  # seconds of all runs before the engine began
         self._began: float | None = None
         self._due = -math.inf
@@ -46,14 +47,14 @@ class Outlook:
         `running` has the seconds that each request has run."""
         if self._began is None or not tokens or self.why:
             return None
-        soon = self.said.soon is None and self._ended >= SOON * self._rows
+        soon = not self._passed and self._ended >= self._share
         if soon or now >= self._due:
             began, passed, ages = time.monotonic(), now - self._began, running()
             found = self._ask(lambda: self._course.left(passed, tokens, output, ages))
             self._end = None if found is None else now + found
             self._due = now + max(EVERY, SHARE * (time.monotonic() - began))
             if soon and found is not None:
-                self.said = replace(self.said, soon=self._before + passed + found)
+                self._passed, self.soon = True, self._before + passed + found
         return None if self._end is None else max(self._end - now, 0.0)
 
     def _ask(self, ask: Callable[[], float | None]) -> float | None:

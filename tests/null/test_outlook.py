@@ -89,3 +89,31 @@ def test_what_a_resumed_run_says_is_of_all_runs(job: Jobs) -> None:
     said, seconds = one.report.predicted, one.report.seconds.wall
     assert said is not None and said.soon is not None
     assert 1007.0 < said.soon <= seconds + 7.0
+
+
+def test_a_twentieth_is_of_the_rows_to_compute_whatever_their_copies_and_runs(job: Jobs) -> None:
+    copies = [ROWS[0].replace("r0", f"copy{i}") for i in range(200)]
+    one, ended = job([*ROWS, *copies, "{"]), list[int]()
+
+    class Counts(Steady):
+        def ended(self, row: int, tokens: int) -> None:
+            ended.append(row)
+
+    def soon(limit: int) -> Callable[[int], None]:
+        """Stop when so many have ended, nothing being said before a twentieth has."""
+
+        def watch(rounds: int) -> None:
+            said = look_report(one.out).predicted
+            assert said is not None
+            assert (said.soon is not None) == (len(ended) >= SOON * len(ROWS))
+            if len(ended) >= limit:
+                raise KeyboardInterrupt
+
+        return watch
+
+    one.seer = Says(Counts)
+    for limit in (1, 3, 9):
+        with pytest.raises(KeyboardInterrupt):
+            one.run(Watched(echo_backend(tokens=64, sequences=2), soon(limit)))
+    assert len(ended) == len(set(ended)) < 12
+    assert one.run() == 3

@@ -97,17 +97,19 @@ class Meter:
         self._keep(facts, results)
 
     def foretell(self, seer: Seer | None, job: Prepared, plan: Plan, results: Results) -> None:
-        """Ask what the rows to be computed will take; what was said when the job began stays."""
+        """Ask what the rows to be computed will take. What was said when the job began stays; what is said of the rest
+        of a job is not said of the job."""
         if seer is None:
             return
         wanted = ~results.journal.ended(plan.lines)
         course = attempt(lambda: seer.foretell(job, plan, None if wanted.all() else wanted, self.plan_seconds))
         if course is None:
             return
+        computed = np.unique(plan.units["row"])  # others are copies, known to the cache, or bad
+        ended = int((~wanted[computed]).sum())
         if not isinstance(course, str):
-            computed = np.unique(plan.units["row"])  # others are copies, known to the cache, or bad
-            self.outlook = Outlook(course, len(computed), int((~wanted[computed]).sum()))
-        if self._facts.predicted is None:
+            self.outlook = Outlook(course, len(computed), ended)
+        if self._facts.predicted is None and not ended:
             said = Foretold(why=course) if isinstance(course, str) else course.said
             self._keep(replace(self._facts, predicted=said), results)
 

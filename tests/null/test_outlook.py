@@ -117,3 +117,15 @@ def test_a_twentieth_is_of_the_rows_to_compute_whatever_their_copies_and_runs(jo
             one.run(Watched(echo_backend(tokens=64, sequences=2), soon(limit)))
     assert len(ended) == len(set(ended)) < 12
     assert one.run() == 3
+
+
+@pytest.mark.parametrize(("at", "begun"), [(1, False), (40, True)])
+def test_what_is_said_of_the_rest_of_a_job_is_not_said_of_the_whole(job: Jobs, at: int, begun: bool) -> None:
+    one = job([*ROWS, ROWS[0].replace("r0", "twin"), "{"])
+    with pytest.raises(KeyboardInterrupt):
+        one.run(Watched(echo_backend(tokens=64, sequences=8), broken_at(at)))
+    before = look_report(one.out)
+    assert before.predicted is None and (before.rows.ok > 0) == begun
+    one.seer = Says(Steady)
+    assert one.run() == 3
+    assert (one.report.predicted is None) == begun

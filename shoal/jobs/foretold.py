@@ -69,10 +69,15 @@ class Course(Protocol):
 class Seer(Protocol):
     """Whoever foretells jobs."""
 
+    def free(self) -> int:
+        """Bytes that an engine could take now: to be asked before one takes them."""
+        ...
+
     def foretell(
-        self, job: Prepared, plan: Plan, wanted: npt.NDArray[np.bool_] | None, planned: float
+        self, job: Prepared, plan: Plan, wanted: npt.NDArray[np.bool_] | None, planned: float, free: int
     ) -> Course | None:  # fmt: skip
-        """The course of the `wanted` rows of a plan, or of all, `planned` seconds after the job began."""
+        """The course of the `wanted` rows of a plan, or of all, `planned` seconds after the job began, by an engine
+        that found so many bytes free."""
         ...
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from shoal.client import News, Ready
 from shoal.jobs.display import PlanFacts, Progress, Window
 from shoal.jobs.feed import Feed
 from shoal.jobs.files import disk_errors
-from shoal.jobs.foretold import Foretold, Seer, attempt
+from shoal.jobs.foretold import Course, Foretold, Seer, attempt
 from shoal.jobs.outlook import Outlook
 from shoal.jobs.plan import Plan
 from shoal.jobs.prepare import Prepared
@@ -96,13 +96,21 @@ class Meter:
         )  # fmt: skip
         self._keep(facts, results)
 
-    def foretell(self, seer: Seer | None, job: Prepared, plan: Plan, results: Results) -> None:
-        """Ask what the rows to be computed will take. What was said when the job began stays; what is said of the rest
-        of a job is not said of the job."""
+    def foretelling(self, seer: Seer | None, job: Prepared, plan: Plan, results: Results) -> Callable[[], None]:
+        """What asks, while the engine takes its memory, what the rows to be computed will take."""
         if seer is None:
-            return
+            return lambda: None
+        free = attempt(seer.free)
+        return lambda: self._foretell(seer, job, plan, results, free)
+
+    def _foretell(self, seer: Seer, job: Prepared, plan: Plan, results: Results, free: int | str) -> None:
+        """What was said when the job began stays; what is said of the rest of a job is not said of the job."""
         wanted = ~results.journal.ended(plan.lines)
-        course = attempt(lambda: seer.foretell(job, plan, None if wanted.all() else wanted, self.plan_seconds))
+        some = None if wanted.all() else wanted
+        if isinstance(free, str):
+            course: Course | None | str = free
+        else:
+            course = attempt(lambda: seer.foretell(job, plan, some, self.plan_seconds, free))
         if course is None:
             return
         computed = np.unique(plan.units["row"])  # others are copies, known to the cache, or bad

@@ -9,7 +9,6 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -141,7 +140,7 @@ class _Job:
                 self._recall(feed, results)
                 self.meter.note(self.job, feed.plan, results)
                 if results.status().answered < results.status().total and not (self.budget_hit or self.stop.asked):
-                    foretell = partial(self.meter.foretell, self.seer, self.job, feed.plan, results)
+                    foretell = self.meter.foretelling(self.seer, self.job, feed.plan, results)
                     self._start(plan if options.verify else feed.plan, foretell)
                     self.display.plan(self.meter.plan_facts(self.job, feed.plan, self.resumed))
                     self.meter.begin(self.clock.now())

@@ -173,7 +173,7 @@ def _foretell(options: ExplainOptions, looked: Looked) -> tuple[Memory | None, F
     weights = weight_mode(job.weights, words.folder)
     kv = kv_mode(job.kv, weights)
     config = job.engine()
-    memory = memory_of(looked, config, sizes, weights, kv)
+    memory = memory_of(looked, config, sizes, weights, kv, available_host_bytes())
     why = memory.problem or ("" if len(looked.units) else "no row can be run")
     if why:
         return memory, None, why
@@ -218,15 +218,15 @@ def _bad(looked: Looked) -> tuple[Bad, ...]:
     return tuple(Bad(code, number, lines, message) for code, (number, lines, message) in ordered)
 
 
-def memory_of(looked: Looked, config: EngineConfig, sizes: Sizes, weights: str, kv: str) -> Memory:
-    """What a run's engine would be given."""
+def memory_of(looked: Looked, config: EngineConfig, sizes: Sizes, weights: str, kv: str, free: int) -> Memory:
+    """What a run's engine would be given of so many bytes."""
     context, plan = looked.words.info.context, looked.plan
     weight_bytes, position = sizes.weight_bytes(weights), sizes.position_bytes(kv)
     useful = plan.bound + min(plan.answer_tokens, config.max_sequences * context)
     problem, found = "", None
     try:
         found = plan_memory(
-            available=available_host_bytes(), weights=weight_bytes, block=config.block_size * position,
+            available=free, weights=weight_bytes, block=config.block_size * position,
             asked=config.memory_bytes, useful_blocks=-(-useful // config.block_size) + config.max_sequences,
             least_blocks=1 if config.memory_bytes else -(-min(context, LEAST_TOKENS) // config.block_size),
         )  # fmt: skip

@@ -19,6 +19,7 @@ from shoal.preview.forecast import predict
 from shoal.preview.look import Looked, looked_at, served
 from shoal.preview.machine import kept
 from shoal.preview.sizes import Sizes
+from shoal.runtime.memory import available_host_bytes
 from shoal.text.checkpoint import kv_mode, weight_mode
 
 SIMULATED = 20_000  # row-steps up to which the scheduler itself is asked: half a second beside the engine's loading
@@ -28,10 +29,15 @@ UNMEASURED = "no calibration of this machine is kept for this model: shoal expla
 class Foreseer:
     """Foretells runs."""
 
+    def free(self) -> int:
+        """Bytes that an engine could take now."""
+        return available_host_bytes()
+
     def foretell(
-        self, job: Prepared, plan: Plan, wanted: npt.NDArray[np.bool_] | None, planned: float
+        self, job: Prepared, plan: Plan, wanted: npt.NDArray[np.bool_] | None, planned: float, free: int
     ) -> Course | None:  # fmt: skip
-        """The course of the `wanted` rows of a plan, or of all, `planned` seconds after the job began."""
+        """The course of the `wanted` rows of a plan, or of all, `planned` seconds after the job began, by an engine
+        that found so many bytes free."""
         words = job.words
         if not isinstance(words, Words):
             return None  # servers tell nothing of themselves
@@ -40,17 +46,17 @@ class Foreseer:
             return None
         looked = looked_at(found, words, job.source, planned)
         said = Foretold(int(looked.cost.sum()), (_tokens(looked, _least(looked)), _tokens(looked, looked.limits)))
-        course = attempt(lambda: _course(job, words, looked, said))
+        course = attempt(lambda: _course(job, words, looked, said, free))
         return Course(_without(said, course), looked, None) if isinstance(course, str) else course
 
 
-def _course(job: Prepared, words: Words, looked: Looked, said: Foretold) -> Course:
+def _course(job: Prepared, words: Words, looked: Looked, said: Foretold, free: int) -> Course:
     options, folder, config = job.options, words.folder, job.options.engine()
     if words.info.encoder:
         return Course(_without(said, "an encoder's steps are not measured"), looked, None)
     sizes, weights = Sizes.load(folder), weight_mode(options.weights, folder)
     kv = kv_mode(options.kv, weights)
-    memory = memory_of(looked, config, sizes, weights, kv)
+    memory = memory_of(looked, config, sizes, weights, kv, free)
     machine = kept(folder, sizes, weights, kv, options.threads)
     if machine is None or memory.problem:
         return Course(_without(said, memory.problem or UNMEASURED), looked, None)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from echo_job import ROWS, EchoJob, Watched, echo_backend
+from echo_job import ROWS, EchoJob, Mortal, Watched, echo_backend
 from test_live_report import broken_at, meta
 
 from shoal.jobs.foretold import SOON, Course, Foretold
 from shoal.jobs.tally import look_report
+from shoal.preview.foresee import Foreseer
 
 Jobs = Callable[..., EchoJob]
 SAID = Foretold(10, (5, 50), (1.0, 2.0), (0, 9))
@@ -34,6 +35,9 @@ class Says:
 
     def __init__(self, course: Callable[[], Course]) -> None:
         self._course = course
+
+    def free(self) -> int:
+        return 1 << 30
 
     def foretell(self, *_: Any) -> Course:
         return self._course()
@@ -129,3 +133,36 @@ def test_what_is_said_of_the_rest_of_a_job_is_not_said_of_the_whole(job: Jobs, a
     one.seer = Says(Steady)
     assert one.run() == 3
     assert (one.report.predicted is None) == begun
+
+
+def test_free_memory_is_looked_at_before_the_engine_takes_it(job: Jobs) -> None:
+    done = list[object]()
+
+    class Greedy(Mortal):
+        def begin(self, begin: object) -> None:
+            done.append("taken")
+
+    class Sees(Says):
+        def free(self) -> int:
+            done.append("looked")
+            return 12345
+
+        def foretell(self, *given: Any) -> Course:
+            done.append(given[-1])
+            return super().foretell(*given)
+
+    one = job(ROWS[:9])
+    one.seer = Sees(Steady)
+    assert one.run_mortal(Greedy) == 0
+    assert done == ["looked", "taken", 12345]
+
+
+def test_a_prediction_is_of_an_engine_with_the_memory_that_was_free(job: Jobs) -> None:
+    class Poor(Foreseer):
+        def free(self) -> int:
+            return 1
+
+    one = job(ROWS[:9])
+    one.seer = Poor()
+    assert one.run() == 0
+    assert one.report.predicted is not None and one.report.predicted.why.startswith("the model needs")

@@ -24,6 +24,7 @@ from shoal.sched.cost import MeasuredCost
 
 ERROR, MOST_ERROR = 0.15, 0.5  # shares that a prediction may be off: on a steady machine, and on any
 TIMEOUT = 120  # seconds: a measurement takes a few
+ONLY_PROCESSOR = "only the processor is measured, and the model runs elsewhere"
 PROCESSOR = ("model name", "cpu family", "model", "stepping", "cache size", "CPU part", "CPU implementer")
 
 

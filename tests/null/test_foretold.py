@@ -21,10 +21,12 @@ from shoal.jobs.foretold import Foretold
 from shoal.jobs.report import compared, to_json
 from shoal.jobs.tally import look_report
 from shoal.preview import foresee, paperwork
+from shoal.preview.command import explain
 from shoal.preview.course import Course, Learnt, Rates
 from shoal.preview.forecast import simulate
 from shoal.preview.foresee import UNMEASURED, Foreseer
 from shoal.preview.look import Looked, look
+from shoal.preview.machine import ONLY_PROCESSOR
 from shoal.preview.paperwork import FEW
 
 Jobs = Callable[..., EchoJob]
@@ -70,6 +72,19 @@ def test_without_a_calibration_it_says_so(job: Jobs, monkeypatch: pytest.MonkeyP
     said = one.report.predicted
     assert said is not None and said.seconds is None and said.why == UNMEASURED and UNMEASURED in one.said
     assert said.prompt_tokens == one.report.tokens.prompt_computed
+
+
+@pytest.mark.usefixtures("kept")
+def test_the_processor_s_measurement_says_nothing_of_another_device(job: Jobs) -> None:
+    one = job(fixed(9))
+    one.seer = Foreseer()
+    assert one.run(device="cuda") == 0  # the backend that hashes is used as it is
+    said = one.report.predicted
+    assert said is not None and said.why == ONLY_PROCESSOR and said.seconds is said.kv_bytes is None
+    assert said.prompt_tokens == one.report.tokens.prompt_computed
+    alike = options(one.root / "in.jsonl")
+    found = explain(replace(alike, job=replace(alike.job, device="cuda")))
+    assert found.time is None and found.no_time == ONLY_PROCESSOR
 
 
 def test_a_prediction_that_fails_is_a_reason_in_the_report_and_the_job_goes_on(

@@ -111,19 +111,29 @@ def look_report(output: Path) -> Report:
     folder = folder_of(output)
     if (folder / NAME).is_file() and not (folder / JOURNAL).exists():
         return read_report(output)
+    last = _last(output)
     with View(output) as view:
         facts = view.read(FACTS, Report)
         if facts is None:
             return _report_of_old(output)
         found = tally(facts, view.stats(), json.loads(view.meta(SPENT) or "{}"))
     running = is_running(output)
-    if not (folder / FINISHED).is_file() or not (folder / NAME).is_file():
+    if _last(output) != last:
+        return look_report(output)  # it has ended, or was begun again, while its rows were counted
+    if last is None:
         return replace(found, finished=False, running=running)
-    last = read_report(output)
     return replace(
         found, files=last.files, verified=last.verified, exit_code=last.exit_code, finished=True, running=running,
         disagree=[] if last.rows == found.rows else [f"{NAME} counts {last.rows}, the journal {found.rows}"],
     )  # fmt: skip
+
+
+def _last(output: Path) -> Report | None:
+    """The report that a job has ended with; None of one that has not."""
+    folder = folder_of(output)
+    if not (folder / FINISHED).is_file() or not (folder / NAME).is_file():
+        return None
+    return read_report(output)
 
 
 def _report_of_old(output: Path) -> Report:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ from test_retry import BAD
 from whole_job import SteppingClock
 
 from shoal.core.errors import StateError
+from shoal.jobs.look import View
 from shoal.jobs.report import Again, Report, Rows, Slow, Tokens
 from shoal.jobs.report_words import again_line, facts
 from shoal.jobs.tally import look_report, tally
@@ -93,6 +95,27 @@ def test_counts_that_do_not_add_up_are_loud(job: Jobs, capsys: pytest.CaptureFix
     assert call("report", str(one.out)) == 1
     said = capsys.readouterr().out
     assert "DO NOT ADD UP" in said and "report.json counts" in said.replace("\n", " ")
+
+
+@pytest.mark.parametrize("at", ["stats", "meta", "close"])
+def test_a_job_that_ends_while_its_rows_are_counted_is_reported_as_ended(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    one, really = job(MIXED), getattr(View, at)
+    with pytest.raises(KeyboardInterrupt):
+        one.run(Watched(echo_backend(tokens=64, sequences=8), broken_at(30)))
+
+    def ends(view: View, *given: Any) -> Any:
+        found = really(view, *given)
+        if at == "stats":
+            found = iter(list(found))
+        monkeypatch.undo()
+        assert one.run() == 3
+        return found
+
+    monkeypatch.setattr(View, at, ends)
+    found = look_report(one.out)
+    assert found.problems() == [] and found == one.report
 
 
 def test_an_old_journal_is_read_by_its_report_or_refused_in_words(job: Jobs) -> None:

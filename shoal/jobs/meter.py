@@ -185,6 +185,8 @@ class Meter:
         assert isinstance(tokens, int)
         self._ended += 1
         self._ended_tokens += tokens
+        if self._ended == 1:
+            self._noted = -math.inf  # the commit that keeps the first row is to keep what it cost
         seconds = stats.get("run_seconds", 0.0)
         assert isinstance(seconds, float)
         self._ended_seconds += seconds

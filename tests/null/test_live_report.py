@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +21,7 @@ from test_loops import LONG, parrot
 from test_retry import BAD
 from whole_job import SteppingClock
 
+from shoal.client import News
 from shoal.core.errors import StateError
 from shoal.jobs.look import View
 from shoal.jobs.report import Again, Report, Rows, Slow, Tokens
@@ -64,6 +66,33 @@ def test_while_it_runs_counts_add_up_and_rows_left_are_said(job: Jobs) -> None:
     assert ended == sorted(ended) and ended[0] < ended[-1] < 121
     assert all(dict(facts(report))["rows"].startswith("121 rows") for report in seen)
     assert not look_report(one.out).running
+
+
+@pytest.mark.parametrize("pace", [0.02, 0.04, 0.06])
+def test_the_first_rows_that_are_kept_have_cost_something(
+    job: Jobs, monkeypatch: pytest.MonkeyPatch, pace: float
+) -> None:
+    """Also when the job is killed soon after, and when its engine's first step takes a while."""
+
+    class PacedClock(SteppingClock):
+        def now(self) -> float:
+            self._now += pace
+            return self._now
+
+    class LateBackend(Watched):
+        def outputs(self, timeout: float) -> News | None:
+            return super().outputs(timeout) if self.submitted and next(polls) else None
+
+    def look(rounds: int) -> None:
+        seen.append(look_report(one.out))
+        if seen[-1].rows.ok:
+            raise KeyboardInterrupt
+
+    one, seen, polls = job([chat(i, max_tokens=2) for i in range(60)]), list[Report](), count()
+    monkeypatch.setattr("shoal.jobs.run.WallClock", PacedClock)
+    with pytest.raises(KeyboardInterrupt):
+        one.run(LateBackend(echo_backend(tokens=64, sequences=4), look))
+    assert seen[-1].tokens.prompt_computed > 0 and seen[-1].steps > 0
 
 
 def test_of_a_job_that_was_killed_it_says_how_to_go_on(job: Jobs, capsys: pytest.CaptureFixture[str]) -> None:

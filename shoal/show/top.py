@@ -73,10 +73,8 @@ def run_top(output: Path, once: bool, console: Console) -> int:
 def _watch(looker: Looker, seen: Seen, console: Console) -> Seen:
     """Pictures in place; the last thing seen."""
     try:
-        with (
-            keys() as pressed,
-            Live(frame(seen, console.width), console=console, screen=True, auto_refresh=False) as live,
-        ):
+        with keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
+            live.update(frame(seen, console.width), refresh=True)  # interrupted as it opens it would not close
             while not seen.over and "q" not in pressed(EVERY).lower():
                 seen = looker.look()
                 live.update(frame(seen, console.width), refresh=True)

@@ -161,7 +161,7 @@ class Planning:
         fits = count > 0 and self.kv.grow(seq, count + draft)
         if draft and not fits:
             draft, fits = 0, self.kv.grow(seq, count)
-        while count > 0 and not fits:
+        while count > 0 and not fits and not self.outgrown(seq):
             victim = self.victim(seq, first)
             if victim is None:
                 break
@@ -173,7 +173,12 @@ class Planning:
             self.emit(seq, match, count, draft)
         elif match is not None:
             self.kv.release(seq, self.scheduler.horizon, self.index - 1, again=True)
-            self.closed = self.closed or count > 0  # nobody overtakes a request that waits for memory
+            if count > 0 and self.outgrown(seq):
+                self.fail(seq)
+            else:
+                self.closed = self.closed or count > 0  # nobody overtakes a request that waits for memory
+        elif count > 0 and self.outgrown(seq):
+            self.fail(seq)
         elif count > 0 and first and not self.scheduler.in_flight and len(self.scheduler.running) == 1:
             if self.kv.in_use < self.kv.pool.num_blocks:
                 self.scheduler.preempt(seq)  # the rest lies idle above its own nodes: it starts again in those blocks
@@ -191,10 +196,20 @@ class Planning:
             return others[-1] if others and first and (seq.ticket >= 0 or self.forced) else None
         return chosen
 
+    @property
+    def holds(self) -> int:
+        """Tokens that all memory holds."""
+        return self.kv.pool.num_blocks * self.kv.block_size
+
+    def outgrown(self, seq: Sequence) -> bool:
+        """Whether more of it is known than memory holds: no memory that others give lets it go on. A token in flight
+        does not count, for it may be the last."""
+        return seq.samples and len(seq.tokens) - (seq.tokens[-1] == PENDING) > self.holds
+
     def fail(self, seq: Sequence) -> None:
         """It alone has outgrown the pool."""
-        holds = self.kv.pool.num_blocks * self.kv.block_size
-        why = f"kv_exhausted: needs {seq.computed + 1} tokens of KV memory; {holds} are available: raise --memory"
+        known = seq.computed + seq.pending
+        why = f"kv_exhausted: needs {known} tokens of KV memory; {self.holds} are available: raise --memory"
         self.scheduler.end(seq, why, self.view.now)
 
     def emit(self, seq: Sequence, match: Match | None, count: int, draft: int) -> None:

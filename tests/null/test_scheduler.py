@@ -143,6 +143,18 @@ def test_a_row_that_outgrows_the_pool_alone_fails_and_the_others_do_not(ahead):
     assert all(ends[r.id] is Finish.LENGTH and got[r.id]["tokens"] == reference(r) for r in small)
 
 
+@pytest.mark.parametrize("ahead", [0, 1], ids=["plain", "overlap"])
+@pytest.mark.parametrize("policy", EVERY, ids=lambda p: p.__name__)
+def test_a_run_of_forced_tokens_longer_than_the_pool_fails_its_row_alone(policy, ahead):
+    for seed in range(4):
+        big = request("big", [2 + seed, 3, 4, 5, 6], Sampling(max_tokens=100))
+        small = [request(f"s{i}", [2 + seed, 3, 4, i], Sampling(max_tokens=3)) for i in range(6)]
+        got, ends, _ = run([big, *small], policy(), 10, ahead, forces=0.9)
+        assert ends["big"] is Finish.ERROR
+        assert got["big"]["tokens"] == reference(big)[: len(got["big"]["tokens"])]
+        assert all(ends[r.id] is Finish.LENGTH and got[r.id]["tokens"] == reference(r) for r in small)
+
+
 def test_a_cancelled_row_ends_once_and_frees_its_blocks():
     clock = SimClock()
     scheduler = Scheduler(Policy(), 40, BLOCK)

@@ -182,7 +182,8 @@ class AnswerWriter(Lines):
         if use is None or self.style is None:
             return message, sample.finish
         # Special tokens are part of how calls are written, and no part of a text.
-        before, calls = read_calls(self.style, self.tokenizer.decode(sample.tokens, False), use.names)
+        text = self.tokenizer.decode(sample.tokens, False)
+        before, calls = read_calls(self.style, text, use.names, sample.finish == "stop", self._ends(sample))
         if not calls:
             return message, sample.finish
         shown = [
@@ -195,6 +196,16 @@ class AnswerWriter(Lines):
         ]
         finish = "tool_calls" if sample.finish == "stop" else sample.finish
         return {**message, "content": before or None, "tool_calls": shown}, finish
+
+    def _ends(self, sample: Sample) -> set[str]:
+        """What may stand behind calls: special tokens, and what the row wants answers to end with."""
+        decode, reason = self.tokenizer.decode, sample.stop_reason
+        ends = {decode([reason], False)} if isinstance(reason, int) else {reason} if reason else set[str]()
+        for token in reversed(sample.tokens):
+            if decode([token]).strip():
+                break
+            ends.add(decode([token], False))
+        return ends - {""}
 
     def _text(self, row: RowSpec, answers: Sequence[PromptAnswers], mark: str) -> dict[str, Any]:
         body = row.body

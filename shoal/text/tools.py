@@ -7,6 +7,7 @@ way a model has is seen in its chat template, for that is where it was taught.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,10 @@ import msgspec
 
 from shoal.core.types import Constraint
 
-_TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_TAGGED, _TAGGED_END = "<tool_call>", "</tool_call>"
 _MISTRAL = "[TOOL_CALLS]"
 _NAMED = re.compile(r"\s*([\w-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")
 _PYTHON = "<|python_tag|>"
-_json = json.JSONDecoder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,8 @@ class Style:
     """A family's way of writing calls."""
 
     name: str
-    find: Callable[[str], tuple[str, list[Call]]]  # what stands before the calls, and the calls; none where any is bad
+    find: Callable[[str, bool], tuple[str, list[Call], str]]  # in a text that ended by itself or not: what stands
+    # before the calls, the calls, what stands behind; ValueError where any is bad
     arguments: str  # what it calls the arguments
     first: str = ""  # what stands before all calls
     begin: str = ""  # before each
@@ -52,16 +53,40 @@ def style_of(template: str) -> Style | None:
     return next((style for mark, style in _MARKS.items() if mark in template), None)
 
 
-def read_calls(style: Style, text: str, names: Collection[str]) -> tuple[str, list[Call]]:
+def read_calls(
+    style: Style, text: str, names: Collection[str], ended: bool = True, ends: Collection[str] = ()
+) -> tuple[str, list[Call]]:
     """What stands before the calls of a text, and the calls; the whole text and none where it is not made of calls of
-    these tools, as JSON."""
+    these tools, as JSON. `ended` by itself it may lack the last closing mark; behind the calls may stand what is
+    among `ends`, and nothing else.
+    """
     try:
-        before, calls = style.find(text)
+        before, calls, rest = style.find(text, ended)
     except (ValueError, RecursionError):
         return text, []
-    if not calls or any(call.name not in names for call in calls):
+    for end in ends:
+        rest = rest.replace(end, "")
+    if not calls or rest.strip() or any(call.name not in names for call in calls):
         return text, []
     return before.strip(), calls
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _number(word: str) -> float:
+    return number if math.isfinite(number := float(word)) else _no_number(word)
+
+
+_json = json.JSONDecoder(parse_float=_number, parse_constant=_no_number)
+
+
+def _value(text: str) -> tuple[Any, str]:
+    """The JSON that a text begins with, and what stands behind it: marks inside of its strings are none."""
+    text = text.lstrip()
+    value, end = _json.raw_decode(text)
+    return value, text[end:].lstrip()
 
 
 def _call(value: Any) -> Call:
@@ -70,48 +95,75 @@ def _call(value: Any) -> Call:
         raise ValueError("not a call")
     arguments = value.get("arguments", value.get("parameters"))
     if isinstance(arguments, str):
-        arguments = json.loads(arguments)
+        arguments = _json.decode(arguments)
     if not isinstance(arguments, dict):
         raise ValueError("no arguments")
+    json.dumps(arguments, ensure_ascii=False).encode()  # half of a pair of surrogates is no text: a ValueError
     return Call(value["name"], arguments)
 
 
-def _tagged(text: str) -> tuple[str, list[Call]]:
-    calls = [_call(_json.raw_decode(inside.strip())[0]) for inside in _TAGGED.findall(text)]
-    return text.partition("<tool_call>")[0], calls
+def _tagged(text: str, ended: bool) -> tuple[str, list[Call], str]:
+    """Objects between marks. Words between two calls are kept with those before the first."""
+    before, mark, rest = text.partition(_TAGGED)
+    words, calls = [before.strip()], list[Call]()
+    while mark:
+        value, rest = _value(rest)
+        calls.append(_call(value))
+        closed = rest.startswith(_TAGGED_END)
+        if not closed and not ended:
+            raise ValueError("the call is cut off")
+        rest = rest.removeprefix(_TAGGED_END)
+        between, mark, behind = rest.partition(_TAGGED)
+        if mark:
+            if not closed:
+                raise ValueError("a call inside another")
+            words.append(between.strip())
+            rest = behind
+    return "\n".join(filter(None, words)), calls, rest
 
 
-def _bare(text: str) -> tuple[str, list[Call]]:
+def _bare(text: str, ended: bool) -> tuple[str, list[Call], str]:
     """Objects one after the other, semicolons between them, and nothing before."""
     rest, calls = text.strip().removeprefix(_PYTHON).strip(), list[Call]()
     while rest.startswith("{"):
-        value, end = _json.raw_decode(rest)
+        value, rest = _value(rest)
         calls.append(_call(value))
-        rest = rest[end:].lstrip().removeprefix(";").lstrip()
-    return "", calls
+        rest = rest.removeprefix(";").lstrip()
+    return "", calls, rest
 
 
-def _listed(text: str) -> tuple[str, list[Call]]:
+def _listed(text: str, ended: bool) -> tuple[str, list[Call], str]:
     """A list behind a mark, or behind the mark names with their arguments; a text that is a list needs no mark."""
+    if (found := _list_of_calls(text)) is not None:
+        return "", *found
     before, mark, rest = text.partition(_MISTRAL)
-    if not mark:
-        before, rest = "", text
-    if rest.lstrip().startswith("["):
-        values, _ = _json.raw_decode(rest.lstrip())
-        return before, [_call(value) for value in values]
+    if (found := _list_of_calls(rest)) is not None:
+        return before, *found
     calls = list[Call]()
     while mark and (name := _NAMED.match(rest)):
-        value, end = _json.raw_decode(rest[name.end() :])
+        value, rest = _value(rest[name.end() :])
         calls.append(_call({"name": name[1], "arguments": value}))
-        rest = rest[name.end() + end :].lstrip().removeprefix(_MISTRAL)
-    return before, calls
+        rest = rest.removeprefix(_MISTRAL)
+    return before, calls, rest
 
 
-HERMES = Style("hermes", _tagged, "arguments", begin="<tool_call>\n", end="\n</tool_call>", between="\n")
+def _list_of_calls(text: str) -> tuple[list[Call], str] | None:
+    """The list that a text begins with, and what stands behind it; None where it begins with words, in brackets
+    perhaps."""
+    try:
+        values, rest = _value(text)
+    except ValueError:
+        return None
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        return None
+    return [_call(value) for value in values], rest
+
+
+HERMES = Style("hermes", _tagged, "arguments", begin=f"{_TAGGED}\n", end=f"\n{_TAGGED_END}", between="\n")
 LLAMA = Style("llama", _bare, "parameters")
 MISTRAL = Style("mistral", _listed, "arguments", first="[", between=", ", last="]")
 
-_MARKS = {"<tool_call>": HERMES, _MISTRAL: MISTRAL, _PYTHON: LLAMA, '"parameters": dictionary': LLAMA}
+_MARKS = {_TAGGED: HERMES, _MISTRAL: MISTRAL, _PYTHON: LLAMA, '"parameters": dictionary': LLAMA}
 """What only the templates of one family say."""
 
 

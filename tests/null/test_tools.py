@@ -111,7 +111,7 @@ def test_a_template_tells_how_its_model_writes_calls() -> None:
     ],
 )
 def test_calls_are_read_as_each_family_writes_them(style: Style, text: str, before: str) -> None:
-    said, calls = read_calls(style, text % json.dumps(ROME), NAMES)
+    said, calls = read_calls(style, text % json.dumps(ROME), NAMES, ends=("<|im_end|>", "<|eom_id|>", "</s>"))
     assert said == before and [(call.name, call.arguments) for call in calls] == [("weather", ROME)]
 
 
@@ -140,10 +140,69 @@ def test_several_calls_are_read_in_their_order(style: Style, text: str) -> None:
         '{"name": "other", "parameters": {}}', '<tool_call>{"name": "other", "arguments": {}}</tool_call>',
         '[TOOL_CALLS][{"name": "weather"}]', '{"name": "weather", "parameters": 5}', "[TOOL_CALLS]weather[ARGS]{",
         "[1]", '{"name": "weather", "arguments": "{"}', "[TOOL_CALLS]" + "[" * 5000,
+        '<tool_call>{"name": "stop", "arguments": {}} <tool_call>{"name": "stop", "arguments": {}}</tool_call>',
     ],
 )  # fmt: skip
 def test_what_is_no_call_stays_a_text(style: Style, text: str) -> None:
     assert read_calls(style, text, NAMES) == (text, [])
+
+
+WRITTEN = [
+    (HERMES, '<tool_call>{"name": "stop", "arguments": %s}</tool_call>'),
+    (LLAMA, '{"name": "stop", "parameters": %s}'),
+    (MISTRAL, '[{"name": "stop", "arguments": %s}]'),
+    (MISTRAL, '[TOOL_CALLS][{"name": "stop", "arguments": %s}]'),
+    (MISTRAL, "[TOOL_CALLS]stop[ARGS]%s"),
+]
+
+
+@pytest.mark.parametrize(("style", "text"), WRITTEN)
+@pytest.mark.parametrize("mark", ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "]", "};", '"'])
+def test_marks_in_the_strings_of_a_call_are_no_marks(style: Style, text: str, mark: str) -> None:
+    (call,) = read_calls(style, text % json.dumps({"s": mark, mark: [mark]}), NAMES)[1]
+    assert call.arguments == {"s": mark, mark: [mark]}
+
+
+@pytest.mark.parametrize(("style", "text"), WRITTEN)
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", r'"\ud83d"', r'{"\ude00": 1}'])
+def test_what_no_json_can_hold_is_no_call_and_the_answer_still_has_a_line(style: Style, text: str, value: str) -> None:
+    text %= '{"s": [%s]}' % value  # noqa: UP031
+    shown, finish = message(text, style)
+    assert shown == {"role": "assistant", "content": text} and finish == "stop"
+    assert read_calls(style, text.replace(value, json.dumps(value)), NAMES)[1]
+
+
+@pytest.mark.parametrize(("style", "text"), WRITTEN)
+def test_words_behind_the_calls_are_not_lost(style: Style, text: str) -> None:
+    text %= "{}"
+    assert message(f"{text}\n", style)[1] == "tool_calls"
+    for more in ("And now?", "<tool_call", "]", "<|im_end|>"):
+        assert message(text + more, style) == ({"role": "assistant", "content": text + more}, "stop")
+    assert read_calls(style, f"{text} <|im_end|>\n<|im_end|>", NAMES, ends={"<|im_end|>"})[1]
+
+
+def test_words_between_two_calls_stay_with_those_before_them() -> None:
+    call = '<tool_call>{"name": "stop", "arguments": {}}</tool_call>'
+    before, calls = read_calls(HERMES, f"First.\n{call} Then. {call}\n{call}", NAMES)
+    assert before == "First.\nThen." and len(calls) == 3
+
+
+def test_only_a_call_of_an_answer_that_stopped_by_itself_may_lack_its_closing_mark() -> None:
+    call = '<tool_call>{"name": "stop", "arguments": {}}'
+    assert message(call)[1] == "tool_calls" and message(call + "\n</tool_call>", finish="length")[0]["tool_calls"]
+    for cut in (call, call + "\n</tool", f"{call}</tool_call>\n{call}"):
+        assert message(cut, finish="length") == ({"role": "assistant", "content": cut}, "length")
+
+
+def test_what_the_row_wants_answers_to_end_with_may_stand_behind_a_call() -> None:
+    text = '{"name": "stop", "parameters": {}}'
+    tokens = array("i", [FIRST + byte for byte in (text + "###").encode()])
+    writer = AnswerWriter(ByteTokenizer(), "f" * 64, "m", style=LLAMA)
+    row = parse_line(line(tools=TOOLS, stop=["###"]), JobSettings())
+    for reason, calls in (("###", True), (FIRST + ord("#"), True), (None, False)):
+        answers = [PromptAnswers(array("i", [5]), [Sample(text, tokens, "stop", reason)])]
+        shown = json.loads(writer.answer(row, answers))["response"]["body"]["choices"][0]["message"]
+        assert ("tool_calls" in shown) == calls
 
 
 def test_an_answer_with_calls_says_so() -> None:

@@ -177,7 +177,8 @@ def calls_constraint(style: Style, functions: Sequence[tuple[str, Mapping[str, A
     schemas: dict[str, Any] = {}
     for number, (name, parameters) in enumerate(functions):
         place = f"f{number}"
-        schemas[place] = _moved({k: v for k, v in parameters.items() if k != "$schema"}, f"#/$defs/{place}")
+        # Under a name of its own its references mean what they meant where it stood alone.
+        schemas[place] = {**{k: v for k, v in parameters.items() if k != "$schema"}, "$id": f"shoal://{place}/"}
         properties = {"name": {"const": name}, style.arguments: {"$ref": f"#/$defs/{place}"}}
         kinds.append(
             {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
@@ -186,21 +187,6 @@ def calls_constraint(style: Style, functions: Sequence[tuple[str, Mapping[str, A
     signs = {name: getattr(style, name) for name in ("first", "begin", "end", "last")}
     between = style.between if several else ""
     return Constraint("calls", msgspec.json.encode({"schema": schema, **signs, "between": between}).decode())
-
-
-def _moved(schema: Any, root: str) -> Any:
-    """A schema whose references still mean the same when it stands at another place."""
-    if isinstance(schema, list):
-        return [_moved(each, root) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found: dict[str, Any] = {}
-    for name, value in schema.items():
-        if name == "$ref" and isinstance(value, str) and value.startswith("#"):
-            found[name] = root + value[1:]
-        else:
-            found[name] = value if name in ("enum", "const", "default", "examples") else _moved(value, root)
-    return found
 
 
 def calls_lark(text: str, guidance: Mapping[str, Any]) -> str:

@@ -252,22 +252,49 @@ def test_only_a_call_that_must_come_is_a_constraint_and_parallel_calls_can_be_fo
     assert json.loads(several.text)["between"] and not json.loads(one.text)["between"]
 
 
-def test_functions_whose_schemas_use_the_same_names_do_not_touch() -> None:
-    kinds = [(name, {"$ref": "#/$defs/x", "$defs": {"x": {"const": {name: 1}}}}) for name in ("a", "b")]
-    wanted = Checker().check(calls_constraint(LLAMA, kinds, False))
+def accepts(wanted: Constraint, text: str) -> bool:
+    """Whether a text may be written under a constraint, to its end."""
     tokenizer = Tokenizer.load(EMBEDDED)
     grammars = Grammars(tokenizer, tokenizer.vocab_size)
+    row = grammars.begin(Checker().check(wanted), tokenizer.eos, 999, ())
+    for token in [*tokenizer.encode(text, special=False), min(tokenizer.eos)]:
+        if row.bits is None or not row.bits.view(np.uint32)[token >> 5] >> (token & 31) & 1:
+            return False
+        grammars.advance([(row, token)])
+    return True
 
-    def accepts(text: str) -> bool:
-        row = grammars.begin(wanted, tokenizer.eos, 999, ())
-        for token in tokenizer.encode(text, special=False):
-            if row.bits is None or not row.bits.view(np.uint32)[token >> 5] >> (token & 31) & 1:
-                return False
-            grammars.advance([(row, token)])
-        return True
 
-    assert accepts('{"name": "a", "parameters": {"a": 1}}') and accepts('{"name": "b", "parameters": {"b": 1}}')
-    assert not accepts('{"name": "a", "parameters": {"b": 1}}')
+@pytest.mark.parametrize(
+    "reference", [{"$defs": {"x": {}}, "$ref": "#/$defs/x"}, {"$defs": {"x": {"$anchor": "q"}}, "$ref": "#q"}]
+)
+@pytest.mark.parametrize("more", [{}, {"$id": "https://example.com/a"}])
+def test_functions_whose_schemas_use_the_same_names_do_not_touch(reference: Any, more: Any) -> None:
+    kinds = []
+    for name in ("a", "b"):
+        inner = {"x": {**reference["$defs"]["x"], "const": {name: 1}}}
+        kinds.append((name, {**reference, **more, "$defs": inner}))
+    wanted = calls_constraint(LLAMA, kinds, False)
+    assert accepts(wanted, '{"name": "a", "parameters": {"a": 1}}')
+    assert accepts(wanted, '{"name": "b", "parameters": {"b": 1}}')
+    assert not accepts(wanted, '{"name": "a", "parameters": {"b": 1}}')
+
+
+@pytest.mark.parametrize("name", ["default", "const", "enum", "examples", "$ref", "$id", "properties"])
+def test_properties_may_be_named_as_keywords_are(name: str) -> None:
+    schema = {
+        "type": "object", "$defs": {"x": {"const": 5}}, "properties": {name: {"$ref": "#/$defs/x"}},
+        "required": [name], "additionalProperties": False,
+    }  # fmt: skip
+    wanted = calls_constraint(LLAMA, [("f", schema), ("g", {"type": "object"})], False)
+    assert accepts(wanted, '{"name": "f", "parameters": {"%s": 5}}' % name)  # noqa: UP031
+    assert not accepts(wanted, '{"name": "f", "parameters": {"%s": 6}}' % name)  # noqa: UP031
+
+
+def test_a_schema_may_point_at_itself() -> None:
+    schema = {"type": "object", "properties": {"next": {"$ref": "#"}}, "additionalProperties": False}
+    wanted = calls_constraint(LLAMA, [("f", schema), ("g", {"type": "object"})], False)
+    assert accepts(wanted, '{"name": "f", "parameters": {"next": {"next": {}}}}')
+    assert not accepts(wanted, '{"name": "f", "parameters": {"next": {"name": "f"}}}')
 
 
 # -- prompts and refusals ----------------------------------------------------------------------------

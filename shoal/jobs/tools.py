@@ -14,7 +14,8 @@ import msgspec
 from shoal.core.errors import RowError
 from shoal.core.types import Constraint
 from shoal.jobs.body import ChatBody, Function, Message, NamedChoice
-from shoal.text.tools import Style, calls_constraint
+from shoal.text import constraint
+from shoal.text.tools import Style
 
 ANY_ARGUMENTS = {"type": "object"}
 
@@ -43,15 +44,18 @@ def tool_use(body: object) -> ToolUse | None:
         if choice in (None, "none", "auto"):
             return None
         raise RowError("tool_choice asks for a call, and the row has no tools: add tools", param="tool_choice")
-    names = [each.name for each in functions]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise RowError(f"two tools are named {twice!r}: give each function a name of its own", param="tools")
+    names = set[str]()
+    for each in functions:
+        if each.name in names:
+            raise RowError(f"two tools are named {each.name!r}: give each function a name of its own", param="tools")
+        names.add(each.name)
     if choice == "none":
         return None
     chosen = choice.function.name if isinstance(choice, NamedChoice) else None
     if chosen is not None and chosen not in names:
-        raise RowError(f"tool_choice names {chosen!r}; the tools are {', '.join(names)}", param="tool_choice")
+        raise RowError(
+            f"tool_choice names {chosen!r}; the tools are {', '.join(f.name for f in functions)}", param="tool_choice"
+        )
     must = choice == "required" or chosen is not None
     return ToolUse(functions, must, body.parallel_tool_calls is not False, chosen)
 
@@ -77,13 +81,17 @@ def shown_tools(body: ChatBody, style: Style | None) -> list[dict[str, Any]] | N
 
 
 def wanted_call(body: object, style: Style | None) -> tuple[Constraint, str] | None:
-    """What the text has to be where a function has to be called, and the field that asks for it."""
+    """What the text has to be where a function has to be called, and the field that asks for it. RowError for a
+    function that cannot be called so."""
     use = tool_use(body)
     if use is None or style is None or not use.must:
         return None
     asked = [each for each in use.functions if use.chosen in (None, each.name)]
     kinds = [(each.name, ANY_ARGUMENTS if each.parameters is None else each.parameters) for each in asked]
-    return calls_constraint(style, kinds, use.several and use.chosen is None), "tools"
+    try:
+        return constraint.calls(style, kinds, use.several and use.chosen is None), "tools"
+    except RowError as error:
+        raise RowError(f"tools: {error}", error.code, "tools") from None
 
 
 def check_messages(body: ChatBody) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from shoal.core.errors import RowError
 from shoal.core.types import Constraint
-from shoal.text.tools import calls_lark
+from shoal.text.tools import Style, calls_lark, calls_text
 
 WHITESPACE = r"[ \t\r\n]{1,64}"  # between the words of JSON: a model that likes spaces must not write them for ever
 LIMIT = 4 << 20  # characters of a constraint: a larger one takes the library seconds
@@ -66,6 +66,17 @@ def choice(texts: Sequence[str]) -> Constraint:
 def grammar(text: str) -> Constraint:
     """A text that a context-free grammar makes, written in GBNF or Lark."""
     return _limited("grammar", text)
+
+
+def calls(style: Style, functions: Sequence[tuple[str, Mapping[str, Any]]], several: bool) -> Constraint:
+    """Calls of these functions, by name and JSON schema of their arguments, which are an object whatever the schema
+    leaves open. RowError for one that wants anything else."""
+    for name, schema in functions:
+        kind = schema.get("type", "object")
+        if "object" not in (kind if isinstance(kind, list) else [kind]):
+            raise _refused(f"the parameters of {name!r} have the type {kind!r}; those of a call have 'object'")
+    objects = [(name, {**schema, "type": "object"}) for name, schema in functions]
+    return _limited("calls", calls_text(style, objects, several))
 
 
 def _limited(kind: str, text: str) -> Constraint:

@@ -15,8 +15,6 @@ from typing import Any
 
 import msgspec
 
-from shoal.core.types import Constraint
-
 _TAGGED, _TAGGED_END = "<tool_call>", "</tool_call>"
 _MISTRAL = "[TOOL_CALLS]"
 _NAMED = re.compile(r"\s*([\w-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")
@@ -170,9 +168,9 @@ _MARKS = {_TAGGED: HERMES, _MISTRAL: MISTRAL, _PYTHON: LLAMA, '"parameters": dic
 # -- what a text has to be ----------------------------------------------------------------------------
 
 
-def calls_constraint(style: Style, functions: Sequence[tuple[str, Mapping[str, Any]]], several: bool) -> Constraint:
-    """A text that is a call of one of these functions, by name and JSON schema of its arguments; or several calls,
-    where the style has a way to write them."""
+def calls_text(style: Style, functions: Sequence[tuple[str, Mapping[str, Any]]], several: bool) -> str:
+    """What says that a text is a call of one of these functions, by name and JSON schema of its arguments; or several
+    calls, where the style has a way to write them."""
     kinds = []
     schemas: dict[str, Any] = {}
     for number, (name, parameters) in enumerate(functions):
@@ -186,11 +184,11 @@ def calls_constraint(style: Style, functions: Sequence[tuple[str, Mapping[str, A
     schema = {**(kinds[0] if len(kinds) == 1 else {"anyOf": kinds}), "$defs": schemas}
     signs = {name: getattr(style, name) for name in ("first", "begin", "end", "last")}
     between = style.between if several else ""
-    return Constraint("calls", msgspec.json.encode({"schema": schema, **signs, "between": between}).decode())
+    return msgspec.json.encode({"schema": schema, **signs, "between": between}).decode()
 
 
 def calls_lark(text: str, guidance: Mapping[str, Any]) -> str:
-    """The library's grammar of such a constraint; `guidance` says how it is to read the schema."""
+    """The library's grammar of it; `guidance` says how it is to read the schema."""
     asked = json.loads(text)
     body = json.dumps({**asked["schema"], "x-guidance": guidance})
     one = _joined([_literal(asked["begin"]), "body", _literal(asked["end"])])

@@ -37,7 +37,8 @@ def taught(folder: Path) -> Path:
 
 def test_calls_that_must_come_are_read_back_and_bad_tools_fail_alone(tmp_path: Path) -> None:
     named = {"type": "function", "function": {"name": "weather"}}
-    bad = [{"type": "function", "function": {"name": "f", "parameters": {"type": "array", "uniqueItems": True}}}]
+    unique = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    bad = [{"type": "function", "function": {"name": "f", "parameters": unique}}]
     asked: list[dict[str, Any]] = [
         {"tools": TOOLS, "tool_choice": "required", "n": 3, "temperature": 1.0},
         {"tools": TOOLS, "tool_choice": named},

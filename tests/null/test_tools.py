@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from array import array
+from functools import lru_cache
 from typing import Any
 
 import jsonschema
@@ -20,10 +21,10 @@ from shoal.jobs.encode import RowEncoder
 from shoal.jobs.schema import parse_line
 from shoal.jobs.settings import JobSettings
 from shoal.text.checkpoint import EMBEDDED
-from shoal.text.constraint import Checker
+from shoal.text.constraint import LIMIT, Checker, calls
 from shoal.text.grammar import Grammars
 from shoal.text.tokenizer import Tokenizer
-from shoal.text.tools import HERMES, LLAMA, MISTRAL, Style, calls_constraint, read_calls, style_of
+from shoal.text.tools import HERMES, LLAMA, MISTRAL, Style, read_calls, style_of
 
 HI = [{"role": "user", "content": "hi"}]
 WEATHER: dict[str, Any] = {
@@ -199,10 +200,10 @@ def test_what_the_row_wants_answers_to_end_with_may_stand_behind_a_call() -> Non
     tokens = array("i", [FIRST + byte for byte in (text + "###").encode()])
     writer = AnswerWriter(ByteTokenizer(), "f" * 64, "m", style=LLAMA)
     row = parse_line(line(tools=TOOLS, stop=["###"]), JobSettings())
-    for reason, calls in (("###", True), (FIRST + ord("#"), True), (None, False)):
+    for reason, called in (("###", True), (FIRST + ord("#"), True), (None, False)):
         answers = [PromptAnswers(array("i", [5]), [Sample(text, tokens, "stop", reason)])]
         shown = json.loads(writer.answer(row, answers))["response"]["body"]["choices"][0]["message"]
-        assert ("tool_calls" in shown) == calls
+        assert ("tool_calls" in shown) == called
 
 
 def test_an_answer_with_calls_says_so() -> None:
@@ -252,10 +253,15 @@ def test_only_a_call_that_must_come_is_a_constraint_and_parallel_calls_can_be_fo
     assert json.loads(several.text)["between"] and not json.loads(one.text)["between"]
 
 
+@lru_cache(1)
+def embedded() -> tuple[Tokenizer, Grammars]:
+    tokenizer = Tokenizer.load(EMBEDDED)
+    return tokenizer, Grammars(tokenizer, tokenizer.vocab_size)
+
+
 def accepts(wanted: Constraint, text: str) -> bool:
     """Whether a text may be written under a constraint, to its end."""
-    tokenizer = Tokenizer.load(EMBEDDED)
-    grammars = Grammars(tokenizer, tokenizer.vocab_size)
+    tokenizer, grammars = embedded()
     row = grammars.begin(Checker().check(wanted), tokenizer.eos, 999, ())
     for token in [*tokenizer.encode(text, special=False), min(tokenizer.eos)]:
         if row.bits is None or not row.bits.view(np.uint32)[token >> 5] >> (token & 31) & 1:
@@ -273,7 +279,7 @@ def test_functions_whose_schemas_use_the_same_names_do_not_touch(reference: Any,
     for name in ("a", "b"):
         inner = {"x": {**reference["$defs"]["x"], "const": {name: 1}}}
         kinds.append((name, {**reference, **more, "$defs": inner}))
-    wanted = calls_constraint(LLAMA, kinds, False)
+    wanted = calls(LLAMA, kinds, False)
     assert accepts(wanted, '{"name": "a", "parameters": {"a": 1}}')
     assert accepts(wanted, '{"name": "b", "parameters": {"b": 1}}')
     assert not accepts(wanted, '{"name": "a", "parameters": {"b": 1}}')
@@ -285,14 +291,30 @@ def test_properties_may_be_named_as_keywords_are(name: str) -> None:
         "type": "object", "$defs": {"x": {"const": 5}}, "properties": {name: {"$ref": "#/$defs/x"}},
         "required": [name], "additionalProperties": False,
     }  # fmt: skip
-    wanted = calls_constraint(LLAMA, [("f", schema), ("g", {"type": "object"})], False)
+    wanted = calls(LLAMA, [("f", schema), ("g", {"type": "object"})], False)
     assert accepts(wanted, '{"name": "f", "parameters": {"%s": 5}}' % name)  # noqa: UP031
     assert not accepts(wanted, '{"name": "f", "parameters": {"%s": 6}}' % name)  # noqa: UP031
 
 
+@pytest.mark.parametrize("open", [{}, {"properties": {"a": {}}}, {"type": ["null", "object"]}, {"minProperties": 0}])
+@pytest.mark.parametrize("style", [HERMES, LLAMA, MISTRAL])
+def test_arguments_that_must_come_are_an_object_whatever_their_schema_leaves_open(style: Style, open: Any) -> None:
+    wanted = calls(style, [("f", open)], False)
+    for arguments, may in (('{"a": 5}', True), ("[]", False), ("5", False), ("null", False), ('"{}"', False)):
+        text = f'{style.first}{style.begin}{{"name": "f", "{style.arguments}": {arguments}}}{style.end}{style.last}'
+        assert accepts(wanted, text) == may
+
+
+def test_calls_may_not_be_longer_than_other_constraints() -> None:
+    half = [(name, {"description": "a" * (LIMIT // 2)}) for name in ("f", "g")]
+    assert calls(LLAMA, half[:1], False)
+    with pytest.raises(RowError, match="4 MiB"):
+        calls(LLAMA, half, False)
+
+
 def test_a_schema_may_point_at_itself() -> None:
     schema = {"type": "object", "properties": {"next": {"$ref": "#"}}, "additionalProperties": False}
-    wanted = calls_constraint(LLAMA, [("f", schema), ("g", {"type": "object"})], False)
+    wanted = calls(LLAMA, [("f", schema), ("g", {"type": "object"})], False)
     assert accepts(wanted, '{"name": "f", "parameters": {"next": {"next": {}}}}')
     assert not accepts(wanted, '{"name": "f", "parameters": {"next": {"name": "f"}}}')
 
@@ -337,10 +359,16 @@ def bad_tool(**function: Any) -> list[dict[str, Any]]:
         ),
         ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "invalid_request", "exclude each other"),
         (
-            {"tools": bad_tool(parameters={"type": "array", "uniqueItems": True}), "tool_choice": "required"},
+            {"tools": bad_tool(parameters={"properties": {"a": {"type": "array", "uniqueItems": True}}}),
+             "tool_choice": "required"},
             "invalid_constraint",
             "uniqueItems",
         ),
+        *(
+            ({"tools": bad_tool(parameters={"type": a}), "tool_choice": "required"}, "invalid_constraint", "'object'")
+            for a in ("array", ["string", "null"], "objects", {"object": 1}, None, 5)
+        ),
+        ({"tools": bad_tool() * 129}, "invalid_request", "128"),
         ({"messages": [{"role": "user", "content": "a", "tool_calls": [
             {"function": {"name": "f", "arguments": "{}"}}]}]}, "invalid_request", "assistant"),
         ({"messages": [{"role": "user", "content": "a", "tool_call_id": "x"}]}, "invalid_request", "tool's message"),

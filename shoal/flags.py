@@ -16,6 +16,7 @@ import yaml
 from typer.core import TyperOption
 
 from shoal.core.errors import ShoalError
+from shoal.core.printable import printable
 from shoal.jobs.options import Order
 
 INTERRUPTED = 5
@@ -97,7 +98,7 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except ShoalError as error:
-        typer.echo(f"shoal: {error}", err=True)
+        typer.echo(f"shoal: {printable(str(error), lines=True)}", err=True)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as interruption:
         typer.echo("shoal: interrupted; run the same command again and it continues", err=True)

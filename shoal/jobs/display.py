@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shoal.core.clock import Clock
+from shoal.jobs.terminal import said
 from shoal.jobs.units import count, duration, percent, size
 from shoal.jobs.watches import Straggler
 
@@ -170,10 +171,10 @@ def picture(progress: Progress, rates: Rates) -> Group:
     """Everything in three lines, for a terminal."""
     bar = Table.grid(padding=(0, 1))
     bar.add_row(ProgressBar(total=max(progress.rows_total, 1), completed=progress.rows_done, width=30),
-                Text(rows_words(progress)))  # fmt: skip
+                said(rows_words(progress)))  # fmt: skip
     last = ", ".join(words for words in (memory_words(progress), left_words(rates)) if words)
     last += f"; {progress.straggler}" if progress.straggler else ""
-    return Group(bar, Text(token_words(progress, rates)), Text(last))
+    return Group(bar, said(token_words(progress, rates)), said(last))
 
 
 class Display:
@@ -210,11 +211,11 @@ class Display:
     def note(self, words: str) -> None:
         """Say something once; nothing when quiet."""
         if not self.quiet:
-            self.console.print(Text(words), soft_wrap=True)
+            self.console.print(said(words, lines=True), soft_wrap=True)
 
     def warn(self, words: str) -> None:
         """Say something that matters even to those who asked for quiet."""
-        self.console.print(Text(f"warning: {words}", style="yellow"), soft_wrap=True)
+        self.console.print(said(f"warning: {words}", "yellow", lines=True), soft_wrap=True)
 
     def reading(self, rows: int, done: int, whole: int) -> None:
         """Say how far the input is read, in bytes, when it is time to."""
@@ -222,7 +223,7 @@ class Display:
         if self.quiet or now < self._reading_due:
             return
         self._reading_due = now + self._every
-        self._picture(Text(f"reading and planning: {count(rows)} rows, {percent(done, whole)} of the input"))
+        self._picture(said(f"reading and planning: {count(rows)} rows, {percent(done, whole)} of the input"))
 
     def show(self, progress: Progress, last: bool = False) -> None:
         """Take note of the job's progress and show it when it is time to, in any case the `last` time."""
@@ -233,7 +234,7 @@ class Display:
         rates = self._window.add(now, progress)
         if self.quiet:
             return
-        self._picture(picture(progress, rates) if self.console.is_terminal else Text(plain_line(progress, rates)))
+        self._picture(picture(progress, rates) if self.console.is_terminal else said(plain_line(progress, rates)))
 
     def _picture(self, what: Group | Text) -> None:
         """In place of the last one on a terminal; else below it."""

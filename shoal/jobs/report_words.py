@@ -9,9 +9,9 @@ from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from shoal.jobs.report import Again, Failures, Report, Reused, Rows, Sent, Tokens, compared
+from shoal.jobs.terminal import said
 from shoal.jobs.units import count, duration, percent, size
 
 SHOWN = 3  # slow rows named to a person
@@ -165,19 +165,19 @@ def errors(report: Report) -> list[tuple[str, Failures]]:
 def print_report(report: Report, console: Console, more: Iterable[tuple[str, str]] = ()) -> None:
     """Show the report to a person, and `more` below it. What does not add up comes first and loud."""
     for problem in report.problems():
-        console.print(Text(f"THESE COUNTS DO NOT ADD UP, and that is a bug in Shoal: {problem}", style="bold red"))
+        console.print(said(f"THESE COUNTS DO NOT ADD UP, and that is a bug in Shoal: {problem}", style="bold red"))
     if lines := report.verified.differ:
         shown = ", ".join(map(str, lines[:10])) + (", …" if len(lines) > 10 else "")
-        console.print(Text(f"ANSWERS ARE NOT WHAT COMPUTING THEM AGAIN GIVES: lines {shown}", style="bold red"))
+        console.print(said(f"ANSWERS ARE NOT WHAT COMPUTING THEM AGAIN GIVES: lines {shown}", style="bold red"))
     if report.running:
-        console.print(Text("The job is running; what it has spent is noted every few seconds.", style="yellow"))
+        console.print(said("The job is running; what it has spent is noted every few seconds.", style="yellow"))
     elif not report.finished:
-        console.print(Text("The job has not finished: run the same command again and it continues.", style="yellow"))
+        console.print(said("The job has not finished: run the same command again and it continues.", style="yellow"))
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     for name, words in (*facts(report), *more):
-        table.add_row(Text(name), Text(words))
+        table.add_row(said(name), said(words, lines=True))
     console.print(table)
     if report.predicted is not None:
         console.print(predicted_table(report))
@@ -190,7 +190,7 @@ def predicted_table(report: Report) -> Table:
     for name in ("", "predicted", "actual" if report.finished else "so far"):
         table.add_column(name, overflow="fold")
     for one in compared(report):
-        table.add_row(Text(one.name), *map(Text, one.words()))
+        table.add_row(said(one.name), *map(said, one.words()))
     if report.predicted.why:
-        table.add_row(Text(report.predicted.lacking), Text(report.predicted.why), Text(""))
+        table.add_row(said(report.predicted.lacking), said(report.predicted.why), said(""))
     return table

@@ -21,6 +21,7 @@ from shoal.jobs.results import Results
 from shoal.jobs.state import StateFolder
 from shoal.jobs.swap import NOTE
 from shoal.jobs.tally import code_of
+from shoal.jobs.terminal import said
 from shoal.jobs.units import count
 
 
@@ -96,6 +97,6 @@ def retry_job(
 
         def say(words: str) -> None:
             if not options.quiet:
-                console.print(f"retry   {words}", soft_wrap=True)
+                console.print(said(f"retry   {words}"), soft_wrap=True)
 
         return run(options, Again(every, timeout is not None, say))

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import msgspec
 from rich.console import Console
-from rich.text import Text
 
 from shoal.jobs.body import IGNORED
 from shoal.jobs.schema import ENVELOPE, unwrap
+from shoal.jobs.terminal import said
 from shoal.jobs.units import count
 from shoal.preview.look import Looked
 
@@ -102,19 +102,19 @@ def print_lint(found: Lint, console: Console) -> None:
     for fault in found.faults:
         kinds.setdefault(fault.code, []).append(fault)
     for code, faults in sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0])):
-        console.print(Text(f"{code}: {count(len(faults))}", style="bold"))
+        console.print(said(f"{code}: {count(len(faults))}", style="bold"))
         for fault in faults[:SHOWN]:
-            console.print(Text(f"  line {fault.line}: {fault.message}"), soft_wrap=True)
+            console.print(said(f"  line {fault.line}: {fault.message}"), soft_wrap=True)
         if len(faults) > SHOWN:
-            console.print(Text(f"  and {count(len(faults) - SHOWN)} more (--json has all)"))
+            console.print(said(f"  and {count(len(faults) - SHOWN)} more (--json has all)"))
     for each in found.unheeded:
-        said = f"not heeded: {each.what}; {count(each.lines)} lines, the first is {each.first}"
-        console.print(Text(said), soft_wrap=True)
-    console.print(Text(f"{count(found.rows)} rows, {count(len(found.faults))} of them would fail"))
+        words = f"not heeded: {each.what}; {count(each.lines)} lines, the first is {each.first}"
+        console.print(said(words), soft_wrap=True)
+    console.print(said(f"{count(found.rows)} rows, {count(len(found.faults))} of them would fail"))
     for repair in found.repairs[:SHOWN]:
-        console.print(Text(f"  line {repair.line}: {repair.what}"), soft_wrap=True)
+        console.print(said(f"  line {repair.line}: {repair.what}"), soft_wrap=True)
     if len(found.repairs) > SHOWN:
-        console.print(Text(f"  and {count(len(found.repairs) - SHOWN)} more (--json has all)"))
+        console.print(said(f"  and {count(len(found.repairs) - SHOWN)} more (--json has all)"))
     if found.fixed:
-        said = f"{found.fixed}: {count(len(found.repairs))} repairs, {count(found.left)} lines would still fail"
-        console.print(Text(said), soft_wrap=True)
+        words = f"{found.fixed}: {count(len(found.repairs))} repairs, {count(found.left)} lines would still fail"
+        console.print(said(words), soft_wrap=True)

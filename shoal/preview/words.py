@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import msgspec
 from rich.console import Console
-from rich.text import Text
 
 from shoal.jobs.bill import bill_words
+from shoal.jobs.terminal import said
 from shoal.jobs.units import count, duration, percent, size
 from shoal.preview.facts import Explanation, Forecast, Lengths, Memory, Span
 from shoal.preview.machine import ERROR
@@ -26,7 +26,7 @@ def to_json(found: Explanation) -> str:
 def print_explanation(found: Explanation, console: Console) -> None:
     """Everything, for a person."""
     for name, words in lines(found):
-        console.print(Text(f"{name:<10}", style="bold"), Text(words), sep="", soft_wrap=True)
+        console.print(said(f"{name:<10}", style="bold"), said(words, lines=True), sep="", soft_wrap=True)
 
 
 def lines(found: Explanation) -> Iterator[tuple[str, str]]:

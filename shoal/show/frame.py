@@ -21,6 +21,7 @@ from shoal.jobs.display import Progress, left_words, rows_words
 from shoal.jobs.pulse import Pulse
 from shoal.jobs.report import Report
 from shoal.jobs.report_words import errors, fault_word
+from shoal.jobs.terminal import said
 from shoal.jobs.timeline import Timeline
 from shoal.jobs.units import count, duration, percent, size
 
@@ -54,25 +55,25 @@ class Seen:
 def frame(seen: Seen, width: int = WIDE) -> Group:
     """The picture, for lines of so many characters."""
     wide = CURVE if width >= WIDE else NARROW
-    said, style = standing(seen)
-    title = Text.assemble((f"{seen.output}", "bold"), "   ", (said, style))
+    how, style = standing(seen)
+    title = Text.assemble(said(f"{seen.output}", "bold"), "   ", said(how, style))
     parts: list[Text | Rule | Table | Padding] = [title, Rule(style="dim")]
     report, pulse = seen.report, seen.pulse
     if report is None:
-        return Group(*parts, Text("reading and planning the input; numbers come when that is done"))
+        return Group(*parts, said("reading and planning the input; numbers come when that is done"))
     for problem in report.problems():
-        parts.append(Text(f"THESE COUNTS DO NOT ADD UP, and that is a bug in Shoal: {problem}", style="bold red"))
+        parts.append(said(f"THESE COUNTS DO NOT ADD UP, and that is a bug in Shoal: {problem}", style="bold red"))
     parts += _progress(seen, report, width)
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     for name, words in [*_pace(seen, wide), *_slow(seen), *_failures(report)]:
-        table.add_row(Text(name), words)
+        table.add_row(said(name), words)
     parts.append(Padding(table, (1, 0, 0, 0)))
     if not seen.running and not report.finished:
-        parts.append(Text("It is not running: run the same command again and it continues.", style="yellow"))
+        parts.append(said("It is not running: run the same command again and it continues.", style="yellow"))
     elif seen.running and pulse is not None and seen.now - pulse.at > STALE:
-        parts.append(Text(f"Its last word is {duration(seen.now - pulse.at)} old.", style="yellow"))
+        parts.append(said(f"Its last word is {duration(seen.now - pulse.at)} old.", style="yellow"))
     return Group(*parts)
 
 
@@ -108,7 +109,7 @@ def _progress(seen: Seen, report: Report, width: int) -> list[Text | Table]:
     bar = ProgressBar(total=max(known.rows_total, 1), completed=known.rows_done, width=min(width, 2 * CURVE))
     line = Table.grid()
     line.add_row(bar)
-    return [line, Text("   ".join(words))]
+    return [line, said("   ".join(words))]
 
 
 def _pace(seen: Seen, wide: int) -> list[Named]:
@@ -128,10 +129,10 @@ def _pace(seen: Seen, wide: int) -> list[Named]:
         if seen.running and pulse is not None:
             requests = f"{count(pulse.running)} requests, {count(pulse.waiting)} wait in the engine"
         found.append(("running", _curve(wide, line.running, requests, "cyan")))
-        found.append(("", Text(f"(curves are over {of})", style="dim")))
+        found.append(("", said(f"(curves are over {of})", style="dim")))
     if pulse is not None and (saved := pulse.progress.tokens_saved):
         share = percent(saved, pulse.progress.tokens_in)
-        found.append(("shared", Text(f"{count(saved)} prompt tokens were not computed ({share})")))
+        found.append(("shared", said(f"{count(saved)} prompt tokens were not computed ({share})")))
     return found
 
 
@@ -147,11 +148,11 @@ def _slow(seen: Seen) -> list[Named]:
     """Rows that run, and those that have ended: the longest of both."""
     found: list[Named] = []
     if seen.running and seen.pulse is not None and seen.pulse.longest:
-        lines = [Text(str(row)) for row in seen.pulse.longest]
+        lines = [said(str(row)) for row in seen.pulse.longest]
         found.append(("longest now", Group(*lines)))
     if seen.report is not None and seen.report.slowest:
         words = [
-            Text(f"line {count(row.line)}: {duration(row.prefill + row.decode)}, {row.why}")
+            said(f"line {count(row.line)}: {duration(row.prefill + row.decode)}, {row.why}")
             for row in seen.report.slowest[:3]
         ]
         found.append(("slowest", Group(*words)))
@@ -161,16 +162,16 @@ def _slow(seen: Seen) -> list[Named]:
 def _failures(report: Report) -> list[Named]:
     kinds = errors(report)
     lines = [
-        Text(f"{count(group.count)} {code}{fault_word(group)}, as line {group.line}: {group.message}")
+        said(f"{count(group.count)} {code}{fault_word(group)}, as line {group.line}: {group.message}")
         for code, group in kinds[:FAILURES]
     ]
     if len(kinds) > FAILURES:
-        lines.append(Text(f"and {count(len(kinds) - FAILURES)} more kinds: shoal report has them"))
+        lines.append(said(f"and {count(len(kinds) - FAILURES)} more kinds: shoal report has them"))
     return [("failed", Group(*lines))] if lines else []
 
 
 def _curve(wide: int, values: Sequence[float], words: str, style: str, top: float | None = None) -> Text:
-    return Text.assemble((f"{spark(values, wide, top):>{wide}}", style), "  ", words)
+    return Text.assemble(said(f"{spark(values, wide, top):>{wide}}", style), "  ", said(words))
 
 
 def spark(values: Sequence[float], width: int, top: float | None = None) -> str:

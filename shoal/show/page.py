@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from shoal.core import printable as core
+
 STYLE = """
 :root { color-scheme: light dark; --paper: #f6f7f9; --card: #fff; --ink: #1b2430; --soft: #5d6877; --line: #dfe3e8;
   --prompt: #3574b5; --decode: #e08a2c; --shared: #8fc1a9; --kv: #7d5fb2; --rows: #5d6877; --wait: #b9c1cb;
@@ -131,16 +133,12 @@ def legend(colours: Iterable[tuple[str, str]]) -> str:
 
 def printable(text: str) -> str:
     """Text as a page may hold it: a prompt can have characters that no page can."""
-    return escape("".join(c if _plain(c) else "�" for c in text))
+    return escape(core.printable(text))
 
 
 def _cell(text: str) -> str:
     """Long names of codes and fields break at their underscores."""
     return printable(text).replace("_", "_<wbr/>")
-
-
-def _plain(c: str) -> bool:
-    return c >= " " and c not in "\x7f\ufffe\uffff" and not "\ud800" <= c <= "\udfff"
 
 
 def _number(text: str) -> bool:

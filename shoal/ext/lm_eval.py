@@ -22,9 +22,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from shoal.call import run
 from shoal.core.config import parse_bytes
 from shoal.core.errors import ShoalError
-from shoal.jobs.call import run
 from shoal.text.chat import ChatTemplate
 from shoal.text.checkpoint import ModelInfo, resolve_model
 from shoal.text.tokenizer import Tokenizer

@@ -156,6 +156,27 @@ def test_the_tensor_free_half_never_reads_a_clock() -> None:
     assert not wrong, wrong
 
 
+def test_every_module_of_ours_that_is_imported_exists() -> None:
+    """Also by what needs a package that may not be here, so that nothing else would tell."""
+    missing = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for name in sorted(imported(path))
+        if name.startswith("shoal.") and not exists(name)
+    ]
+    assert not missing, missing
+
+
+def exists(name: str) -> bool:
+    """Whether this is a module of ours, or what the package itself gives by that name."""
+    place = ROOT.joinpath(*name.split("."))
+    if place.is_dir() or place.with_suffix(".py").is_file() or name == "shoal.kernels._cpu":
+        return True
+    given = ast.walk(ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")))
+    names = {node.id for node in given if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return name.count(".") == 1 and name.split(".")[1] in names
+
+
 def test_nobody_imports_ext() -> None:
     assert not [str(path) for path, _, name in edges() if name.startswith("shoal.ext")]
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from shoal.core.errors import RowError
 from shoal.core.types import TOKEN, Tokens
-from shoal.jobs.body import IGNORED, PassedBody
+from shoal.jobs.body import PassedBody
 from shoal.jobs.encode import Encoded, Staircase
 from shoal.jobs.keys import SIZE
 from shoal.jobs.passing import ASKS
@@ -23,7 +23,12 @@ from shoal.jobs.schema import RowSpec, parse_line
 from shoal.jobs.settings import JobSettings
 from shoal.remote.words import Call
 
-VERSION = b"shoal call 1"  # another whenever equal keys no longer mean equal answers
+VERSION = b"shoal call 2"  # another whenever equal keys no longer mean equal answers
+UNDECIDED = frozenset(
+    "user metadata store safety_identifier prompt_cache_key prompt_cache_retention request_id priority service_tier"
+    " stream_options".split()
+)
+"""Fields that say who asks, and how the call is treated, to every server. Any other may change what it answers."""
 UNIT = 2  # bytes of text in what the plan takes for a token: as many as it can sort
 
 _decode = msgspec.json.decode
@@ -73,7 +78,10 @@ class PassingEncoder:
         except RowError as error:
             return error
         body = _passed(row)
-        fields = _decode(body.sent)
+        try:
+            fields = _decode(body.sent)
+        except msgspec.DecodeError as error:  # a number that no computer has, or half of a character
+            return RowError(f"body cannot be read whole ({error}): write what the value is to be", "invalid_request")
         key = 0 if row.custom_id is None else hash(row.custom_id) or 1
         asks = self._asks(body.url, fields)
         return Encoded([as_tokens(prompt_text(body.url, fields))], 1, 1, None, body.model or "", -1, key, asks)
@@ -83,7 +91,7 @@ class PassingEncoder:
         settled = url.endswith("/embeddings") or fields.get("temperature") == 0 or isinstance(fields.get("seed"), int)
         if not settled:
             return []
-        asked = {name: value for name, value in fields.items() if name not in IGNORED and value is not None}
+        asked = {name: value for name, value in fields.items() if name not in UNDECIDED and value is not None}
         text = msgspec.json.encode((url, asked), order="sorted")
         return [hashlib.blake2b(VERSION + self._servers + b"\0" + text, digest_size=SIZE).digest()]
 

@@ -294,3 +294,22 @@ def test_it_ends_though_something_happens_at_the_moment_of_closing() -> None:
     loop.call_soon_threadsafe(happen)
     backend._thread.join(10)
     assert not backend._thread.is_alive()
+
+
+@pytest.mark.parametrize("value", ["1e400", "-1e999", "9" * 5000, '"\\ud800"'])
+def test_a_value_that_cannot_be_read_fails_its_line_alone(job: Make, value: str) -> None:
+    rows = [chat(i, f"Question {i}", temperature=0) for i in range(4)]
+    rows[2] = rows[2].replace('"temperature": 0', f'"temperature": {value}')
+    this = job(rows)
+    with serving() as server:
+        assert run(this, server) == 3
+    assert len(this.answers()) == 3 and len(this.codes()) == 1 and this.failures()[0]["x_shoal"]["fault"] == "yours"
+
+
+def test_rows_that_differ_in_anything_but_who_asks_are_not_equal(job: Make) -> None:
+    same = [chat(i, "same", temperature=0, **more) for i, more in enumerate([{}, {"user": "a"}, {"priority": 3}])]
+    other = [{"length_penalty": 2.0}, {"early_stopping": True}, {"include_reasoning": False}, {"made_up": 1}]
+    this = job(same + [chat(9 + i, "same", temperature=0, **more) for i, more in enumerate(other)])
+    with serving() as server:
+        assert run(this, server) == 0
+        assert len(server.asked) == 1 + len(other)

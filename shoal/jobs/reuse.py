@@ -12,6 +12,7 @@ from itertools import groupby
 import numpy as np
 
 from shoal.jobs.answer import PromptAnswers, count_tokens
+from shoal.jobs.body import PassedBody
 from shoal.jobs.cache import AnswerCache, Kept
 from shoal.jobs.copies import Copies, free_stats
 from shoal.jobs.feed import Ended, Feed
@@ -71,8 +72,10 @@ class Reuse:
 
 
 def keep(ended: Ended, cache: AnswerCache, now: float) -> None:
-    """Put what a row came to into the cache; nothing of a row that failed."""
-    if ended.error is None:
+    """Put what a row came to into the cache; nothing of a row that failed, nor of one that leaves the model to a server:
+    tomorrow it may have another."""
+    nameless = isinstance(ended.spec.body, PassedBody) and not ended.spec.body.model
+    if ended.error is None and not nameless:
         for ask, answer in zip(ended.asks, ended.answers, strict=False):
             for number, sample in enumerate(answer.samples):
                 cache.put(ask, number, Kept(sample, () if number else answer.scores), now)

@@ -248,6 +248,18 @@ def test_the_cache_answers_a_later_job_over_the_same_servers(job: Make, tmp_path
     assert first.answers()[:6] == second.answers()[:6]
 
 
+def test_nothing_is_kept_for_later_jobs_of_a_model_without_a_name(job: Make, tmp_path: Path) -> None:
+    bare = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "temperature": 0}}
+    rows = [json.dumps(bare), json.dumps(bare | {"custom_id": "b"})]
+    with serving() as server:
+        for asked in (1, 2):  # one for the two rows of a job, and again for the next
+            assert run(job(rows), server, cache=tmp_path / "cache") == 0
+            assert len(server.asked) == asked
+        for _ in range(2):
+            assert run(job(rows), server, cache=tmp_path / "cache", model="named") == 0
+        assert len(server.asked) == 3
+
+
 def test_rows_that_share_a_beginning_are_sent_one_after_the_other(job: Make) -> None:
     texts = ["".join(chr(97 + family) * 200) + f" question {i}" for i in range(8) for family in range(5)]
     this = job([chat(i, text) for i, text in enumerate(texts)])

@@ -72,8 +72,8 @@ class Reuse:
 
 
 def keep(ended: Ended, cache: AnswerCache, now: float) -> None:
-    """Put what a row came to into the cache; nothing of a row that failed, nor of one that leaves the model to a server:
-    tomorrow it may have another."""
+    """Put what a row came to into the cache; nothing of a row that failed, nor of one that leaves the model to a
+    server: tomorrow it may have another."""
     nameless = isinstance(ended.spec.body, PassedBody) and not ended.spec.body.model
     if ended.error is None and not nameless:
         for ask, answer in zip(ended.asks, ended.answers, strict=False):

@@ -53,11 +53,9 @@ class Servers:
     def __init__(
         self, urls: Sequence[str], key: str = "", stalled: float = STALLED, nobody: float = NOBODY, tries: int = TRIES
     ) -> None:
-        """`urls` from `parse_url`. The key goes into requests' headers and nowhere else."""
+        """`urls` from `parse_url`. The key goes into requests' headers and nowhere else. UsageErrors."""
         self.servers = [Server(url, MOST / len(urls)) for url in urls]
-        self._headers = {"Content-Type": "application/json", "User-Agent": "shoal"}
-        if key:
-            self._headers["Authorization"] = f"Bearer {key}"
+        self._client = _client(key.strip())
         self._stalled, self._nobody, self._tries = stalled, nobody, tries
         self._longest = 0.0  # seconds to an answer, so far
         self._queue, self._open = Queue(), dict[str, _Try]()  # every call that has not ended, by id
@@ -101,6 +99,8 @@ class Servers:
                 else:
                     outputs.append(item)
         if not outputs and not started:
+            if not self._thread.is_alive():
+                raise ShoalError("the thread that asks servers has ended: run the same command again to continue")
             return None
         running = sum(server.running for server in self.servers)
         counters = dict(self._counts)
@@ -118,10 +118,6 @@ class Servers:
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._client = httpx.AsyncClient(
-            headers=self._headers, limits=limits, timeout=httpx.Timeout(None, connect=CONNECT)
-        )
         pump = self._loop.create_task(self._pump())
         pump.add_done_callback(self._crashed)
         try:
@@ -288,3 +284,23 @@ class Servers:
         reply.timing = {
             "arrival": began, "start": began, "first": began, "end": now, "cached": float(cached), "preemptions": 0.0,
         }  # fmt: skip
+
+
+def _client(key: str) -> httpx.AsyncClient:
+    """What speaks HTTP. A UsageError for a key, or an environment, that it cannot do with; the key is not in it."""
+    headers = {"Content-Type": "application/json", "User-Agent": "shoal"}
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(
+            "OPENAI_API_KEY has characters that no header can have, such as curly quotes or a line break: "
+            "copy the key again, without quotes"
+        )
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    try:
+        return httpx.AsyncClient(headers=headers, limits=limits, timeout=httpx.Timeout(None, connect=CONNECT))
+    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        raise UsageError(
+            f"no connection can be made as the environment has it ({error}): correct or unset HTTP_PROXY, "
+            "HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR"
+        ) from error

@@ -325,3 +325,40 @@ def test_rows_that_differ_in_anything_but_who_asks_are_not_equal(job: Make) -> N
     with serving() as server:
         assert run(this, server) == 0
         assert len(server.asked) == 1 + len(other)
+
+
+@pytest.mark.parametrize("key", ["\u201csk-quoted\u201d", "sk-one\nsk-two", "sk-\x7f"])
+def test_a_key_that_no_header_can_have_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(UsageError, match="OPENAI_API_KEY") as caught:
+        Servers(["http://127.0.0.1:9/v1"], key)
+    assert "sk-" not in str(caught.value)
+
+
+def test_a_key_may_come_with_its_end_of_line(job: Make) -> None:
+    this = job([chat(1)])
+    with serving() as server:
+        backend = Servers([server.url], f" {KEY}\r\n")
+        assert this.run(backend, device=server.url) == 0
+        backend.close()
+        assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("name, value", [
+    ("ALL_PROXY", "socks5://127.0.0.1:1"), ("ALL_PROXY", "nonsense://x"),
+    ("SSL_CERT_FILE", "/no/such/file"),
+])  # fmt: skip
+def test_an_environment_that_allows_no_connection_is_refused(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=name):
+        Servers(["http://127.0.0.1:9/v1"]).close()
+
+
+def test_a_thread_that_ends_by_itself_is_no_wait_for_ever() -> None:
+    backend = Servers(["http://127.0.0.1:9/v1"])
+    backend._loop.call_soon_threadsafe(backend._loop.stop)
+    backend._thread.join(10)
+    with pytest.raises(ShoalError, match="thread"):
+        backend.outputs(0.1)
+    backend.close()

@@ -92,6 +92,8 @@ class News:
     running: int = 0
     used_blocks: int = 0
     counters: Mapping[str, int] = field(default_factory=dict)  # the scheduler's, since the engine was built
+    again: tuple[str, ...] = ()  # ids that ran and wait again; those that started after it are in `started`
+    warnings: tuple[str, ...] = ()  # what the user is to know
 
 
 class Backend(Protocol):

@@ -118,6 +118,10 @@ class Engines:
             meanwhile()
             time.sleep(min(left, POLL))
 
+    def silent(self) -> str:
+        """What to say of the silence of an engine that has no news; "" nearly always."""
+        return "" if self.process is None else self._patience.words(self._clock.now(), self.process.pid)
+
     def close(self) -> None:
         """End it."""
         if self.process is not None:

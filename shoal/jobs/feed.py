@@ -225,8 +225,12 @@ class Feed:
 
     # -- back --------------------------------------------------------------------------------------
 
-    def started(self, ids: Iterable[str], now: float) -> None:
-        """These requests run from now [s] on."""
+    def started(self, ids: Iterable[str], now: float, again: Iterable[str] = ()) -> None:
+        """These requests run from now [s] on; those in `again` ran before and did not since: their time begins anew."""
+        for id in again:
+            if (part := self._parts.get(id)) is not None:
+                self._watches.stop(id)
+                part.row.began = None
         for id in ids:
             self._unstarted.discard(id)
             if (part := self._parts.get(id)) is not None:
@@ -300,8 +304,8 @@ class Feed:
             row.preemptions += int(timing["preemptions"])
         if output.finish in (Finish.REJECT, Finish.ERROR) and not part.over:
             row.error = row.error or part.error(output)
-        else:
-            sample = row.samples[part.number, part.request.sampling.sample] = part.sample(output)
+        elif (sample := part.sample(output)) is not None:
+            row.samples[part.number, part.request.sampling.sample] = sample
             row.loop = max(row.loop, loop_period(row.spec, sample))
             if part.scores:
                 row.scores[part.number] = list(part.scores)

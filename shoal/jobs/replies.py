@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from shoal.core.errors import RowError
-from shoal.core.types import TOKEN, Output, Request, TokenScore
+from shoal.core.types import TOKEN, Finish, Output, Request, TokenScore
 from shoal.jobs.answer import Lines, PromptAnswers, Sample, plain_columns
 from shoal.jobs.schema import RowSpec
 from shoal.remote.words import Reply
@@ -38,9 +38,11 @@ class ReplyPart:
     def extend(self, output: Output) -> None:
         """A reply comes in one piece."""
 
-    def sample(self, output: Output) -> Sample:
-        """The whole reply."""
+    def sample(self, output: Output) -> Sample | None:
+        """The whole reply; None of a call that was broken off."""
         assert isinstance(output, Reply), output
+        if output.finish is Finish.CANCEL:
+            return None
         return Sample(output.body, array(TOKEN), "stop", usage=output.usage)
 
     def error(self, output: Output) -> RowError:

@@ -282,9 +282,8 @@ class _Job:
                 if news is not None:
                     self.patience.heard(self.clock.now())
                     self._take(news, feed, results)
-                elif (process := self.engines.process) is not None:
-                    if said := self.patience.words(self.clock.now(), process.pid):
-                        self.display.warn(said)
+                elif said := self.engines.silent():
+                    self.display.warn(said)
             except EngineDied as death:
                 self._revive(plan, feed, results, death)
             self._pass_time(feed, results)
@@ -322,7 +321,9 @@ class _Job:
         self.display.show(progress)
 
     def _take(self, news: News, feed: Feed, results: Results) -> None:
-        feed.started(news.started, self.clock.now())
+        for said in news.warnings:
+            self.display.warn(said)
+        feed.started(news.started, self.clock.now(), news.again)
         cancel: list[str] = []
         for output in news.outputs:
             ended, stopped = feed.take(output)

@@ -306,9 +306,8 @@ class _Work:
             if news is not None:
                 self._patience.heard(self._clock.now())
                 self._news(news)
-            elif (process := self._engines.process) is not None:
-                if said := self._patience.words(self._clock.now(), process.pid):
-                    self._display.warn(said)
+            elif said := self._engines.silent():
+                self._display.warn(said)
         except EngineDied as death:
             self._revive(death)
 

@@ -30,7 +30,8 @@ class Watches:
 
     def __init__(self) -> None:
         self._since: dict[str, float] = {}  # in the order in which they started
-        self._due: list[tuple[float, str]] = []  # a heap; entries of requests that have ended are skipped
+        self._due: list[tuple[float, str]] = []  # a heap; entries of requests that have ended are skipped,
+        self._ends: dict[str, float] = {}  # and those that are not of this start of theirs
 
     def start(self, id: str, now: float, limit: float | None) -> bool:
         """A request runs, for `limit` seconds more at most. False for one that runs already: it goes on."""
@@ -38,24 +39,27 @@ class Watches:
             return False
         self._since[id] = now
         if limit is not None:
+            self._ends[id] = now + limit
             heapq.heappush(self._due, (now + limit, id))
         return True
 
     def stop(self, id: str) -> None:
-        """It has ended."""
+        """It has ended, or runs no more for now."""
         self._since.pop(id, None)
+        self._ends.pop(id, None)
 
     def clear(self) -> None:
         """None runs any more."""
         self._since.clear()
         self._due.clear()
+        self._ends.clear()
 
     def late(self, now: float) -> list[str]:
         """Requests that have run for longer than they may, each named once."""
         found = []
         while self._due and self._due[0][0] <= now:
-            _, id = heapq.heappop(self._due)
-            if id in self._since:
+            end, id = heapq.heappop(self._due)
+            if self._ends.get(id) == end:
                 found.append(id)
         return found
 

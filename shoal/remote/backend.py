@@ -15,36 +15,45 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import httpx2 as httpx
 
 from shoal.client import News
-from shoal.core.errors import ShoalError, UsageError
+from shoal.core.errors import ShoalError
 from shoal.core.types import Finish, Output, Request
+from shoal.remote.connection import client
 from shoal.remote.limit import MOST
 from shoal.remote.queue import Queue
 from shoal.remote.server import Server
+from shoal.remote.tries import Try
 from shoal.remote.verdict import Again, End, Verdict, judge
 from shoal.remote.words import Call, Reply
 
 TRIES = 6  # times that a call is made before its row fails, refusals for want of room apart
-FIRST_BACK_OFF, LONGEST_BACK_OFF = 0.5, 30.0  # seconds between them
-NOBODY, GONE = 15.0, 600.0  # seconds without any server, when there never was one and when there was
-CONNECT = 10.0  # seconds
+NOBODY, GONE = 15.0, 600.0  # seconds in which nothing is answered, when nothing was ever heard and when something was
+LONG_WAIT = 60.0  # seconds without an answer, or of a pause that is asked for, that the user is told about
+MANY = (
+    8  # calls that are told that the address or the key is wrong, by a server that has answered none, before it is so
+)
 STALLED = 600.0  # seconds without an answer, as long as nothing is known about answers
-LEAST_STALL, TIMES = 60.0, 8  # later: at least, and times the longest answer so far
+LEAST_STALL, TIMES = 60.0, 8  # later: at least, and times the longest answer so far; twice as long at each try,
+LONGEST_STALL = 6 * 3600.0  # and no longer
 NEWS_EVERY = 0.2  # seconds
 
 
-@dataclass(slots=True)
-class _Try:
-    """A call, and what has become of it so far."""
+@dataclass(frozen=True, slots=True)
+class _Waits:
+    """To the caller: this call is under way no more, and will be again."""
 
-    call: Call
-    tries: int = 0
-    began: float | None = None  # when it was first sent [s]
-    task: asyncio.Task[None] | None = field(default=None)
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """To the caller: what the user is to know."""
+
+    words: str
 
 
 class Servers:
@@ -55,14 +64,16 @@ class Servers:
     ) -> None:
         """`urls` from `parse_url`. The key goes into requests' headers and nowhere else. UsageErrors."""
         self.servers = [Server(url, MOST / len(urls)) for url in urls]
-        self._client = _client(key.strip())
+        self._client = client(key.strip())
         self._stalled, self._nobody, self._tries = stalled, nobody, tries
         self._longest = 0.0  # seconds to an answer, so far
-        self._queue, self._open = Queue(), dict[str, _Try]()  # every call that has not ended, by id
+        self._queue, self._open = Queue(), dict[str, Try]()  # every call that has not ended, by id
         self._counts = Counter[str]()
+        self._answers = 0  # of all servers
         self._ever = False  # whether any server has ever said anything
-        # To the caller: ends of calls, ids of those that start, and why there will be no more.
-        self._inbox: queue.SimpleQueue[Output | str | BaseException] = queue.SimpleQueue()
+        self._warned = False  # that nothing is answered, since something was
+        # To the caller: ends of calls, ids of those that start, those that wait again, and why there will be no more.
+        self._inbox: queue.SimpleQueue[Output | str | _Waits | _Said | BaseException] = queue.SimpleQueue()
         self._random = random.Random(0)
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
@@ -84,29 +95,38 @@ class Servers:
         """What has happened, within `timeout` seconds. ShoalError when no server will answer any more."""
         end = time.monotonic() + timeout
         outputs: list[Output] = []
-        started: list[str] = []
+        started: dict[str, None] = {}  # and not waiting again since
+        again: list[str] = []
+        warnings: list[str] = []
         with contextlib.suppress(queue.Empty):
             while True:
-                left = 0.0 if outputs or started else max(end - time.monotonic(), 0.0)
+                some = outputs or started or again or warnings
+                left = 0.0 if some else max(end - time.monotonic(), 0.0)
                 item = self._inbox.get(timeout=left) if left else self._inbox.get_nowait()
-                if isinstance(item, BaseException) and (outputs or started):
-                    self._inbox.put(item)  # what has come before it counts
-                    break
-                if isinstance(item, BaseException):
-                    raise item
-                if isinstance(item, str):
-                    started.append(item)
-                else:
-                    outputs.append(item)
-        if not outputs and not started:
+                match item:
+                    case BaseException() if some:
+                        self._inbox.put(item)  # what has come before it counts
+                        break
+                    case BaseException():
+                        raise item
+                    case str():
+                        started[item] = None
+                    case _Waits():
+                        started.pop(item.id, None)
+                        again.append(item.id)
+                    case _Said():
+                        warnings.append(item.words)
+                    case _:
+                        outputs.append(item)
+        if not (outputs or started or again or warnings):
             if not self._thread.is_alive():
                 raise ShoalError("the thread that asks servers has ended: run the same command again to continue")
             return None
         running = sum(server.running for server in self.servers)
-        counters = dict(self._counts)
         return News(
-            tuple(outputs), tuple(started), waiting=len(self._open) - running, running=running, counters=counters
-        )
+            tuple(outputs), tuple(started), waiting=len(self._open) - running, running=running,
+            counters=dict(self._counts), again=tuple(again), warnings=tuple(warnings),
+        )  # fmt: skip
 
     def close(self) -> None:
         """Break off what is under way."""
@@ -132,7 +152,7 @@ class Servers:
 
     def _add(self, calls: list[Call]) -> None:
         for call in calls:
-            self._open[call.id] = _Try(call)
+            self._open[call.id] = Try(call)
         self._queue.add(calls)
         self._wake.set()
 
@@ -169,10 +189,9 @@ class Servers:
         """Servers that take a call now, the one with the least to do first."""
         return sorted((s for s in self.servers if s.open(now)), key=lambda server: server.running)
 
-    def _send(self, server: Server, this: _Try, now: float) -> None:
-        if this.began is None:
-            this.began = now
-            self._inbox.put(this.call.id)
+    def _send(self, server: Server, this: Try, now: float) -> None:
+        this.send(now)
+        self._inbox.put(this.call.id)
         server.running += 1
         this.task = self._loop.create_task(self._make(server, this))
         this.task.add_done_callback(self._crashed)
@@ -182,99 +201,170 @@ class Servers:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._inbox.put(error)
 
-    async def _make(self, server: Server, this: _Try) -> None:
+    async def _make(self, server: Server, this: Try) -> None:
         """Make a call once, and see to what follows from it."""
-        sent = time.monotonic()
         self._counts["requests"] += 1
         try:
-            verdict = await self._ask(server, this.call)
+            verdict = await self._ask(server, this)
             running = server.running
         finally:
             server.running -= 1
             this.task = None
             self._wake.set()
         now = time.monotonic()
-        if verdict is None:
-            self._unreached(server, this, now)
-            return
-        server.reached()
-        self._ever = True
+        if isinstance(verdict, End) and verdict.unless is not None and server.useful:
+            verdict = verdict.unless
         match verdict:
             case End():
-                error = ShoalError(f"{server.url}: {verdict.why}")
-                error.exit_code = verdict.exit_code
-                self._inbox.put(error)
+                self._ever = True
+                self._doubt(server, this, verdict)
+            case str():
+                self._counts["broken"] += 1
+                self._absent(server, this, verdict, now)
             case Again():
-                self._again(server, this, verdict, sent, now)
-            case Reply() if verdict.code == "url_not_supported" and not server.useful:
-                self._inbox.put(UsageError(f"{server.place(this.call.url)}: {verdict.error}: correct --endpoint"))
+                self._ever = True
+                self._again(server, this, verdict, now)
             case Reply():
-                self._longest = max(self._longest, now - sent)
+                self._ever = True
+                server.reached()
                 server.limit.answered(now, running, max(verdict.usage[1], 1))
                 if not verdict.error:
+                    self._longest = max(self._longest, now - this.sent)
+                    self._answers += 1
+                    self._warned = False
                     server.answered()
                 self._count(this, verdict, now)
                 self._end(verdict)
 
-    async def _ask(self, server: Server, call: Call) -> Verdict | None:
-        """What the server makes of a call; None when it cannot be reached."""
-        stall = max(LEAST_STALL, TIMES * self._longest) if self._longest else self._stalled
+    async def _ask(self, server: Server, this: Try) -> Verdict | str:
+        """What the server makes of a call; words when it cannot be reached."""
+        stall = min(self._stall() * 2**this.tries, LONGEST_STALL)
         try:
-            async with asyncio.timeout(min(stall, self._stalled)):
-                response = await self._client.post(server.place(call.url), content=call.body)
+            async with asyncio.timeout(stall):
+                response = await self._client.post(server.place(this.call.url), content=this.call.body)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            server.trouble = str(error) or type(error).__name__
-            return None
+            return str(error) or type(error).__name__
         except (TimeoutError, httpx.TimeoutException):
-            return Again("no_reply", f"the server has not answered for {min(stall, self._stalled):g} s", late=True)
+            return Again("no_reply", f"the server has not answered for {stall:g} s", late=True)
         except (httpx.TransportError, httpx.DecodingError) as error:
-            return Again("no_reply", f"the connection was lost before the answer was whole ({type(error).__name__})")
-        return judge(call, response.status_code, response.headers, response.content)
+            why = f"the connection was lost before the answer was whole ({type(error).__name__})"
+            return Again("no_reply", why, absent=True)
+        return judge(this.call, response.status_code, response.headers, response.content)
 
-    def _again(self, server: Server, this: _Try, verdict: Again, sent: float, now: float) -> None:
+    def _stall(self) -> float:
+        """Seconds after which a call that was made for the first time is thought to be lost."""
+        return max(min(LEAST_STALL, self._stalled), TIMES * self._longest) if self._longest else self._stalled
+
+    # -- calls in vain -----------------------------------------------------------------------------
+
+    def _again(self, server: Server, this: Try, verdict: Again, now: float) -> None:
         """A call has come to nothing: it is made again, or its row fails."""
+        this.said = verdict
+        self._counts["refused" if verdict.overload else "broken"] += 1
+        if verdict.overload or verdict.late:
+            server.limit.refused(now, this.sent)
         if verdict.overload:
-            self._counts["refused"] += 1
-            server.limit.refused(now, sent)
-            server.pause(now, verdict.wait)
-            self._queue.give_back(this.call)
+            self._refused(server, this, verdict, now)
             return
-        self._counts["broken"] += 1
-        if verdict.late:
-            server.limit.refused(now, sent)
-        this.tries += 1
-        if this.tries >= self._tries:
-            words = f"{verdict.why}; it was asked {this.tries} times"
-            self._end(Reply(this.call.id, finish=Finish.ERROR, error=words, code=verdict.code))
+        if not verdict.absent:
+            server.reached()
+            this.tries += 1
+        elif not this.absent(server):
+            self._absent(server, this, verdict.why, now)
             return
-        longest = min(FIRST_BACK_OFF * 2 ** (this.tries - 1), LONGEST_BACK_OFF)
-        wait = longest * self._random.uniform(0.5, 1.0) if verdict.wait is None else verdict.wait
-        self._loop.call_later(wait, self._return, this.call)
+        if this.ignores(server, verdict):
+            words = f"{verdict.why}, twice: this server ignores n, or gives fewer; ask for one in each row"
+            self._end(this.failure("not_supported", words))
+        elif this.tries >= self._tries:
+            self._end(this.failure(verdict.code, f"{verdict.why}; it was asked {this.tries} times"))
+        else:
+            self._back(this, this.back_off(verdict.wait, self._random.uniform(0.5, 1.0)))
 
-    def _return(self, call: Call) -> None:
-        if call.id in self._open:
-            self._queue.give_back(call)
+    def _refused(self, server: Server, this: Try, verdict: Again, now: float) -> None:
+        """The server had no room for a call, or never has room for this one."""
+        server.in_vain(now, verdict.wait, verdict.why)
+        if verdict.wait is not None and verdict.wait > LONG_WAIT:
+            self._warn(f"{server.url} asks for a pause of {verdict.wait:.0f} s: {verdict.why}")
+        if this.refused(self._answers, server.running == 0):
+            self._end(this.failure(verdict.code, f"{verdict.why}; others were answered, and it never"))
+            return
+        self._back(this, 0.0)
+        self._give_up(now)
+
+    def _absent(self, server: Server, this: Try, why: str, now: float) -> None:
+        """The server is not there. No row is the worse for it; without any server for long the job ends."""
+        server.in_vain(now, None, why)
+        self._back(this, 0.0)
+        self._give_up(now)
+
+    def _doubt(self, server: Server, this: Try, verdict: End) -> None:
+        """A server has said that no call to it can succeed. Where that may be this call's fault, what others are told
+        decides; else the job ends."""
+        server.reached()
+        server.doubted.add(this.call.id)
+        this.doubts += 1
+        sure = verdict.unless is None or len(server.doubted) >= MANY or server.doubted.issuperset(self._open)
+        if not sure:
+            self._counts["broken"] += 1
+            self._back(this, this.back_off(None, self._random.uniform(0.5, 1.0)))
+            return
+        error = ShoalError(f"{server.url}: {verdict.why}")
+        error.exit_code = verdict.exit_code
+        self._stop(error)
+
+    def _back(self, this: Try, wait: float) -> None:
+        """A call is to be made again, in so many seconds; until then it is not under way."""
+        self._inbox.put(_Waits(this.call.id))
+        if wait > 0:
+            self._loop.call_later(wait, self._return, this)
+        else:
+            self._return(this)
+
+    def _return(self, this: Try) -> None:
+        if this.call.id in self._open:
+            self._queue.give_back(this.call, last=this.suspect)
             self._wake.set()
 
-    def _unreached(self, server: Server, this: _Try, now: float) -> None:
-        """The server is not there. No row is the worse for it; without any server for long the job ends."""
-        self._counts["broken"] += 1
-        server.unreached(now)
-        self._return(this.call)
-        since = [each.silent_since for each in self.servers]
+    def _give_up(self, now: float) -> None:
+        """Calls were in vain everywhere for long: those fail that were so while others were answered; without any,
+        the job ends."""
+        since = [server.vain_since for server in self.servers]
         if any(one is None for one in since):
             return
         silent = now - max(one for one in since if one is not None)
-        if silent >= (GONE if self._ever else self._nobody):
-            where = ", ".join(f"{each.url} ({each.trouble})" for each in self.servers)
-            self._inbox.put(
-                ShoalError(
-                    f"no server answers at {where}: start it, or correct --endpoint, and run the same command again; "
-                    "what was answered is kept"
-                )
+        if any(this.task is not None and now - this.sent > LEAST_STALL for this in self._open.values()):
+            return  # somebody is at work on something
+        where = ", ".join(f"{each.url} ({each.trouble})" for each in self.servers)
+        if silent < (GONE if self._ever else self._nobody):
+            if silent > LONG_WAIT and not self._warned:
+                self._warned = True
+                self._warn(f"nothing was answered for {silent:.0f} s by {where}; after {GONE:.0f} s the job ends")
+            return
+        blamed = [this for this in self._open.values() if this.blamed and this.said is not None]
+        if blamed and len(blamed) == len(self._open):
+            for this in blamed:
+                assert this.said is not None
+                self._end(this.failure(this.said.code, f"{this.said.why}; others were answered, and it never"))
+            for server in self.servers:
+                server.reached()
+            return
+        self._stop(
+            ShoalError(
+                f"no server answers at {where}: start it, or correct --endpoint, and go on with the job by the same "
+                "command; what was answered is kept"
             )
+        )
 
-    def _count(self, this: _Try, reply: Reply, now: float) -> None:
+    def _stop(self, error: ShoalError) -> None:
+        """The job ends; nothing more is sent."""
+        for server in self.servers:
+            server.shut()
+        self._inbox.put(error)
+
+    def _warn(self, words: str) -> None:
+        self._inbox.put(_Said(words))
+
+    def _count(self, this: Try, reply: Reply, now: float) -> None:
         """Note what an answer has cost, and how long it took from the first time that it was asked for."""
         cached = int(reply.timing["cached"]) if reply.timing is not None else 0
         self._counts["prompt_computed"] += reply.usage[0] - cached
@@ -284,23 +374,3 @@ class Servers:
         reply.timing = {
             "arrival": began, "start": began, "first": began, "end": now, "cached": float(cached), "preemptions": 0.0,
         }  # fmt: skip
-
-
-def _client(key: str) -> httpx.AsyncClient:
-    """What speaks HTTP. A UsageError for a key, or an environment, that it cannot do with; the key is not in it."""
-    headers = {"Content-Type": "application/json", "User-Agent": "shoal"}
-    if not (key.isascii() and key.isprintable()):
-        raise UsageError(
-            "OPENAI_API_KEY has characters that no header can have, such as curly quotes or a line break: "
-            "copy the key again, without quotes"
-        )
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    try:
-        return httpx.AsyncClient(headers=headers, limits=limits, timeout=httpx.Timeout(None, connect=CONNECT))
-    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
-        raise UsageError(
-            f"no connection can be made as the environment has it ({error}): correct or unset HTTP_PROXY, "
-            "HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR"
-        ) from error

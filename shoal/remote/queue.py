@@ -23,11 +23,12 @@ class Queue:
     def __init__(self) -> None:
         self._families: deque[deque[Call]] = deque()  # in plan order, none empty
         self._first: list[tuple[int, str, Call]] = []  # a heap of those that go before all others, in plan order
+        self._late: list[tuple[int, str, Call]] = []  # a heap of those that go behind all others
         self._last: Call | None = None
         self._held: dict[Hashable, deque[Call]] = {}  # the family that each taker is in
 
     def __len__(self) -> int:
-        return len(self._first) + sum(map(len, self._families))
+        return len(self._first) + len(self._late) + sum(map(len, self._families))
 
     def add(self, calls: Iterable[Call]) -> None:
         """Take calls in plan order. One that has no place in the plan goes before all others."""
@@ -46,7 +47,7 @@ class Queue:
         if self._first:
             return heapq.heappop(self._first)[2]
         if not self._families:
-            return None
+            return heapq.heappop(self._late)[2] if self._late else None
         family = self._held.get(taker)
         if not family:
             others = [each for who, each in self._held.items() if who != taker]
@@ -59,17 +60,18 @@ class Queue:
             self._held = {who: one for who, one in self._held.items() if one is not family}
         return call
 
-    def give_back(self, call: Call) -> None:
-        """Put a call before all others."""
-        heapq.heappush(self._first, (call.index, call.id, call))
+    def give_back(self, call: Call, last: bool = False) -> None:
+        """Put a call before all others, or behind them."""
+        heapq.heappush(self._late if last else self._first, (call.index, call.id, call))
 
     def remove(self, ids: set[str]) -> list[Call]:
         """Take out these calls; those that were not here are not among the answer."""
         found = [call for family in self._families for call in family if call.id in ids]
-        found += [call for _, id, call in self._first if id in ids]
+        found += [call for _, id, call in self._first + self._late if id in ids]
         if found:
-            self._first = [each for each in self._first if each[1] not in ids]
-            heapq.heapify(self._first)
+            for heap in (self._first, self._late):
+                heap[:] = [each for each in heap if each[1] not in ids]
+                heapq.heapify(heap)
             left = [deque(call for call in family if call.id not in ids) for family in self._families]
             self._families, self._held = deque(filter(None, left)), {}
         return found

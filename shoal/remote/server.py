@@ -33,11 +33,18 @@ class Server:
         self.url = url  # from `parse_url`
         self.limit = Limit(most=most)
         self.running = 0  # calls under way
-        self.silent_since: float | None = None  # when it could not be reached, since it last was
-        self.useful = False  # it has answered a call
-        self.trouble = ""  # why it could not be reached
+        self.answers = 0  # calls that it has answered
+        self.vain_since: float | None = None  # since when every call was refused, or did not reach it
+        self.failed = set[str]()  # calls that have not reached it since it last answered one
+        self.doubted = set[str]()  # calls that were told that the address, or the key, is wrong
+        self.trouble = ""  # why the last call was in vain
         self._until = 0.0  # not asked before
         self._pause = FIRST_PAUSE
+
+    @property
+    def useful(self) -> bool:
+        """Whether it has answered a call."""
+        return self.answers > 0
 
     def place(self, url: str) -> str:
         """Where a call of this url of a row goes."""
@@ -52,25 +59,35 @@ class Server:
         return self._until <= now and self.limit.room(self.running)
 
     def pause(self, now: float, seconds: float | None) -> None:
-        """Ask nothing for so long: as it says, or for longer each time."""
-        if seconds is None:
-            if self._until > now:
-                return  # several calls have found out the same at once
-            seconds, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
-        self._until = max(self._until, now + seconds)
+        """Ask nothing for so long: as it says, and at least for longer each time."""
+        fresh = self._until <= now  # else several calls have found out the same at once
+        own = self._pause if fresh else 0.0
+        if fresh and (seconds is None or seconds < own):
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        until = max(self._until, now + max(seconds or 0.0, own))
+        if self.vain_since is not None:  # a wait that was asked for is no silence
+            self.vain_since += max(0.0, until - max(self._until, now + own))
+        self._until = until
 
-    def unreached(self, now: float) -> None:
-        """It could not be connected to."""
-        if self._until > now:
-            return
-        self.silent_since = now if self.silent_since is None else self.silent_since
-        self.pause(now, None)
+    def in_vain(self, now: float, seconds: float | None, why: str) -> None:
+        """A call was refused, or could not be made."""
+        self.vain_since = now if self.vain_since is None else self.vain_since
+        self.trouble = why
+        before, fresh = self._pause, self._until <= now
+        self.pause(now, seconds)
+        if fresh:  # also where it asks for more: who asks for a second each time is not to be asked for ever
+            self._pause = min(2 * before, LONGEST_PAUSE)
+
+    def shut(self) -> None:
+        """It is asked nothing any more."""
+        self._until = float("inf")
 
     def reached(self) -> None:
-        """It has said something."""
-        self.silent_since = None
+        """It has said something about a call."""
+        self.vain_since = None
 
     def answered(self) -> None:
         """It has answered a call."""
-        self.useful = True
+        self.answers += 1
+        self.failed.clear()
         self._pause = FIRST_PAUSE

@@ -18,10 +18,13 @@ from shoal.core.types import Finish
 from shoal.remote.words import Call, Reply
 
 OVERLOADED = frozenset((429, 503, 529))  # the server has too much to do, or none to do it with: no row's fault
-PASSING = frozenset((408, 409, 425))  # and every 5xx: it may be answered at the next try
+PASSING = frozenset((408, 409, 425))  # and every 5xx but these: it may be answered at the next try
+NEVER = frozenset((501, 505))
+ABSENT = frozenset((502, 504))  # what stands before a server says that there is none, or that it says nothing
 SPENT = frozenset(("insufficient_quota", "billing_hard_limit_reached", "billing_not_active"))
-REFUSED = frozenset((401, 403))
 NOT_HERE = frozenset((404, 405))
+MODERATED = frozenset("moderation flagged content_policy content_filter policy_violation safety".split())
+BROKEN_OFF = frozenset(("abort", "error", "cancelled"))  # as the reason why a choice has ended
 LONGEST_WORDS = 2000  # characters of a server's complaint that are kept
 
 
@@ -34,6 +37,8 @@ class Again:
     overload: bool = False  # the server is to have fewer calls, and the row has lost no try
     wait: float | None = None  # seconds that the server asks for
     late: bool = False  # no answer came for long: the server may have too many calls
+    absent: bool = False  # perhaps there is no server: one that starts, or has gone, behind what forwards to it
+    number: int | None = None  # of parts that came, not those asked for: a server may do so always
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,7 @@ class End:
 
     why: str
     exit_code: int
+    unless: Reply | None = None  # what it is instead where the server has answered others: this row's failure
 
 
 Verdict = Reply | Again | End
@@ -77,20 +83,30 @@ def _complaint(found: Any, body: bytes) -> tuple[str, str]:
 
 def _refusal(call: Call, status: int, headers: Mapping[str, str], code: str, words: str) -> Verdict:
     said = f"the server answered {status}" + (f": {words}" if words else "")
-    if status in REFUSED:
-        return End(f"{said}: give the key in OPENAI_API_KEY, and run the same command again to continue", 2)
+    if status in (401, 403):
+        own = Reply(call.id, finish=Finish.ERROR, error=said, code="invalid_request") if status == 403 else None
+        if own is not None and any(word in f"{code} {words}".lower() for word in MODERATED):
+            return own
+        return End(f"{said}: give the key in OPENAI_API_KEY, and go on with the job by the same command", 2, own)
     if code in SPENT or status == 402:
         return End(f"{said}; what was answered is kept: run the same command again when it is paid for", 1)
     if status in OVERLOADED:
         return Again("server_error", said, True, retry_after(headers, time.time()))
-    if status in PASSING or status >= 500:
-        return Again("server_error", said, False, retry_after(headers, time.time()))
+    if status in PASSING or (status >= 500 and status not in NEVER):
+        wait = retry_after(headers, time.time())
+        return Again("server_error", said, False, wait, absent=status in ABSENT)
     if 300 <= status < 400:
         return End(f"{said}, which leads elsewhere: correct --endpoint", 2)
     if FAULTS.get(code) != "yours":
-        code = "invalid_request" if status not in NOT_HERE else "url_not_supported"
-        code = "model_not_found" if status == 404 and "model" in words.lower() else code
-    return Reply(call.id, finish=Finish.ERROR, error=said, code=code)
+        code = "invalid_request"
+        if status in NOT_HERE:
+            code = "model_not_found" if status == 404 and "model" in words.lower() else "url_not_supported"
+        elif status in NEVER:
+            code = "not_supported"
+    own = Reply(call.id, finish=Finish.ERROR, error=said, code=code)
+    if code == "url_not_supported":
+        return End(f"{said} to {call.url}: correct --endpoint", 2, own)
+    return own
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
@@ -114,7 +130,8 @@ def _answer(call: Call, found: Any, body: bytes) -> Verdict:
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         return Again("bad_reply", f"the server's reply has no {name}, or is no JSON")
     if len(parts) != call.answers:
-        return Again("bad_reply", f"the server's reply has {len(parts)} {name} of the {call.answers} asked for")
+        why = f"the server's reply has {len(parts)} {name} of the {call.answers} asked for"
+        return Again("bad_reply", why, number=len(parts))
     places = [part.get("index", place) for place, part in enumerate(parts)]
     if not all(isinstance(place, int) for place in places) or sorted(places) != list(range(len(parts))):
         return Again("bad_reply", f"the server's reply numbers its {name} {places[:10]}")
@@ -136,7 +153,7 @@ def _whole(call: Call, part: Mapping[str, Any]) -> bool:
     """Whether a choice or a vector is all there."""
     if call.url.endswith("/embeddings"):
         return bool(part.get("embedding"))
-    if part.get("finish_reason") is None:
+    if part.get("finish_reason") in (None, *BROKEN_OFF):
         return False
     return isinstance(part.get("message"), dict) if "/chat/" in call.url else isinstance(part.get("text"), str)
 

@@ -40,6 +40,7 @@ class BadServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script, self.room = script, room
         self.seconds = 0.0  # that an answer takes
+        self.plain = False  # its complaints have no code
         self.lock = threading.Lock()
         self.asked: list[str] = []  # prompts, as they came, in vain or not
         self.answered = Counter[str]()  # whole answers by prompt
@@ -150,8 +151,11 @@ class Handler(BaseHTTPRequestHandler):
             case "stall":
                 self.server.closing.wait(STALL)
                 self.close_connection = True
+            case "later":
+                self.say(429, {"error": "come back"}, {"retry-after": "3600"})
             case _:
-                self.say(int(fault), {"error": {"message": f"as told: {fault}", "code": "context_length_exceeded"}})
+                code = {} if self.server.plain else {"code": "context_length_exceeded"}
+                self.say(int(fault), {"error": {"message": f"as told: {fault}", **code}})
 
     def answer(self, body: dict[str, Any], prompt: str) -> dict[str, Any]:
         """The whole answer; of several choices the last comes first."""

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.core.errors import UsageError
+from shoal.core.types import Finish
 from shoal.jobs.passing_encode import as_tokens, prompt_text
 from shoal.remote.limit import Limit
 from shoal.remote.queue import Queue
@@ -153,6 +154,28 @@ def test_no_money_and_no_key_end_the_job() -> None:
 @given(st.binary(max_size=60), st.integers(200, 599))
 def test_any_response_means_something(body: bytes, status: int) -> None:
     assert isinstance(judge(CHAT, status, {}, body), Reply | Again | End)
+
+
+def test_an_answer_that_was_broken_off_at_the_server_is_asked_again() -> None:
+    for reason in ("abort", "error", "cancelled"):
+        assert isinstance(judge(CHAT, 200, {}, chat_reply(finish_reason=reason)), Again)
+    for reason in ("stop", "length", "tool_calls", "content_filter", "repetition"):
+        assert isinstance(judge(CHAT, 200, {}, chat_reply(finish_reason=reason)), Reply)
+
+
+@pytest.mark.parametrize("status", [501, 505])
+def test_what_a_server_will_never_do_is_not_asked_again(status: int) -> None:
+    found = judge(CHAT, status, {}, b"not implemented")
+    assert isinstance(found, Reply) and found.code == "not_supported"
+
+
+def test_what_moderation_says_of_a_row_is_the_rows_failure() -> None:
+    for body in (b'{"error": {"message": "Your input was flagged", "code": 403}}', b"Blocked by content_policy"):
+        assert isinstance(judge(CHAT, 403, {}, body), Reply)
+    for status, body in ((403, b"Forbidden"), (404, b"no such page"), (405, b"")):
+        found = judge(CHAT, status, {}, body)
+        assert isinstance(found, End) and found.unless is not None and found.unless.finish is Finish.ERROR
+    assert isinstance(found := judge(CHAT, 401, {}, b"flagged"), End) and found.unless is None
 
 
 def test_both_forms_of_retry_after_are_read() -> None:

@@ -57,6 +57,9 @@ def run(
         raise UsageError(f"the answers to {input} need a file: say shoal.run({str(input)!r}, 'answers.jsonl')")
     if Path(input) == STDIN:
         raise UsageError("shoal.run reads a file; standard input is the command's: shoal run -i -")
+    for name in _HOW:
+        if name in options:
+            raise UsageError(f"{name} is for rows that are in no file: leave it out, and read the answers in {output}")
     place = place_of(options.pop("device", "cpu"), endpoint)
     job = JobOptions(input=Path(input), output=Path(output), device=place, **{"quiet": True, **options})
     run_job(job, seer=Foreseer())

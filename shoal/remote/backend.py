@@ -350,8 +350,8 @@ class Servers:
             return
         self._stop(
             ShoalError(
-                f"no server answers at {where}: start it, or correct --endpoint, and go on with the job by the same "
-                "command; what was answered is kept"
+                f"no server answers at {where}: start it and go on with the job by the same command, or give shoal run "
+                "another --endpoint; what was answered is kept"
             )
         )
 

@@ -15,9 +15,14 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.05, 30.0  # seconds after a refusal that does not
 
 def parse_url(text: str) -> str:
     """The address before `/chat/completions`, as OpenAI's clients take it; of a bare host its /v1. UsageError."""
-    parts = urlsplit(text.strip())
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"--endpoint {text!r} is no address: write http://localhost:8000/v1, several with commas")
+    try:
+        parts = urlsplit(text.strip())
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port beyond 65535, or half of a bracket
+        whole = False
+    if not whole or any(sign.isspace() or not sign.isprintable() for sign in text.strip()):
+        shown = text.rpartition("@")[2]  # what stands before it may be a password
+        raise UsageError(f"--endpoint {shown!r} is no address: write http://localhost:8000/v1, several with commas")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UsageError(
             f"--endpoint {parts.hostname}: an address may hold no key or query; OPENAI_API_KEY has the key"

@@ -96,7 +96,7 @@ def _refusal(call: Call, status: int, headers: Mapping[str, str], code: str, wor
         wait = retry_after(headers, time.time())
         return Again("server_error", said, False, wait, absent=status in ABSENT)
     if 300 <= status < 400:
-        return End(f"{said}, which leads elsewhere: correct --endpoint", 2)
+        return End(f"{said}, which leads elsewhere: give shoal run another --endpoint", 2)
     if FAULTS.get(code) != "yours":
         code = "invalid_request"
         if status in NOT_HERE:
@@ -105,7 +105,7 @@ def _refusal(call: Call, status: int, headers: Mapping[str, str], code: str, wor
             code = "not_supported"
     own = Reply(call.id, finish=Finish.ERROR, error=said, code=code)
     if code == "url_not_supported":
-        return End(f"{said} to {call.url}: correct --endpoint", 2, own)
+        return End(f"{said} to {call.url}: give shoal run another --endpoint", 2, own)
     return own
 
 

@@ -201,7 +201,9 @@ def test_addresses_are_read_as_openais_clients_read_them() -> None:
     assert parse_url("http://localhost:8000") == parse_url(" http://localhost:8000/v1/") == "http://localhost:8000/v1"
     server = Server(parse_url("https://host/api/openai/v1"))
     assert server.place("/v1/chat/completions") == "https://host/api/openai/v1/chat/completions"
-    for wrong in ("localhost:8000", "ftp://a", "http://me:secret@host/v1", "http://host/v1?key=secret", ""):
+    wrongs = ("localhost:8000", "ftp://a", "http://me:secret@host/v1", "http://host/v1?key=secret", "")
+    ports = ("http://host:99999/v1", "http://host:port/v1", "http://host:-1/v1", "http://me:secret@host:99999")
+    for wrong in (*wrongs, *ports, "http://[::1/v1", "http://a b/v1", "http://a\nb/v1", "http://"):
         with pytest.raises(UsageError) as caught:
             parse_url(wrong)
         assert "secret" not in str(caught.value) or "localhost" in wrong

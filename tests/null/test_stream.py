@@ -196,6 +196,11 @@ def test_what_only_files_can_have_is_refused() -> None:
         shoal.run(["a"], restart=True)
     with pytest.raises(UsageError, match="take the results"):
         shoal.run(["a"], "out.jsonl")  # type: ignore[call-overload]
+    with pytest.raises(UsageError, match="must be in a file"):
+        shoal.run(["a"], device="http://localhost:8000/v1")
+    for name in ("window", "on_result", "on_progress"):
+        with pytest.raises(UsageError, match=f"{name} is for rows that are in no file"):
+            shoal.run("in.jsonl", "out.jsonl", **{name: print})  # type: ignore[call-overload]
     with pytest.raises(UsageError, match="need a file"):
         shoal.run("in.jsonl")
     with pytest.raises(UsageError, match="window is 0"):

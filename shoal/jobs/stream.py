@@ -29,6 +29,7 @@ from shoal.jobs.encode import Encoded
 from shoal.jobs.engines import POLL, Engines, pause_after
 from shoal.jobs.feed import Ended, Feed
 from shoal.jobs.files import DiskFiles
+from shoal.jobs.intake import Intake
 from shoal.jobs.journal import DEATHS_ALLOWED
 from shoal.jobs.meter import Meter
 from shoal.jobs.options import JobOptions
@@ -42,7 +43,6 @@ from shoal.jobs.stop import Stop, WallClock
 
 WINDOW = 1024  # rows under way: enough to fill every step, few enough to hold
 SHARE = 4  # a part of the window that is taken at once, so that rows with one beginning come together
-SLOW = 0.05  # seconds after which rows that come slowly are run without waiting for more of them
 PROGRESS_EVERY = 0.5  # seconds
 OPTIONS = frozenset(
     ("model", "adapter", "prompt", "chat", "body", "memory", "step_tokens", "device", "weights", "kv", "threads",
@@ -89,7 +89,7 @@ class Counts:
 
 
 class Stream(Iterator[Result]):
-    """The results of rows, in the order in which they finish. Taken by one thread, which reads the rows as well.
+    """The results of rows, in the order in which they finish. Taken by one thread; the rows are read in another.
 
     Closing it, or leaving a `with` over it, ends what is under way and the engine.
     """
@@ -185,7 +185,7 @@ class _Work:
         self, rows: Iterable[object], options: JobOptions, window: int, on_result: Callable[[Result], None] | None,
         on_progress: Callable[[Counts], None] | None, backend: Backend | None,
     ) -> None:  # fmt: skip
-        self._rows: Iterator[object] | None = iter(rows)
+        self._intake = Intake(iter(rows))
         self._options, self._window, self._backend = options, window, backend
         self._on_result, self._on_progress = on_result, on_progress
         self._clock, self._began, self._shown = WallClock(), time.monotonic(), 0.0
@@ -214,7 +214,7 @@ class _Work:
         self._display, self._cache = display, cast("AnswerCache | None", None)
         try:
             self._prepare()
-            while self._rows is not None or self._open or self._ready:
+            while not self._intake.over or self._open or self._ready:
                 self._take()
                 self._compute()
                 while self._ready:
@@ -224,6 +224,7 @@ class _Work:
                     yield result
                 self._pass_time()
         finally:
+            self._intake.close()
             self._engines.close()
             if self._cache is not None:
                 self._cache.close()
@@ -250,19 +251,16 @@ class _Work:
     # -- rows in -----------------------------------------------------------------------------------
 
     def _take(self) -> None:
-        """Take rows while there is room for a part of the window."""
+        """Ask for rows while there is room for a part of the window, and take those that have come."""
         part = max(1, self._window // SHARE)
-        if self._rows is None or len(self._open) + part > self._window:
-            return
-        given: list[object] = []
-        began = time.monotonic()
-        while len(given) < part and (not given or time.monotonic() - began < SLOW):
-            try:
-                given.append(next(self._rows))
-            except StopIteration:
-                self._rows = None
-                break
-        self._encode(given)
+        if len(self._open) + self._intake.asked + part <= self._window:
+            self._intake.want(part)
+        idle = not (self._open or self._ready)
+        given = self._intake.take(POLL if idle else 0.0)
+        if idle:
+            self._patience.begin(self._clock.now())  # until now the engine had nothing to say
+        if given:
+            self._encode(given)
 
     def _encode(self, given: list[object]) -> None:
         """Rows to prompts, those with one beginning together; one that cannot be run is over."""
@@ -363,7 +361,9 @@ class _Work:
             self._cache.tick(now)
             if said := self._cache.complaint():
                 self._display.warn(said)
-        if self._on_progress is not None and (now - self._shown > PROGRESS_EVERY or not (self._rows or self._open)):
+        if self._on_progress is not None and (
+            now - self._shown > PROGRESS_EVERY or (self._intake.over and not self._open)
+        ):
             self._shown = now
             self._on_progress(self.counts())
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import queue
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,18 +99,32 @@ def test_rows_are_taken_when_there_is_room_and_nothing_is_kept_of_those_that_are
     assert taken == before and next(under_way, None) is None, "closed: no row is taken any more"
 
 
-def test_slow_rows_are_run_before_there_are_more_of_them() -> None:
-    backend = Watched(echo_backend(), lambda rounds: None)
-    seen: list[int] = []
+def test_a_row_may_be_made_of_the_result_before_it() -> None:
+    """So each row is run, and its result handed on, while the next is waited for."""
+    results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+
+    def conversation() -> Iterator[str]:
+        yield "Question 0"
+        for _ in range(4):
+            yield f"And {results.get(timeout=20).text}"
+
+    found = list(
+        stream(conversation(), {"chat": True, "body": {"max_tokens": 3}}, 64, results.put, None, echo_backend())
+    )
+    assert [result.number for result in found] == [1, 2, 3, 4, 5]
+    assert [result.row for result in found[1:]] == [f"And {result.text}" for result in found[:-1]]
+
+
+def test_results_do_not_wait_for_a_row_that_never_comes() -> None:
+    never = threading.Event()
 
     def slow() -> Iterator[str]:
-        for number in range(4):
-            seen.append(len(backend.submitted))
-            yield f"Question {number}"
+        yield from ("Question 1", "Question 2")
+        never.wait(60)
 
-    with mock.patch("shoal.jobs.stream.SLOW", -1.0):
-        assert len(list(stream(slow(), {"chat": True, "body": {"max_tokens": 3}}, backend=backend))) == 4
-    assert seen == [0, 1, 2, 3]
+    with stream(slow(), {"chat": True, "body": {"max_tokens": 3}}, backend=echo_backend()) as under_way:
+        assert {next(under_way).number, next(under_way).number} == {1, 2}
+    never.set()
 
 
 def test_rows_that_begin_alike_run_together() -> None:

@@ -38,7 +38,7 @@ MANY = (
 )
 STALLED = 600.0  # seconds without an answer, as long as nothing is known about answers
 LEAST_STALL, TIMES = 60.0, 8  # later: at least, and times the longest answer so far; twice as long at each try,
-LONGEST_STALL = 6 * 3600.0  # and no longer
+LONGEST_STALL = 3600.0  # up to this
 NEWS_EVERY = 0.2  # seconds
 
 
@@ -238,7 +238,7 @@ class Servers:
 
     async def _ask(self, server: Server, this: Try) -> Verdict | str:
         """What the server makes of a call; words when it cannot be reached."""
-        stall = min(self._stall() * 2**this.tries, LONGEST_STALL)
+        stall = self._stall(this.tries)
         try:
             async with asyncio.timeout(stall):
                 response = await self._client.post(server.place(this.call.url), content=this.call.body)
@@ -251,9 +251,10 @@ class Servers:
             return Again("no_reply", why, absent=True)
         return judge(this.call, response.status_code, response.headers, response.content)
 
-    def _stall(self) -> float:
-        """Seconds after which a call that was made for the first time is thought to be lost."""
-        return max(min(LEAST_STALL, self._stalled), TIMES * self._longest) if self._longest else self._stalled
+    def _stall(self, tries: int) -> float:
+        """Seconds after which a call that was made so often in vain is thought to be lost."""
+        first = max(min(LEAST_STALL, self._stalled), TIMES * self._longest) if self._longest else self._stalled
+        return max(first, min(first * 2.0**tries, LONGEST_STALL))
 
     # -- calls in vain -----------------------------------------------------------------------------
 
@@ -332,6 +333,8 @@ class Servers:
         if any(one is None for one in since):
             return
         silent = now - max(one for one in since if one is not None)
+        if silent < min(LONG_WAIT, GONE if self._ever else self._nobody):
+            return
         if any(this.task is not None and now - this.sent > LEAST_STALL for this in self._open.values()):
             return  # somebody is at work on something
         where = ", ".join(f"{each.url} ({each.trouble})" for each in self.servers)

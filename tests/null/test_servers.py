@@ -83,6 +83,17 @@ def test_one_server_gets_calls_in_plan_order_and_what_is_given_back_first() -> N
     assert queue.take("a") is None and len(queue) == 0
 
 
+def test_what_is_given_back_as_the_last_goes_behind_all_others() -> None:
+    queue = Queue()
+    queue.add(call(i) for i in range(3))
+    first = queue.take("a")
+    assert first is not None
+    queue.give_back(first, last=True)
+    queue.add([call(3)])
+    taken = [queue.take("a") for _ in range(4)]
+    assert [one.index for one in taken if one is not None] == [1, 2, 3, 0]
+
+
 def test_each_of_several_servers_goes_through_families_of_its_own() -> None:
     queue = Queue()
     queue.add(call(8 * family + i, chr(97 + family) * 200 + str(i)) for family in range(6) for i in range(8))
@@ -96,7 +107,7 @@ def test_each_of_several_servers_goes_through_families_of_its_own() -> None:
     assert sum(one // 8 != other // 8 for run in runs for one, other in run) <= 6
 
 
-@given(st.lists(st.sampled_from(["take a", "take b", "back", "remove"]), max_size=60))
+@given(st.lists(st.sampled_from(["take a", "take b", "back", "back last", "remove"]), max_size=60))
 def test_no_call_is_lost_or_doubled_by_the_queue(moves: list[str]) -> None:
     queue = Queue()
     queue.add(call(i, "xyz"[i % 7 % 3] * 30 + str(i)) for i in range(25))
@@ -105,10 +116,11 @@ def test_no_call_is_lost_or_doubled_by_the_queue(moves: list[str]) -> None:
     for move in moves:
         if move.startswith("take"):
             out += filter(None, [queue.take(move)])
-        elif move == "back" and out:
-            queue.give_back(out.pop(0))
+        elif move.startswith("back") and out:
+            queue.give_back(out.pop(0), last=move == "back last")
         elif move == "remove":
             gone += queue.remove({f"{i}.0.0" for i in range(0, 25, 6)})
+        assert len(queue) == 25 - len(out) - len(gone)
     while (one := queue.take("a")) is not None:
         out.append(one)
     assert sorted(each.index for each in out + gone) == list(range(25))

@@ -161,6 +161,14 @@ def test_a_slow_answer_has_twice_as_long_at_each_try() -> None:
         )
 
 
+def test_no_limit_cuts_answers_that_are_known_to_take_long() -> None:
+    with serving() as server, asking(server) as backend:
+        unknown = [backend._stall(tries) for tries in range(6)]
+        assert unknown[:3] == [600.0, 1200.0, 2400.0] and unknown[-1] == 3600.0
+        backend._longest = 1000.0
+        assert min(backend._stall(tries) for tries in range(6)) == 8000.0
+
+
 def test_a_row_has_its_time_while_it_is_under_way_and_not_while_it_waits(job: Make) -> None:
     ready = time.monotonic() + 1.5
     this = job([chat(1, "one", timeout=0.6), chat(2, "two")])

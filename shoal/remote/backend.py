@@ -283,8 +283,9 @@ class Servers:
 
     def _refused(self, server: Server, this: Try, verdict: Again, now: float) -> None:
         """The server had no room for a call, or never has room for this one."""
+        known = server.wait(now) > LONG_WAIT  # from another call of the same moment
         server.in_vain(now, verdict.wait, verdict.why)
-        if verdict.wait is not None and verdict.wait > LONG_WAIT:
+        if verdict.wait is not None and verdict.wait > LONG_WAIT and not known:
             self._warn(f"{server.url} asks for a pause of {verdict.wait:.0f} s: {verdict.why}")
         if this.refused(self._answers, server.running == 0):
             self._end(this.failure(verdict.code, f"{verdict.why}; others were answered, and it never"))

@@ -2,7 +2,8 @@
 
 Multiple-choice tasks made here from MMLU and BIG-Bench Hard of the shared data, scored in float32 by both. It knows the
 harness's command line and what it writes; it must not know how either backend computes. SHOAL_PEER_LMEVAL is a python
-that has lm-eval and Shoal's dependencies; without it, or without the shared data, there is nothing to compare.
+that has lm-eval and Shoal's dependencies, and the compiled extension must stand beside the sources. Without that
+python, or without the shared data, there is nothing to compare.
 
     SHOAL_PEER_LMEVAL=…/bin/python python -m benchmarks.prove_harness [--questions 100]
 """

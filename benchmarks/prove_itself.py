@@ -31,8 +31,9 @@ from shoal.core.sequence import Sequence as Row
 from shoal.core.types import Request
 from shoal.engine import Engine
 from shoal.host import settle_interpreter
+from shoal.jobs.ending import SOME_FAILED
 from shoal.jobs.options import JobOptions
-from shoal.jobs.run import SOME_FAILED, run_job
+from shoal.jobs.run import run_job
 from shoal.kernels import set_threads
 from shoal.kv.tree import Node
 from shoal.sched.policy import Budget, Policy, Reach, View

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from shoal.core.errors import UsageError
-from shoal.jobs.options import STDIN, JobOptions, place_of
+from shoal.jobs.options import OURS, STDIN, JobOptions, place_of
 from shoal.jobs.report import Report, read_report
 from shoal.jobs.run import run_job
 from shoal.jobs.stream import WINDOW, Counts, Result, Stream, stream
@@ -19,7 +19,9 @@ from shoal.preview.foresee import Foreseer
 
 
 @overload
-def run(input: str | Path, output: str | Path, *, endpoint: str | None = None, **options: Any) -> Report: ...
+def run(
+    input: str | Path, output: str | Path, *, endpoint: str | None = None, engine: str = OURS, **options: Any
+) -> Report: ...
 
 
 @overload
@@ -35,12 +37,12 @@ def run(
 
 def run(
     input: str | Path | Iterable[object], output: str | Path | None = None, *, endpoint: str | None = None,
-    **options: Any,
+    engine: str = OURS, **options: Any,
 ) -> Report | Stream:  # fmt: skip
     """Answer every row of the file `input` into `output`, or go on with it, and return the report.
 
     `options` are the fields of JobOptions, which are the flags of `shoal run`: model, prompt, chat, body, order, …;
-    `endpoint` has the addresses of servers that answer in place of an engine.
+    `endpoint` has the addresses of servers that answer in place of an engine, `engine="vllm"` starts one.
     Failed rows are no exception: `report.exit_code` and `report.errors` tell. ShoalErrors say what cannot be done.
 
     Without files: `input` is anything that yields rows, dicts as the lines of a file or texts, and what comes back
@@ -50,7 +52,7 @@ def run(
     if not isinstance(input, (str, os.PathLike)):
         if output is not None:
             raise UsageError("rows that are in no file have no output file: take the results, and leave output out")
-        if endpoint is not None:
+        if endpoint is not None or engine != OURS:
             raise UsageError("rows that servers are to answer must be in a file: write them to one, and name an output")
         return stream(input, {name: value for name, value in options.items() if name not in _HOW}, **_of(options))
     if output is None:
@@ -60,7 +62,7 @@ def run(
     for name in _HOW:
         if name in options:
             raise UsageError(f"{name} is for rows that are in no file: leave it out, and read the answers in {output}")
-    place = place_of(options.pop("device", "cpu"), endpoint)
+    place = place_of(options.pop("device", "cpu"), endpoint, engine)
     job = JobOptions(input=Path(input), output=Path(output), device=place, **{"quiet": True, **options})
     run_job(job, seer=Foreseer())
     return read_report(Path(output))

@@ -64,6 +64,7 @@ Endpoint = Annotated[
     str | None,
     typer.Option(metavar="URL[,URL...]", help="Servers of the OpenAI API that answer in place of an engine."),
 ]
+Engine = Annotated[str, typer.Option(help="Whose engine: shoal, or vllm, started for the job where it is installed.")]
 Weights = Annotated[
     str, typer.Option(help="Weights: fp32, bf16, int8[+head], int4[+head], int4-a16; auto: as the checkpoint.")
 ]

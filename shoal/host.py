@@ -5,7 +5,6 @@ It knows the pipe and the engine; it must not know what requests are for, nor to
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import queue
@@ -17,16 +16,9 @@ from multiprocessing.connection import Connection
 
 from shoal.client import NEWS_EVERY, Begin, Cancel, Failed, InProcess, News, Ready, Submit, connection_of
 from shoal.core.errors import ShoalError
+from shoal.core.parent import end_with_parent
 
 ORPHANED = 70  # exit code when the parent is gone
-PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
-
-
-def end_with_parent() -> None:
-    """Have Linux end this process when its parent ends, even while a library that is being loaded holds the
-    interpreter; `listen` does it elsewhere, and a little later."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def listen(connection: Connection, inbox: queue.SimpleQueue[object]) -> None:
@@ -121,7 +113,7 @@ def build_and_serve(connection: Connection, inbox: queue.SimpleQueue[object]) ->
 
 def main() -> None:
     """Run as `python -m shoal.host DESCRIPTOR`, by the parent alone."""
-    end_with_parent()
+    end_with_parent()  # `listen` does it elsewhere, and a little later
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C reaches the whole group; the parent decides what it means
     connection = connection_of(int(sys.argv[1]))
     inbox: queue.SimpleQueue[object] = queue.SimpleQueue()

@@ -16,12 +16,18 @@ from shoal.jobs.display import Display
 from shoal.jobs.meter import Meter
 from shoal.jobs.options import JobOptions
 from shoal.jobs.patience import Patience
+from shoal.jobs.prepare import Prepared, ServedWords
 from shoal.jobs.stop import Stop, WallClock
+from shoal.jobs.units import duration
+from shoal.remote.own import Command, OwnServer
+from shoal.remote.vllm import Wishes, command
 
 POLL = 0.1  # seconds to wait for news before looking after the files and the display
 LOADS = 3  # engines that may die while they load the model, one after the other
 DEATHS = 8  # engine deaths in a row without any row completed, after which the job gives up
 LONGEST = 30.0  # seconds between a death and the next start, at most
+SERVER_LOG = "vllm.log"  # in the state folder
+STILL = 30.0  # seconds between words about a server that is not ready yet
 
 
 def pause_after(deaths: int) -> float:
@@ -39,6 +45,21 @@ def open_servers(options: JobOptions) -> Backend | None:
     return Servers(options.endpoints, os.environ.get("OPENAI_API_KEY", ""))
 
 
+def start_vllm(job: Prepared) -> OwnServer:
+    """vLLM's server for a job, which loads its model from now on."""
+    options, vllm = job.options, job.vllm
+    assert vllm is not None and isinstance(job.words, ServedWords) and job.words.folder is not None
+    wishes = Wishes(
+        job.words.folder, job.name, job.manifest.weight_mode, options.memory, options.step_tokens,
+        options.threads, options.engine().device,
+    )  # fmt: skip
+
+    def make(port: int, key: str) -> Command:
+        return command(vllm, wishes, port, key, os.environ)
+
+    return OwnServer(vllm.name, make, job.state.path / SERVER_LOG)
+
+
 class Engines:
     """The engine that a job has now. Changed by the job's loop alone."""
 
@@ -51,6 +72,25 @@ class Engines:
         self.deaths = 0  # since a row was last completed
         self._make, self._meter, self._patience, self._display, self._stop = make, meter, patience, display, stop
         self._clock = WallClock()
+        self._server: OwnServer | None = None
+
+    def reach(self, job: Prepared) -> None:
+        """Have servers to ask. Where one is to be started for the job, wait until it answers, unless asked to stop."""
+        if self.backend is not None:
+            return
+        server = self._server = start_vllm(job)
+        began = told = self._clock.now()
+        self._display.note(f"engine  {server.name} loads {job.name}; what it says is in {server.log}")
+        while not self._stop.asked:
+            if server.ready(POLL):
+                self.backend = server
+                self._meter.reached(server.seconds)
+                self._display.note(f"engine  {server.name} answers after {duration(server.seconds)}")
+                return
+            now = self._clock.now()
+            if now - told > STILL:
+                told = now
+                self._display.note(f"engine  {server.name} has been loading for {duration(now - began)}")
 
     def start(
         self, config: EngineConfig, useful: int, loading: Callable[[], None] = lambda: None,
@@ -124,5 +164,6 @@ class Engines:
 
     def close(self) -> None:
         """End it."""
-        if self.process is not None:
-            self.process.close()
+        for one in (self.process, self._server):
+            if one is not None:
+                one.close()

@@ -82,7 +82,7 @@ class Meter:
 
     def note(self, job: Prepared, plan: Plan, results: Results) -> None:
         """Note what is known of the rows to be answered, before any is computed."""
-        served = job.options.endpoints  # by whom tokens are counted as they come; the plan's are units of text
+        served = job.options.servers  # by whom tokens are counted as they come; the plan's are units of text
         self._bound = 0 if served else plan.bound
         earlier = results.journal.meta(FACTS)
         facts = Report(
@@ -147,6 +147,8 @@ class Meter:
         device = ready.device if ready else "a backend"
         if options.endpoints:
             model, device = options.model or "as the rows name it,", ", ".join(options.endpoints)
+        elif job.vllm is not None:
+            device = job.vllm.name
         return PlanFacts(
             input="standard input" if str(options.input) == "-" else str(options.input), model=model,
             rows=plan.num_rows, bad=plan.num_bad, copies=plan.num_copies,
@@ -154,7 +156,7 @@ class Meter:
             kv_bytes=ready.kv_bytes if ready else 0,
             kv_tokens=ready.num_blocks * ready.block_size if ready else 0,
             seconds=self.plan_seconds, resumed=resumed, device=device,
-            kv=job.manifest.kv_mode if ready else "", served=bool(options.endpoints),
+            kv=job.manifest.kv_mode if ready else "", served=bool(options.servers),
         )  # fmt: skip
 
     def resume(self, results: Results) -> None:
@@ -172,6 +174,11 @@ class Meter:
         self.ready = ready
         self.load_seconds += ready.load_seconds
         self._processes = [psutil.Process(), psutil.Process(pid)]
+        self._recorder.loaded(time.monotonic() - self.began)
+
+    def reached(self, seconds: float) -> None:
+        """A server that was started for the job answers, after so many."""
+        self.load_seconds += seconds
         self._recorder.loaded(time.monotonic() - self.began)
 
     def ended(self, row: int, stats: Mapping[str, object]) -> None:

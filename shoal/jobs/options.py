@@ -14,8 +14,9 @@ from shoal.core.errors import UsageError
 from shoal.remote.server import parse_url
 
 STDIN = Path("-")
+OURS, VLLM = "shoal", "vllm"  # engines
 ADVICE = {
-    "adapter": "name it as the rows' model, if the server has it",
+    "adapter": "name it as the rows' model, if a server at an --endpoint has it",
     "seed": "give rows that draw a seed with --body '{\"seed\": 1}'",
     "verify": "its answers are not promised to be the same again",
 }
@@ -78,8 +79,15 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def place_of(device: str, endpoint: str | None) -> str:
-    """Where the model runs: on a device, or at these addresses; a UsageError for both, and for what is no address."""
+def place_of(device: str, endpoint: str | None, engine: str = OURS) -> str:
+    """Where the model runs: on a device, at these addresses, or in vLLM; a UsageError for two of them, and for what is
+    none."""
+    if engine not in (OURS, VLLM):
+        raise UsageError(f"--engine is {engine!r}; it must be {OURS} or {VLLM}")
+    if engine == VLLM:
+        if endpoint is not None:
+            raise UsageError("--engine vllm starts a server, and --endpoint names others: leave one of them out")
+        return VLLM if device == "cpu" else f"{VLLM} {device}"
     if endpoint is None:
         return device
     if device != "cpu":
@@ -109,7 +117,7 @@ class JobOptions:
     order: Order = Order.PLAN
     memory: int | None = None  # bytes for keys and values; None: what the machine has to spare
     step_tokens: int | None = None  # at most so many tokens in one step; None: the engine's default
-    device: str = "cpu"  # where the model runs: cpu, cuda, cuda:N, or the addresses of servers, with commas
+    device: str = "cpu"  # where the model runs: cpu, cuda, cuda:N, the addresses of servers, vllm, vllm cuda:N
     weights: str = "auto"  # one of core/config's WEIGHTS; auto takes the checkpoint's
     kv: str = "auto"  # how keys and values are kept: as they come, or rounded to int8
     threads: int | None = None  # of the kernels; None: OMP_NUM_THREADS or the number of cores
@@ -130,9 +138,9 @@ class JobOptions:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; it must be a {kind.__module__}.{kind.__name__}")
         if not 0 <= self.verify <= 1:
             raise UsageError(f"verify is {self.verify!r}; it is a share of all rows, from 0 to 1")
-        if self.endpoints:
-            self._check_endpoints()
-        else:
+        if self.servers:
+            self._check_served()
+        if not self.endpoints:
             self.engine()  # so that a wrong value is refused before anything is read
 
     @property
@@ -140,16 +148,32 @@ class JobOptions:
         """The servers that answer in place of an engine of ours; none where one does."""
         return tuple(map(parse_url, self.device.split(","))) if "://" in self.device else ()
 
-    def _check_endpoints(self) -> None:
+    @property
+    def starts_vllm(self) -> bool:
+        """Whether vLLM is started for the job, to answer in place of an engine of ours."""
+        return self.device.partition(" ")[0] == VLLM
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """Who answers in place of an engine of ours, started here or not; nobody where one does."""
+        return (VLLM,) if self.starts_vllm else self.endpoints
+
+    def _check_served(self) -> None:
         """Refuse what only an engine of ours can be told."""
-        ours = ("adapter", "memory", "step_tokens", "weights", "kv", "threads", "seed", "verify")
+        alone = () if self.starts_vllm else ("memory", "step_tokens", "weights", "threads")  # these vLLM knows too
+        other = "--engine vllm starts another" if self.starts_vllm else "--endpoint has none"
         defaults = {each.name: each.default for each in fields(self)} | {"adapter": {}}
-        for name in ours:
+        for name in ("adapter", "kv", "seed", "verify", *alone):
             if getattr(self, name) != defaults[name]:
                 advice = ADVICE.get(name, "leave it out")
                 flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} is for an engine of ours, and --endpoint has none: {advice}")
-        if self.strict and not self.model:
+                raise UsageError(f"--{flag} is for an engine of ours, and {other}: {advice}")
+        if self.starts_vllm and self.weights not in ("auto", "bf16", "fp32"):
+            raise UsageError(
+                f"--weights {self.weights} is for an engine of ours, and {other}: it takes auto, bf16, fp32, and "
+                "checkpoints that are quantised"
+            )
+        if self.endpoints and self.strict and not self.model:
             raise UsageError("--strict holds rows to one model: with --endpoint say which by --model")
 
     def engine(self) -> EngineConfig:
@@ -157,7 +181,7 @@ class JobOptions:
         given = {
             "model": self.model,
             "adapters": self.adapter,
-            "device": self.device,
+            "device": self.device.removeprefix(VLLM).strip() or "cpu",
             "weights": self.weights,
             "kv": self.kv,
             "threads": self.threads,

@@ -40,6 +40,7 @@ class Passing:
     """What a job adds to its rows: a model for those that name none, and fields where they are silent."""
 
     model: str = ""
+    alone: bool = False  # the server has no other model: it answers all rows, whatever they name
     defaults: tuple[tuple[str, bytes], ...] = ()  # JSON by name, from `parse_passed`
 
     def body(self, url: str, fields: Fields) -> PassedBody:
@@ -55,6 +56,8 @@ class Passing:
         if read.stream:
             raise unsupported("stream")
         whole.pop("timeout", None)
+        if self.alone:
+            whole["model"] = Raw(_encode(self.model))
         return PassedBody(model=read.model, timeout=read.timeout, url=url, sent=_encode(whole))
 
     def plain(self, columns: Fields, prompt: PromptTemplate | None, chat: bool) -> PassedBody:

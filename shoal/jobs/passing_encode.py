@@ -67,7 +67,7 @@ class PassingEncoder:
         answers = _answers(body.url, _decode(body.sent))
         return [
             Call(
-                id=f"{line}.{number}.0", prompt=prompt, index=index, adapter=body.model or "",
+                id=f"{line}.{number}.0", prompt=prompt, index=index, adapter=self._model(body),
                 url=body.url, body=body.sent, answers=answers,
             )
         ]  # fmt: skip
@@ -84,7 +84,12 @@ class PassingEncoder:
             return RowError(f"body cannot be read whole ({error}): write what the value is to be", "invalid_request")
         key = 0 if row.custom_id is None else hash(row.custom_id) or 1
         asks = self._asks(body.url, fields)
-        return Encoded([as_tokens(prompt_text(body.url, fields))], 1, 1, None, body.model or "", -1, key, asks)
+        return Encoded([as_tokens(prompt_text(body.url, fields))], 1, 1, None, self._model(body), -1, key, asks)
+
+    def _model(self, body: PassedBody) -> str:
+        """Rows of one model alone share prefixes."""
+        alone = self.settings.passing is not None and self.settings.passing.alone
+        return "" if alone else body.model or ""
 
     def _asks(self, url: str, fields: dict[str, Any]) -> list[bytes]:
         """The row's key, if the same question has the same answer; none where the server draws numbers of its own."""

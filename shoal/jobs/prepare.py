@@ -20,7 +20,7 @@ from shoal.jobs.answer import AnswerWriter
 from shoal.jobs.encode import RowEncoder
 from shoal.jobs.feed import Feed, Known
 from shoal.jobs.files import Files
-from shoal.jobs.options import STDIN, JobOptions
+from shoal.jobs.options import STDIN, VLLM, JobOptions
 from shoal.jobs.part import parts_of
 from shoal.jobs.passing import Passing, parse_passed
 from shoal.jobs.passing_encode import PassingEncoder
@@ -32,6 +32,7 @@ from shoal.jobs.settings import JobSettings, parse_defaults
 from shoal.jobs.spool import open_source
 from shoal.jobs.state import HASHES, Begin, Manifest, StateFolder, hash_files, open_state
 from shoal.jobs.tables import Form, form_of
+from shoal.remote.vllm import Installed, find
 from shoal.text.chat import ChatTemplate
 from shoal.text.checkpoint import ModelInfo, kv_mode, resolve_model, weight_mode
 from shoal.text.pooling import read_pooling
@@ -55,6 +56,7 @@ class Prepared:
     manifest: Manifest
     source: Source
     words: Words | ServedWords
+    vllm: Installed | None = None  # which is to be started for it
 
     @property
     def name(self) -> str:
@@ -97,18 +99,21 @@ class ServedWords:
 
     name: str
     encoder: PassingEncoder
+    folder: Path | None = None  # where a server that is started for the job finds it
 
 
 def open_served(options: JobOptions) -> ServedWords:
     """What reads the lines of a job that servers answer."""
+    folder = resolve_model(options.model) if options.starts_vllm else None
+    name = options.model or (folder.name if folder is not None else "")
     settings = JobSettings(
-        model=options.model,
+        model=name,
         strict=options.strict,
         prompt=None if options.prompt is None else PromptTemplate.parse(options.prompt),
         chat=options.chat,
-        passing=Passing(options.model, parse_passed(options.body)),
+        passing=Passing(name, folder is not None, parse_passed(options.body)),
     )
-    return ServedWords(options.model, PassingEncoder(settings, options.endpoints))
+    return ServedWords(name, PassingEncoder(settings, options.servers), folder)
 
 
 def open_words(options: JobOptions) -> Words:
@@ -132,7 +137,8 @@ def open_words(options: JobOptions) -> Words:
 
 def prepare(options: JobOptions, files: Files) -> Prepared:
     """Check and open everything. ShoalErrors say what is wrong before anything was changed, the lock apart."""
-    words = open_served(options) if options.endpoints else open_words(options)
+    vllm = find(os.environ) if options.starts_vllm else None
+    words = open_served(options) if options.servers else open_words(options)
     form = form_of(options.output)
     errors = None if options.one_file and form == "jsonl" else errors_path(options.output)
     _check_input(options, errors)
@@ -143,13 +149,13 @@ def prepare(options: JobOptions, files: Files) -> Prepared:
         if isinstance(words, Words):
             manifest = make_manifest(options, state.path, files, words, source.fingerprint)
         else:
-            manifest = _served_manifest(options, source)
+            manifest = _served_manifest(options, state.path, files, words, source.fingerprint, vllm)
         begin = state.begin(manifest)
         opened = True
     finally:
         if not opened:
             state.close()
-    return Prepared(options, errors, form, state, begin, manifest, source, words)
+    return Prepared(options, errors, form, state, begin, manifest, source, words, vllm)
 
 
 def created() -> int:
@@ -221,11 +227,21 @@ def make_manifest(options: JobOptions, state: Path, files: Files, words: Words, 
     )
 
 
-def _served_manifest(options: JobOptions, source: Source) -> Manifest:
-    """Of a job that servers answer: what is asked is known, and by what it is answered they alone know. Their addresses
-    may change before the job has ended."""
+def _served_manifest(
+    options: JobOptions, state: Path, files: Files, words: ServedWords, fingerprint: str, vllm: Installed | None
+) -> Manifest:
+    """Of a job that servers answer: what is asked is known, and by what it is answered they alone know, unless one is
+    started for it. Their addresses may change before the job has ended."""
     asked = _parameters(options) | {"model": options.model, "endpoint": True}
-    return Manifest(source.fingerprint, {}, "", "", asked, "", "", "", {}, layout=_layout(options))
+    if vllm is None or words.folder is None:
+        return Manifest(fingerprint, {}, "", "", asked, "", "", "", {}, layout=_layout(options))
+    small = (path for pattern in ("*.json", "*.jinja", "*.txt", "*.model") for path in words.folder.glob(pattern))
+    hashes = hash_files([*words.folder.glob("*.safetensors"), *small], state / HASHES, files)
+    weights = "fp32" if weight_mode(options.weights, words.folder) == "fp32" else options.weights
+    return Manifest(
+        fingerprint, hashes, "", "", asked | {"model": words.name, "endpoint": VLLM}, weights, "", "",
+        {VLLM: vllm.version}, layout=_layout(options),
+    )  # fmt: skip
 
 
 def _parameters(options: JobOptions) -> dict[str, object]:

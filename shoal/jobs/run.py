@@ -18,6 +18,7 @@ from shoal.core.errors import EngineDied, RowError, ShoalError, UsageError
 from shoal.jobs.cache import AnswerCache
 from shoal.jobs.crew import on_all_cores
 from shoal.jobs.display import Display, Progress
+from shoal.jobs.ending import BUDGET_HIT, INTERRUPTED, ended_before, judge
 from shoal.jobs.engines import POLL, Engines, open_servers, pause_after
 from shoal.jobs.feed import Ended, Feed, Known
 from shoal.jobs.files import DiskFiles, Files
@@ -31,7 +32,7 @@ from shoal.jobs.plan import Order as PlanOrder
 from shoal.jobs.plan import Plan, build_plan
 from shoal.jobs.prepare import Prepared, ServedWords, prepare
 from shoal.jobs.report import NAME as REPORT
-from shoal.jobs.report import read_report, write_report
+from shoal.jobs.report import write_report
 from shoal.jobs.report_words import print_report
 from shoal.jobs.results import Results, open_results
 from shoal.jobs.retry import Again
@@ -44,7 +45,6 @@ from shoal.jobs.write import Order as WriteOrder
 
 # codes of lines that are no requests at all
 MALFORMED = frozenset(("invalid_json_line", "line_too_long", "malformed_row", "missing_field"))
-INTERRUPTED, BUDGET_HIT, SOME_FAILED = 5, 4, 3
 LAST_STEP = 2.0  # seconds that an interrupted job waits for what the step under way brings
 
 
@@ -62,13 +62,13 @@ def run_job(
     with stopping() as stop:
         # The process loads its libraries while we read, check and plan.
         servers = open_servers(options) if backend is None else None
-        engine = EngineProcess(options.threads or 0) if backend is None and servers is None else None
+        engine = EngineProcess(options.threads or 0) if backend is None and not options.servers else None
         try:
             job = prepare(options, files)
             try:
                 ended = job.begin is JobBegin.FINISHED and (job.state.path / REPORT).is_file() and not options.verify
                 if ended and (again is None or again.idle(job.state.path)):
-                    return _ended_before(job, console)
+                    return ended_before(job, console)
                 return _Job(job, files, console, stop, began, engine, backend or servers, again, seer).run()
             finally:
                 job.source.close()
@@ -77,23 +77,6 @@ def run_job(
             for one in (engine, servers):
                 if one is not None:
                     one.close()
-
-
-def _ended_before(job: Prepared, console: Console) -> int:
-    """The job had ended before: say what came of it."""
-    report = read_report(job.options.output)
-    if report.exit_code in (0, SOME_FAILED, BUDGET_HIT):  # as this run's budget judges it
-        code = _judge(job.options, report.rows.failed, report.rows.total)
-        report = replace(report, exit_code=code)
-    if not job.options.quiet:
-        console.print("This job had ended before: here is its report. To run it anew, say --restart.")
-        print_report(report, console)
-    return report.status
-
-
-def _judge(options: JobOptions, failed: int, total: int) -> int:
-    """The exit code of a job all of whose rows have ended."""
-    return BUDGET_HIT if options.max_failures.exceeded(failed, total) else SOME_FAILED if failed else 0
 
 
 class _Job:
@@ -154,6 +137,7 @@ class _Job:
                 self.display.show(last, last=True)
             return self._end(results, last, finished)
         finally:
+            self.engines.close()
             results.close()
             self.meter.close()
             if self.cache is not None:
@@ -216,7 +200,7 @@ class _Job:
     ) -> None:  # fmt: skip
         words = self.job.words
         if isinstance(words, ServedWords):
-            return
+            return self.engines.reach(self.job)
         config = replace(self.job.options.engine(), model=str(words.folder))
         useful = plan.bound + min(plan.answer_tokens, config.max_sequences * words.info.context)
         self.engines.start(config, useful, loading, meanwhile)
@@ -383,7 +367,7 @@ class _Job:
 
     def _end(self, results: Results, last: Progress, finished: bool) -> int:
         status = results.status()
-        code = _judge(self.job.options, status.counts["failed"], status.total)
+        code = judge(self.job.options, status.counts["failed"], status.total)
         if not finished and code != BUDGET_HIT:
             code = INTERRUPTED if self.stop.asked else BUDGET_HIT
         self.engines.close()

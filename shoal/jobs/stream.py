@@ -139,7 +139,7 @@ def stream(
         raise UsageError(f"window is {window}; it must be at least 1")
     nowhere = Path(os.devnull)
     asked = JobOptions(input=nowhere, output=nowhere, **{"quiet": True, **options})
-    if asked.endpoints:
+    if asked.servers:
         raise UsageError("rows that servers are to answer must be in a file: write them to one, and name an output")
     return Stream(_Work(rows, asked, window, on_result, on_progress, backend))
 

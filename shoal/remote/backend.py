@@ -60,12 +60,17 @@ class Servers:
     """A Backend. Its methods are for one thread, the caller's; all that begins with an underline is the other's."""
 
     def __init__(
-        self, urls: Sequence[str], key: str = "", stalled: float = STALLED, nobody: float = NOBODY, tries: int = TRIES
-    ) -> None:
-        """`urls` from `parse_url`. The key goes into requests' headers and nowhere else. UsageErrors."""
+        self, urls: Sequence[str], key: str = "", stalled: float = STALLED, nobody: float = NOBODY, tries: int = TRIES,
+        gone: float | None = None, direct: bool = False,
+    ) -> None:  # fmt: skip
+        """`urls` from `parse_url`. The key goes into requests' headers and nowhere else. UsageErrors.
+
+        `direct`: not through the environment's proxies.
+        """
         self.servers = [Server(url, MOST / len(urls)) for url in urls]
-        self._client = client(key.strip())
+        self._client = client(key.strip(), direct)
         self._stalled, self._nobody, self._tries = stalled, nobody, tries
+        self._gone = GONE if gone is None else gone
         self._longest = 0.0  # seconds to an answer, so far
         self._queue, self._open = Queue(), dict[str, Try]()  # every call that has not ended, by id
         self._counts = Counter[str]()
@@ -128,6 +133,14 @@ class Servers:
             counters=dict(self._counts), again=tuple(again), warnings=tuple(warnings),
         )  # fmt: skip
 
+    def say(self, words: str) -> None:
+        """Have the caller told what the user is to know, with the next news."""
+        self._inbox.put(_Said(words))
+
+    def ask_again(self) -> None:
+        """Whoever was not there is there now: do not wait to ask."""
+        self._loop.call_soon_threadsafe(self._ask_again)
+
     def close(self) -> None:
         """Break off what is under way."""
         if self._thread.is_alive():
@@ -162,6 +175,11 @@ class Servers:
             if (task := self._open[id].task) is not None:
                 task.cancel()
             self._end(Reply(id, finish=Finish.CANCEL))
+
+    def _ask_again(self) -> None:
+        for server in self.servers:
+            server.awake()
+        self._wake.set()
 
     def _end(self, output: Output) -> None:
         """A call is over, once."""
@@ -286,7 +304,7 @@ class Servers:
         known = server.wait(now) > LONG_WAIT  # from another call of the same moment
         server.in_vain(now, verdict.wait, verdict.why)
         if verdict.wait is not None and verdict.wait > LONG_WAIT and not known:
-            self._warn(f"{server.url} asks for a pause of {verdict.wait:.0f} s: {verdict.why}")
+            self.say(f"{server.url} asks for a pause of {verdict.wait:.0f} s: {verdict.why}")
         if this.refused(self._answers, server.running == 0):
             self._end(this.failure(verdict.code, f"{verdict.why}; others were answered, and it never"))
             return
@@ -334,15 +352,15 @@ class Servers:
         if any(one is None for one in since):
             return
         silent = now - max(one for one in since if one is not None)
-        if silent < min(LONG_WAIT, GONE if self._ever else self._nobody):
+        if silent < min(LONG_WAIT, self._gone if self._ever else self._nobody):
             return
         if any(this.task is not None and now - this.sent > LEAST_STALL for this in self._open.values()):
             return  # somebody is at work on something
         where = ", ".join(f"{each.url} ({each.trouble})" for each in self.servers)
-        if silent < (GONE if self._ever else self._nobody):
+        if silent < (self._gone if self._ever else self._nobody):
             if silent > LONG_WAIT and not self._warned:
                 self._warned = True
-                self._warn(f"nothing was answered for {silent:.0f} s by {where}; after {GONE:.0f} s the job ends")
+                self.say(f"nothing was answered for {silent:.0f} s by {where}; after {self._gone:.0f} s the job ends")
             return
         blamed = [this for this in self._open.values() if this.blamed and this.said is not None]
         if blamed and len(blamed) == len(self._open):
@@ -364,9 +382,6 @@ class Servers:
         for server in self.servers:
             server.shut()
         self._inbox.put(error)
-
-    def _warn(self, words: str) -> None:
-        self._inbox.put(_Said(words))
 
     def _count(self, this: Try, reply: Reply, now: float) -> None:
         """Note what an answer has cost, and how long it took from the first time that it was asked for."""

@@ -12,8 +12,9 @@ from shoal.core.errors import UsageError
 CONNECT = 10.0  # seconds
 
 
-def client(key: str) -> httpx.AsyncClient:
-    """What speaks HTTP. A UsageError for a key, or an environment, that it cannot do with; the key is not in it."""
+def client(key: str, direct: bool = False) -> httpx.AsyncClient:
+    """What speaks HTTP; `direct`: whatever the environment says of proxies. A UsageError for a key, or an environment,
+    that it cannot do with; the key is not in it."""
     headers = {"Content-Type": "application/json", "User-Agent": "shoal"}
     if not (key.isascii() and key.isprintable()):
         raise UsageError(
@@ -24,7 +25,8 @@ def client(key: str) -> httpx.AsyncClient:
         headers["Authorization"] = f"Bearer {key}"
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     try:
-        return httpx.AsyncClient(headers=headers, limits=limits, timeout=httpx.Timeout(None, connect=CONNECT))
+        timeout = httpx.Timeout(None, connect=CONNECT)
+        return httpx.AsyncClient(headers=headers, limits=limits, timeout=timeout, trust_env=not direct)
     except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
         raise UsageError(
             f"no connection can be made as the environment has it ({error}): correct or unset HTTP_PROXY, "

@@ -83,6 +83,10 @@ class Server:
         if fresh:  # also where it asks for more: who asks for a second each time is not to be asked for ever
             self._pause = min(2 * before, LONGEST_PAUSE)
 
+    def awake(self) -> None:
+        """It may be asked at once: it is there again."""
+        self._until, self._pause = 0.0, FIRST_PAUSE
+
     def shut(self) -> None:
         """It is asked nothing any more."""
         self._until = float("inf")

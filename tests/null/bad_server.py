@@ -36,10 +36,13 @@ class BadServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, script: Callable[[str], Sequence[str]] = lambda prompt: (), room: int = 10_000) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(
+        self, script: Callable[[str], Sequence[str]] = lambda prompt: (), room: int = 10_000, port: int = 0
+    ) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.script, self.room = script, room
         self.seconds = 0.0  # that an answer takes
+        self.key = ""  # that callers must have
         self.plain = False  # its complaints have no code
         self.lock = threading.Lock()
         self.asked: list[str] = []  # prompts, as they came, in vain or not
@@ -86,7 +89,20 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
         """Say nothing."""
 
+    def stranger(self) -> bool:
+        """Whether the caller has not the key, and was told."""
+        known = not self.server.key or self.headers["authorization"] == f"Bearer {self.server.key}"
+        if not known:
+            self.say(401, {"error": "Unauthorized"})
+        return not known
+
+    def do_GET(self) -> None:
+        if not self.stranger():
+            self.say(200, {"data": []})
+
     def do_POST(self) -> None:
+        if self.stranger():
+            return
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         prompt, server = prompt_of(body), self.server
         with server.lock:

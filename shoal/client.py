@@ -94,6 +94,7 @@ class News:
     counters: Mapping[str, int] = field(default_factory=dict)  # the scheduler's, since the engine was built
     again: tuple[str, ...] = ()  # ids that ran and wait again; those that started after it are in `started`
     warnings: tuple[str, ...] = ()  # what the user is to know
+    blamed: tuple[str, ...] = ()  # ids that have failed while others were answered; they go on
 
 
 class Backend(Protocol):

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from shoal.client import Backend, EngineProcess, News
 from shoal.core.errors import EngineDied, RowError, ShoalError, UsageError
+from shoal.jobs.blamed import Blamed
 from shoal.jobs.cache import AnswerCache
 from shoal.jobs.crew import on_all_cores
 from shoal.jobs.display import Display, Progress
@@ -118,7 +119,7 @@ class _Job:
             self._check_budget(results)
             self.resumed = results.status().answered - plan.num_bad
             feed = self._feed(plan, results, self.cache.get if self.cache is not None else None)
-            self.reuse = Reuse(feed, results, self.cache)
+            self.reuse, self.blamed = Reuse(feed, results, self.cache), Blamed(results.journal)
             with self.display:
                 self._recall(feed, results)
                 self.meter.note(self.job, feed.plan, results)
@@ -256,7 +257,7 @@ class _Job:
                     feed.hurry(results.status().written)
                 requests, watched = feed.next(self.clock.now())
                 if requests:
-                    self.engines.backend.submit(requests, watched)
+                    self.engines.backend.submit(self.blamed.marked(requests), watched)
                 while feed.ready:
                     self._take_row(results, feed.ready.pop())
                 waiting = self.reuse.copies.waiting
@@ -308,6 +309,7 @@ class _Job:
         for said in news.warnings:
             self.display.warn(said)
         feed.started(news.started, self.clock.now(), news.again)
+        self.blamed.add(news.blamed)
         cancel: list[str] = []
         for output in news.outputs:
             ended, stopped = feed.take(output)

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
 import random
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import httpx2 as httpx
 
@@ -23,6 +21,7 @@ from shoal.client import News
 from shoal.core.errors import ShoalError
 from shoal.core.types import Finish, Output, Request
 from shoal.remote.connection import client
+from shoal.remote.inbox import Blamed, Inbox, Said, Waits
 from shoal.remote.limit import MOST
 from shoal.remote.queue import Queue
 from shoal.remote.server import Server
@@ -40,20 +39,6 @@ STALLED = 600.0  # seconds without an answer, as long as nothing is known about 
 LEAST_STALL, TIMES = 60.0, 8  # later: at least, and times the longest answer so far; twice as long at each try,
 LONGEST_STALL = 3600.0  # up to this
 NEWS_EVERY = 0.2  # seconds
-
-
-@dataclass(frozen=True, slots=True)
-class _Waits:
-    """To the caller: this call is under way no more, and will be again."""
-
-    id: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Said:
-    """To the caller: what the user is to know."""
-
-    words: str
 
 
 class Servers:
@@ -77,8 +62,7 @@ class Servers:
         self._answers = 0  # of all servers
         self._ever = False  # whether any server has ever said anything
         self._warned = False  # that nothing is answered, since something was
-        # To the caller: ends of calls, ids of those that start, those that wait again, and why there will be no more.
-        self._inbox: queue.SimpleQueue[Output | str | _Waits | _Said | BaseException] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._random = random.Random(0)
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
@@ -98,44 +82,21 @@ class Servers:
 
     def outputs(self, timeout: float) -> News | None:
         """What has happened, within `timeout` seconds. ShoalError when no server will answer any more."""
-        end = time.monotonic() + timeout
-        outputs: list[Output] = []
-        started: dict[str, None] = {}  # and not waiting again since
-        again: list[str] = []
-        warnings: list[str] = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                some = outputs or started or again or warnings
-                left = 0.0 if some else max(end - time.monotonic(), 0.0)
-                item = self._inbox.get(timeout=left) if left else self._inbox.get_nowait()
-                match item:
-                    case BaseException() if some:
-                        self._inbox.put(item)  # what has come before it counts
-                        break
-                    case BaseException():
-                        raise item
-                    case str():
-                        started[item] = None
-                    case _Waits():
-                        started.pop(item.id, None)
-                        again.append(item.id)
-                    case _Said():
-                        warnings.append(item.words)
-                    case _:
-                        outputs.append(item)
-        if not (outputs or started or again or warnings):
+        found = self._inbox.take(timeout)
+        if not found:
             if not self._thread.is_alive():
                 raise ShoalError("the thread that asks servers has ended: run the same command again to continue")
             return None
         running = sum(server.running for server in self.servers)
         return News(
-            tuple(outputs), tuple(started), waiting=len(self._open) - running, running=running,
-            counters=dict(self._counts), again=tuple(again), warnings=tuple(warnings),
+            tuple(found.outputs), tuple(found.started), waiting=len(self._open) - running, running=running,
+            counters=dict(self._counts), again=tuple(found.again), warnings=tuple(found.warnings),
+            blamed=tuple(found.blamed),
         )  # fmt: skip
 
     def say(self, words: str) -> None:
         """Have the caller told what the user is to know, with the next news."""
-        self._inbox.put(_Said(words))
+        self._inbox.put(Said(words))
 
     def ask_again(self) -> None:
         """Whoever was not there is there now: do not wait to ask."""
@@ -165,7 +126,7 @@ class Servers:
 
     def _add(self, calls: list[Call]) -> None:
         for call in calls:
-            self._open[call.id] = Try(call)
+            self._open[call.id] = Try(call, beaten=call.blamed)
         self._queue.add(calls)
         self._wake.set()
 
@@ -297,14 +258,21 @@ class Servers:
         elif this.tries >= self._tries:
             self._end(this.failure(verdict.code, f"{verdict.why}; it was asked {this.tries} times"))
         else:
+            self._tell(server, verdict)
             self._back(this, this.back_off(verdict.wait, self._random.uniform(0.5, 1.0)))
+
+    def _tell(self, server: Server, verdict: Again) -> None:
+        """Where a server asks for a long pause, say so once, until it has answered something."""
+        if verdict.wait is not None and verdict.wait > LONG_WAIT and not server.told:
+            server.told = True
+            self.say(f"{server.url} asks for a pause of {verdict.wait:.0f} s: {verdict.why}")
 
     def _refused(self, server: Server, this: Try, verdict: Again, now: float) -> None:
         """The server had no room for a call, or never has room for this one."""
-        known = server.wait(now) > LONG_WAIT  # from another call of the same moment
+        if server.wait(now) <= LONG_WAIT:  # else another call of the same moment has told
+            server.told = False
+        self._tell(server, verdict)
         server.in_vain(now, verdict.wait, verdict.why)
-        if verdict.wait is not None and verdict.wait > LONG_WAIT and not known:
-            self.say(f"{server.url} asks for a pause of {verdict.wait:.0f} s: {verdict.why}")
         if this.refused(self._answers, server.running == 0):
             self._end(this.failure(verdict.code, f"{verdict.why}; others were answered, and it never"))
             return
@@ -334,7 +302,10 @@ class Servers:
 
     def _back(self, this: Try, wait: float) -> None:
         """A call is to be made again, in so many seconds; until then it is not under way."""
-        self._inbox.put(_Waits(this.call.id))
+        self._inbox.put(Waits(this.call.id))
+        if this.blamed and not this.told:
+            this.told = True
+            self._inbox.put(Blamed(this.call.id))
         if wait > 0:
             self._loop.call_later(wait, self._return, this)
         else:

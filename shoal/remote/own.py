@@ -56,9 +56,10 @@ class OwnServer:
         self.name, self.log = name, log
         self.seconds = 0.0  # that its first start took
         self.deaths = 0  # since it last answered
-        self._key = secrets.token_hex(16)
+        self.key = secrets.token_hex(16)
         self._port = _free_port()  # the same at every start, so that calls find it again
-        self._command = make(self._port, self._key)
+        self.url = f"http://{LOCAL}:{self._port}/v1"
+        self._command = make(self._port, self.key)
         self._process: subprocess.Popen[bytes] | None = None
         self._hold = -1  # of the pipe whose end ends the server
         self._began = self._looked = 0.0
@@ -97,8 +98,7 @@ class OwnServer:
 
         self.seconds = time.monotonic() - self._began
         patience = max(GONE, PATIENCE * self.seconds)
-        url = f"http://{LOCAL}:{self._port}/v1"
-        self._servers = Servers([url], self._key, direct=True, nobody=patience, gone=patience)
+        self._servers = Servers([self.url], self.key, direct=True, nobody=patience, gone=patience)
         return True
 
     # -- as a backend ------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ class OwnServer:
         """Whether it, and nobody else at its port, says which models it has."""
         line = http.client.HTTPConnection(LOCAL, self._port, timeout=REPLY)
         try:
-            line.request("GET", "/v1/models", headers={"Authorization": f"Bearer {self._key}"})
+            line.request("GET", "/v1/models", headers={"Authorization": f"Bearer {self.key}"})
             self._up = line.getresponse().status == http.HTTPStatus.OK
         except (OSError, http.client.HTTPException):
             self._up = False  # it is not there yet

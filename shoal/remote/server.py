@@ -43,6 +43,7 @@ class Server:
         self.failed = set[str]()  # calls that have not reached it since it last answered one
         self.doubted = set[str]()  # calls that were told that the address, or the key, is wrong
         self.trouble = ""  # why the last call was in vain
+        self.told = False  # that it asks for a long pause
         self._until = 0.0  # not asked before
         self._pause = FIRST_PAUSE
 
@@ -99,4 +100,5 @@ class Server:
         """It has answered a call."""
         self.answers += 1
         self.failed.clear()
+        self.told = False
         self._pause = FIRST_PAUSE

@@ -32,10 +32,11 @@ class Try:
     sent: float = 0.0  # and last
     task: asyncio.Task[None] | None = field(default=None)
     said: Again | None = None  # what it came to last
+    told: bool = False  # whoever has asked for it, that it is to blame
     doubts: int = 0  # times that it was told that the address or the key is wrong
     _refused: int = 0  # times
     _others: int = 0  # answers to others when it was first refused
-    _beaten: bool = False  # it was refused again when there were more
+    beaten: bool = False  # it was refused again when there were more, or has failed so in an earlier run
     _alone: int = 0  # refusals since, without any other call at its server
     _unsure: list[tuple[Server, int]] = field(default_factory=list)  # servers that were absent, and their answers then
     _number: tuple[str, int] | None = None  # a server and how many parts it gave, not those asked for
@@ -53,15 +54,15 @@ class Try:
     @property
     def blamed(self) -> bool:
         """Whether they have."""
-        return self.tries > 0 or self._beaten
+        return self.tries > 0 or self.beaten
 
     def refused(self, answers: int, alone: bool) -> bool:
         """It was too much for its server, which has answered so many. Whether it is to be given up."""
         if self._refused == 0:
             self._others = answers
         self._refused += 1
-        self._alone += alone and self._beaten
-        self._beaten = self._beaten or answers > self._others
+        self._alone += alone and self.beaten
+        self.beaten = self.beaten or answers > self._others
         return self._alone >= REFUSALS
 
     def absent(self, server: Server) -> bool:

@@ -17,6 +17,7 @@ class Call(Request):
     url: str = ""  # as the row gives it: /v1/chat/completions
     body: bytes = b""
     answers: int = 1  # choices, or vectors, that a whole reply has
+    blamed: bool = False  # it has failed while others were answered, in an earlier run
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 FAULTS = ("429", "503 later", "500", "drop", "half", "cut json", "no json", "unended", "error in 200", "few", "stall")
-STALL = 10.0  # seconds; nobody waits for them to pass
+STALL = 10.0  # seconds; of "stall" nobody waits for them to pass, while "late" answers after them
 
 
 def answer_to(prompt: str, index: int = 0) -> str:
@@ -167,8 +167,13 @@ class Handler(BaseHTTPRequestHandler):
             case "stall":
                 self.server.closing.wait(STALL)
                 self.close_connection = True
-            case "later":
-                self.say(429, {"error": "come back"}, {"retry-after": "3600"})
+            case "late":
+                self.server.closing.wait(STALL)
+                with self.server.lock:
+                    self.server.answered[prompt_of(body)] += 1
+                self.say(200, whole)  # whether anybody still listens or not
+            case "later" | "500 later":
+                self.say(429 if fault == "later" else 500, {"error": "come back"}, {"retry-after": "3600"})
             case _:
                 code = {} if self.server.plain else {"code": "context_length_exceeded"}
                 self.say(int(fault), {"error": {"message": f"as told: {fault}", **code}})

@@ -18,7 +18,7 @@ import pytest
 from shoal.core.errors import ShoalError, UsageError
 from shoal.jobs.options import JobOptions
 from shoal.remote.backend import Servers
-from tests.null.bad_server import FAULTS, BadServer, answer_to, prompt_of, script_of_all, serving
+from tests.null.bad_server import FAULTS, STALL, BadServer, answer_to, prompt_of, script_of_all, serving
 from tests.null.echo_job import EchoJob, chat, completion, interrupt, job
 from tests.null.echo_job import Watched as Looked
 
@@ -84,6 +84,21 @@ def test_every_row_is_answered_once_whatever_the_server_does(job: Make) -> None:
         assert report.rows.ok == 80 and not report.problems()
         assert report.sent.requests == len(server.asked) > 80
         assert report.sent.requests == 80 + report.sent.refused + report.sent.broken
+
+
+def test_an_answer_that_is_ten_seconds_late_is_taken_once_or_not_at_all(job: Make) -> None:
+    """The stalls are waited out. First the call is given up after 6 seconds, so that its answer comes too late; made
+    again it has 12, and the answer is taken. The other rows come and go meanwhile."""
+    rows = [chat(i, f"Question {i}") for i in range(12)]
+    this = job(rows)
+    with serving(lambda prompt: ["late"] * 2 if prompt.endswith((" 2", " 9")) else ()) as server:
+        began = time.monotonic()
+        assert run(this, server, stalled=6.0) == 0
+        assert time.monotonic() - began > 6.0 + STALL
+        assert {prompt for prompt, times in server.answered.items() if times == 2} == {"Question 2", "Question 9"}
+        assert server.asked.count("Question 2") == 2 and len(server.asked) == 14
+    check_answers(this, rows)
+    assert this.report.rows.ok == 12 and this.report.sent.broken == 2 and not this.report.problems()
 
 
 def test_a_job_that_is_interrupted_goes_on_and_no_row_is_answered_twice(job: Make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import pytest
 
 from shoal.core.errors import ShoalError
 from shoal.core.types import Finish
+from shoal.jobs.options import Order
 from shoal.jobs.passing_encode import as_tokens
 from shoal.remote import backend as module
 from shoal.remote import tries
@@ -21,6 +23,7 @@ from shoal.remote.server import LONGEST_PAUSE, Server
 from shoal.remote.words import Call, Reply
 from tests.null.bad_server import BadServer, answer_to, serving
 from tests.null.echo_job import EchoJob, chat, job
+from tests.null.echo_job import Watched as Looked
 
 __all__ = ["job"]
 Make = Callable[..., EchoJob]
@@ -115,6 +118,41 @@ def test_a_server_that_restarts_costs_no_call_its_row(fault: str) -> None:
         back = time.monotonic() + 1.5
         server.script = lambda prompt: [fault] * EVER if time.monotonic() < back else ()
         assert not codes(ends(backend, QUESTIONS[10:]))
+
+
+@pytest.mark.parametrize("fault", ["429", "drop"])
+def test_a_killed_job_that_has_only_such_rows_left_ends_with_their_failures(
+    job: Make, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it knew of them is known when it goes on: the server answers nothing any more that could tell again."""
+    monkeypatch.setattr(module, "GONE", 1.0)
+    this = job([chat(i, f"Question {i}") for i in range(20)], order=Order.FINISH)
+    with serving(lambda prompt: [fault] * EVER if prompt.endswith((" 3", " 7")) else ()) as server:
+        with asking(server) as backend:
+            assert this.run(Looked(backend, all_but(this, 18)), device=server.url) == 5
+        assert len(this.answers()) == 18 and not this.failures()
+        assert not this.report.finished
+        with asking(server, nobody=1.0) as backend:
+            assert this.run(backend, device=server.url) == 3
+        asked = len(server.asked)
+        with asking(server) as backend:
+            assert this.run(backend, device=server.url) == 3
+        assert len(server.asked) == asked, "it has ended once"
+    assert set(this.codes()) == {"server_error" if fault == "429" else "no_reply"} and len(this.answers()) == 18
+
+
+def all_but(this: EchoJob, answered: int) -> Callable[[int], None]:
+    """Interrupt a job a while after so many rows were answered."""
+    since: list[float] = []
+
+    def look(rounds: int) -> None:
+        if this.out.exists() and len(this.answers()) == answered:
+            since.append(time.monotonic())
+            if since[-1] - since[0] > 0.7:
+                since[:] = [float("inf")]
+                signal.raise_signal(signal.SIGINT)
+
+    return look
 
 
 def test_a_server_that_is_behind_nothing_ends_the_job_and_costs_no_row(
@@ -234,8 +272,9 @@ def test_a_pause_that_is_asked_for_is_no_silence() -> None:
     assert server.vain_since is not None and 3610.0 - server.vain_since < 1.0
 
 
-def test_the_user_is_told_of_a_long_pause_once() -> None:
-    with serving(lambda prompt: ["later"] * EVER) as server, asking(server) as backend:
+@pytest.mark.parametrize("fault", ["later", "500 later"])
+def test_the_user_is_told_of_a_long_pause_once(fault: str) -> None:
+    with serving(lambda prompt: [fault] * EVER) as server, asking(server) as backend:
         backend.submit([call(text) for text in QUESTIONS[:4]])
         said: list[str] = []
         until = time.monotonic() + 1.0

@@ -16,6 +16,7 @@ from typer.core import TyperGroup, TyperOption
 from shoal import __version__, flags
 from shoal.core.config import parse_bytes
 from shoal.flags import exit_codes
+from shoal.jobs.bill import parse_prices
 from shoal.jobs.options import FailureBudget, JobOptions, Order, parse_adapters, parse_body, parse_share, place_of
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def report(
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     html: flags.Html = None,
     price_per_hour: flags.Price = None,
+    price_per_million: flags.MillionPrices = None,
     watts: flags.Watts = None,
 ) -> None:
     """Say what has happened in a job, also while it runs, with counts that add up."""
@@ -143,7 +145,8 @@ def report(
     from shoal.show.command import run_report
 
     with exit_codes():
-        raise typer.Exit(run_report(output_of(output), html, json, price_per_hour, watts, Console()))
+        prices = parse_prices(price_per_million)
+        raise typer.Exit(run_report(output_of(output), html, json, price_per_hour, watts, Console(), prices))
 
 
 @app.command()
@@ -174,6 +177,7 @@ def explain(
     prompt: flags.Prompt = None,
     chat: flags.Chat = False,
     body: flags.Body = "{}",
+    endpoint: flags.Endpoint = None,
     memory: flags.Memory = None,
     step_tokens: flags.StepTokens = None,
     weights: flags.Weights = "auto",
@@ -182,6 +186,7 @@ def explain(
     strict: flags.Strict = False,
     answer_tokens: Annotated[int | None, typer.Option(help="Tokens to expect of answers that end anywhere.")] = None,
     price_per_hour: flags.Price = None,
+    price_per_million: flags.MillionPrices = None,
     watts: flags.Watts = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine again.")] = False,
     html: flags.Html = None,
@@ -201,6 +206,7 @@ def explain(
             prompt=prompt,
             chat=chat,
             body=parse_body(body),
+            device=place_of("cpu", endpoint),
             memory=None if memory is None else parse_bytes(memory),
             step_tokens=step_tokens,
             weights=weights,
@@ -209,7 +215,7 @@ def explain(
             strict=strict,
         )
         options = ExplainOptions(job, html, answer_tokens, price_per_hour, watts, calibrate)
-        run_explain(options, json, Console())
+        run_explain(options, parse_prices(price_per_million), json, Console())
 
 
 @app.command()
@@ -222,6 +228,7 @@ def lint(
     prompt: flags.Prompt = None,
     chat: flags.Chat = False,
     body: flags.Body = "{}",
+    endpoint: flags.Endpoint = None,
     strict: flags.Strict = False,
     fix: Annotated[Path | None, typer.Option(help="Write the file here with the repairs that are safe.")] = None,
     json: Annotated[bool, typer.Option("--json", help="As JSON, with every line.")] = False,
@@ -240,6 +247,7 @@ def lint(
             prompt=prompt,
             chat=chat,
             body=parse_body(body),
+            device=place_of("cpu", endpoint),
             strict=strict,
         )
         raise typer.Exit(run_lint(job, fix, json, Console()))

@@ -90,6 +90,9 @@ Rows = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Rows, as ru
 RowsFlag = Annotated[Path | None, typer.Option("--input", "-i", help="The same, as run has it.")]
 Html = Annotated[Path | None, typer.Option(help="Write a page with pictures here.")]
 Price = Annotated[float | None, typer.Option(help="What an hour of this machine costs.")]
+MillionPrices = Annotated[
+    str | None, typer.Option(metavar="IN,OUT", help="What a server asks for a million tokens in and out: 0.15,0.60.")
+]
 Watts = Annotated[float | None, typer.Option(help="What this machine takes while it works.")]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -99,6 +100,25 @@ class PassingEncoder:
         asked = {name: value for name, value in fields.items() if name not in UNDECIDED and value is not None}
         text = msgspec.json.encode((url, asked), order="sorted")
         return [hashlib.blake2b(VERSION + self._servers + b"\0" + text, digest_size=SIZE).digest()]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a row asks of a server, as far as the fields that every server knows say it."""
+
+    model: str  # '' leaves it to the server
+    answers: int
+    limit: int | None  # output tokens of each at most; None: no field says
+
+
+def asked_of(row: RowSpec) -> Asked:
+    """What a row's call asks for."""
+    body = _passed(row)
+    fields = _decode(body.sent)
+    given = (fields.get(name) for name in ("max_completion_tokens", "max_tokens"))
+    limit = 0 if body.url.endswith("/embeddings") else next((one for one in given if isinstance(one, int)), None)
+    model = fields.get("model")
+    return Asked(model if isinstance(model, str) else "", _answers(body.url, fields), limit)
 
 
 def prompt_text(url: str, fields: dict[str, Any]) -> str:

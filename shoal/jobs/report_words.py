@@ -137,7 +137,8 @@ def facts(report: Report) -> list[tuple[str, str]]:
         for row in report.slowest[:SHOWN]
     ]
     if report.model:
-        arithmetic = f", {report.weights} weights, {report.kv} keys and values" if report.weights else ""
+        arithmetic = f", {report.weights} weights" if report.weights else ""
+        arithmetic += f", {report.kv} keys and values" if report.kv else ""
         pairs.insert(0, ("model", report.model + arithmetic))
     if interrupted:
         pairs.append(("runs", f"{report.runs}, with {report.engine_restarts} restarts of the engine"))

@@ -119,7 +119,7 @@ class _Job:
             self._check_budget(results)
             self.resumed = results.status().answered - plan.num_bad
             feed = self._feed(plan, results, self.cache.get if self.cache is not None else None)
-            self.reuse, self.blamed = Reuse(feed, results, self.cache), Blamed(results.journal)
+            self.reuse, self.blamed = Reuse(feed, results, self.cache), Blamed(results.journal, results.done)
             with self.display:
                 self._recall(feed, results)
                 self.meter.note(self.job, feed.plan, results)

@@ -14,6 +14,7 @@ import numpy as np
 from shoal.core.config import EngineConfig
 from shoal.core.errors import ShoalError
 from shoal.jobs.bill import Bill, bill
+from shoal.jobs.plan import Plan
 from shoal.jobs.plan_sort import Ints
 from shoal.preview import paperwork
 from shoal.preview.bulk import Time
@@ -145,7 +146,7 @@ def gather(options: ExplainOptions, looked: Looked) -> Explanation:
     """All facts of a job. What cannot be measured here leaves out the times, and nothing else."""
     job, plan, words = options.job, looked.plan, looked.words
     memory, time, why = _foretell(options, looked)
-    bad = _bad(looked)
+    bad = bad_rows(plan)
     overflow = sum(each.count for each in bad if each.code == "context_length_exceeded")
     length = looked.units["length"].astype(np.int64)
     unlimited = ~looked.certain & (looked.limits >= words.info.context - length)
@@ -208,10 +209,10 @@ def _round_steps() -> Sequence[int]:
     return [digit * 10**power for power in range(9) for digit in (1, 2, 5)]
 
 
-def _bad(looked: Looked) -> tuple[Bad, ...]:
+def bad_rows(plan: Plan) -> tuple[Bad, ...]:
     """Bad rows by their code, the most frequent first."""
     found: dict[str, tuple[int, tuple[int, ...], str]] = {}
-    for _, row in looked.plan.bad_rows():
+    for _, row in plan.bad_rows():
         assert row.error is not None
         number, lines, message = found.get(row.error.code, (0, (), str(row.error)))
         lines = (*lines, row.line) if len(lines) < EXAMPLES else lines

@@ -10,9 +10,11 @@ from rich.console import Console
 
 from shoal.jobs.body import IGNORED
 from shoal.jobs.schema import ENVELOPE, unwrap
+from shoal.jobs.settings import JobSettings
 from shoal.jobs.terminal import said
 from shoal.jobs.units import count
 from shoal.preview.look import Looked
+from shoal.preview.passed import Passed
 
 SHOWN = 10  # lines of each kind on a terminal
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -59,7 +61,7 @@ class Lint(msgspec.Struct, frozen=True):
         return not (self.left if self.fixed else self.faults)
 
 
-def check(looked: Looked) -> Lint:
+def check(looked: Looked | Passed) -> Lint:
     """The verdict on a file that has been read and planned."""
     faults = []
     for _, row in looked.plan.bad_rows():
@@ -71,19 +73,21 @@ def check(looked: Looked) -> Lint:
         bad = {fault.line for fault in faults}
         for line, offset, length in looked.source:
             raw = None if line in bad else looked.source.read(offset, length)
-            for what in _unheeded(raw, settings.names) if raw is not None else ():
+            for what in _unheeded(raw, settings) if raw is not None else ():
                 unheeded.setdefault(what, Unheeded(what, 0, line)).lines += 1
     blank = looked.plan.num_lines - looked.plan.num_rows
     return Lint(looked.plan.num_rows, tuple(faults), tuple(unheeded.values()), blank)
 
 
-def _unheeded(raw: bytes, names: tuple[str, ...]) -> list[str]:
+def _unheeded(raw: bytes, settings: JobSettings) -> list[str]:
     """What a good line says that no answer depends on."""
     request = unwrap(raw)[0]
     assert request is not None
     envelope = _fields.decode(request)
-    body = _fields.decode(envelope["body"])
+    body, names = _fields.decode(envelope["body"]), settings.names
     found = [f"{name!r} beside body: a note of yours" for name in envelope if name not in ENVELOPE]
+    if settings.passing is not None:
+        return found  # fields and models are the server's to heed
     found += [f"{name!r} in body: it changes no answer" for name in body if name in IGNORED]
     model = msgspec.json.decode(body["model"]) if "model" in body else None
     if model is not None and model not in names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 from rich.console import Console
@@ -11,21 +11,21 @@ from rich.console import Console
 from shoal.jobs.bill import bill_words
 from shoal.jobs.terminal import said
 from shoal.jobs.units import count, duration, percent, size
-from shoal.preview.facts import Explanation, Forecast, Lengths, Memory, Span
+from shoal.preview.facts import Explanation, Forecast, Lengths, Memory, Rows, Span
 from shoal.preview.machine import ERROR
 
 BAR = 30  # characters of the longest bar
 PREFIXES = 8  # shown on a terminal
 
 
-def to_json(found: Explanation) -> str:
+def to_json(found: msgspec.Struct) -> str:
     """Everything, for programs."""
     return msgspec.json.format(msgspec.json.encode(found), indent=2).decode()
 
 
-def print_explanation(found: Explanation, console: Console) -> None:
-    """Everything, for a person."""
-    for name, words in lines(found):
+def print_lines(pairs: Iterable[tuple[str, str]], console: Console) -> None:
+    """Headings and what there is to say, for a person."""
+    for name, words in pairs:
         console.print(said(f"{name:<10}", style="bold"), said(words, lines=True), sep="", soft_wrap=True)
 
 
@@ -68,8 +68,12 @@ def memory_modes(found: Explanation) -> str:
 
 def rows_words(found: Explanation) -> str:
     """Lines by what becomes of them."""
-    rows = found.rows
-    words = [f"{count(rows.total)} in {found.input}: {count(rows.run)} to run"]
+    return rows_of(found.rows, found.input)
+
+
+def rows_of(rows: Rows, source: str) -> str:
+    """The same, of rows that came from there."""
+    words = [f"{count(rows.total)} in {source}: {count(rows.run)} to run"]
     if rows.equal:
         words.append(f"{count(rows.equal)} that ask for what an earlier one asks for")
     words.append(f"{count(rows.bad)} bad")
@@ -77,9 +81,9 @@ def rows_words(found: Explanation) -> str:
     return ", ".join(words) + overflow
 
 
-def lengths_words(found: Lengths) -> str:
+def lengths_words(found: Lengths, unit: str = "tokens") -> str:
     """A distribution in one line."""
-    spread = f"{count(found.least)} to {count(found.most)} tokens, half below {count(found.middle)}"
+    spread = f"{count(found.least)} to {count(found.most)} {unit}, half below {count(found.middle)}"
     return f"{spread}, {count(found.total)} in all"
 
 

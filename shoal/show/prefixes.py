@@ -5,16 +5,25 @@ It knows prompts as tokens, and a tokenizer; it must not know rows, times or how
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import msgspec
 import numpy as np
 
 from shoal.jobs.plan_order import Tree, build_tree
 from shoal.jobs.plan_sort import Ints, Prompts, overlaps, sort_prompts
-from shoal.text.tokenizer import Tokenizer
 
 MOST = 40  # prefixes kept: more cannot be told apart in a picture
 TEXT = 60  # characters shown of the two ends of a prefix's own text, together
 _WIDE = 4 * TEXT  # tokens decoded of each end
+
+
+class Decoder(Protocol):
+    """What makes a text of tokens: a tokenizer, as far as it matters here."""
+
+    def decode(self, ids: list[int], /, *, skip_special: bool) -> str:
+        """The text."""
+        ...
 
 
 class Prefix(msgspec.Struct, frozen=True):
@@ -43,7 +52,7 @@ class Forest(msgspec.Struct, frozen=True):
         return sum(prefix.saved for prefix in self.prefixes) + self.others_saved
 
 
-def largest(prompts: Prompts, reach: Ints, tokenizer: Tokenizer | None, most: int = MOST) -> Forest:
+def largest(prompts: Prompts, reach: Ints, tokenizer: Decoder | None, most: int = MOST) -> Forest:
     """The forest of these prompts, of each of which at most `reach` tokens may be taken from others."""
     if len(prompts) < 2:
         return Forest(prompts=len(prompts))
@@ -92,7 +101,7 @@ def _saved(tree: Tree, uses: Ints, reach: Ints) -> Ints:
     return saved
 
 
-def shortened(tokens: list[int], tokenizer: Tokenizer) -> str:
+def shortened(tokens: list[int], tokenizer: Decoder) -> str:
     """The text of tokens on one line: its beginning and its end where it is long."""
     half = TEXT // 2
     if len(tokens) <= 2 * _WIDE:

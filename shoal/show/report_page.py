@@ -25,7 +25,8 @@ def page(story: Story) -> str:
     """The whole page, well-formed as XML too."""
     report = story.report
     state, tone = standing(report)
-    arithmetic = f", {report.weights} weights, {report.kv} keys and values" if report.weights else ""
+    arithmetic = f", {report.weights} weights" if report.weights else ""
+    arithmetic += f", {report.kv} keys and values" if report.kv else ""
     at = f"; as it stood on {_date(story.pulse.at)}" if story.pulse is not None else ""
     problems = [f"These counts do not add up, and that is a bug in Shoal: {problem}" for problem in report.problems()]
     if differ := report.verified.differ:

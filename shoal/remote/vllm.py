@@ -53,7 +53,7 @@ class Wishes:
     memory: int | None = None  # bytes for keys and values
     step_tokens: int | None = None
     threads: int | None = None
-    device: str = ""  # cuda:N for one of several
+    device: str = "cpu"  # cuda:N for one of several; any other leaves it to vLLM, which was built for some
 
 
 def find(environment: Mapping[str, str]) -> Installed:
@@ -97,7 +97,7 @@ def command(found: Installed, wishes: Wishes, port: int, key: str, environment: 
         whole.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win, in whole GiB
     if wishes.step_tokens is not None:
         words += ["--max-num-batched-tokens", str(wishes.step_tokens)]
-    if wishes.device:
+    if wishes.device.startswith("cuda:"):
         whole["CUDA_VISIBLE_DEVICES"] = wishes.device.removeprefix("cuda:")
     return Command(tuple(words), whole | (_threads(wishes.threads, whole) if found.on_processor else {}))
 

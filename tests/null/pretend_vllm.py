@@ -29,7 +29,7 @@ def main(words: list[str]) -> int:
         return 1
     notes, dies = Path(os.environ["PRETEND_NOTES"]), os.environ.get("PRETEND_DIES", "")
     helper = subprocess.Popen(["sleep", "600"])  # as an engine's process of its own
-    own = {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "OMP_", "PYTHON"))}
+    own = {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "OMP_", "PYTHON", "CUDA_"))}
     note = {"words": words, "environment": own, "processes": [os.getpid(), helper.pid]}
     (notes / f"start{len(list(notes.glob('start*')))}.json").write_text(json.dumps(note))
 

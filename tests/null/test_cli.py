@@ -58,6 +58,7 @@ FLAGS = {
     "step_tokens": (64, 64),
     "device": ("cuda:1", "cuda:1"),
     "endpoint": ("http://a/v1,https://b:8000", "http://a/v1,https://b:8000/v1"),
+    "engine": ("vllm", "vllm"),
     "weights": ("int8", "int8"),
     "kv": ("int8", "int8"),
     "threads": (2, 2),
@@ -71,7 +72,7 @@ FLAGS = {
     "verify": ("0.5%", 0.005),
     "quiet": (True, True),
 }
-FIELDS = {"endpoint": "device"}  # of flags whose options have another name
+FIELDS = {"endpoint": "device", "engine": "device"}  # of flags whose options have another name
 
 
 def test_every_flag_of_run_is_tried_here() -> None:
@@ -119,6 +120,7 @@ def test_an_address_that_is_none_or_beside_a_device_is_refused(capsys: pytest.Ca
     base = ["run", "-i", "a", "-o", "b", "--endpoint"]
     assert call(*base, "localhost:8000") == 2 and "write http://localhost:8000/v1" in capsys.readouterr().err
     assert call(*base, "http://a", "--device", "cuda") == 2 and "--device cuda" in capsys.readouterr().err
+    assert call(*base, "http://a", "--engine", "vllm") == 2 and "--engine vllm" in capsys.readouterr().err
     assert call(*base, "http://a", "--threads", "2") == 2 and "--threads" in capsys.readouterr().err
 
 

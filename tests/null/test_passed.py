@@ -91,11 +91,11 @@ def test_fields_and_models_of_a_server_are_not_called_unheeded(tmp_path: Path) -
 
 def test_what_is_said_is_what_will_be_sent(tmp_path: Path) -> None:
     families = [chat(i, f"{'a long text ' * 20}{i % 3} {i}", temperature=0, model=f"m{i % 2}") for i in range(30)]
-    rows = [*families, families[0].replace('"r0"', '"again"'), completion(99, ["é", "ab"], n=2, max_tokens=7), "{"]
+    rows = [*families, families[0].replace('"r0"', '"again"'), completion(99, "é", n=2, max_tokens=7), "{"]
     found = look(file(tmp_path, *rows))
     assert (found.rows.total, found.rows.run, found.rows.equal, found.rows.bad) == (33, 31, 1, 1)
     assert found.calls.models == {"m0": 15, "m1": 15, "any": 1}
-    assert found.calls.answers == 30 + 4 and found.calls.limit == 30 * 5 + 4 * 7 and found.calls.open == 0
+    assert found.calls.answers == 30 + 2 and found.calls.limit == 30 * 5 + 2 * 7 and found.calls.open == 0
     assert found.shared > 0.9 * found.texts.total and any("a long text" in one.text for one in found.forest.prefixes)
     with serving() as server:
         job = EchoJob(tmp_path, [])

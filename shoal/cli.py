@@ -215,7 +215,7 @@ def explain(
             strict=strict,
         )
         options = ExplainOptions(job, html, answer_tokens, price_per_hour, watts, calibrate)
-        run_explain(options, parse_prices(price_per_million), json, Console())
+        run_explain(options, json, Console(), parse_prices(price_per_million))
 
 
 @app.command()

@@ -32,7 +32,7 @@ def explain(options: ExplainOptions, prices: Prices | None = None) -> Explanatio
         return gather(options, looked)
 
 
-def run_explain(options: ExplainOptions, prices: Prices | None, as_json: bool, console: Console) -> None:
+def run_explain(options: ExplainOptions, as_json: bool, console: Console, prices: Prices | None = None) -> None:
     """Explain a job on the console, and in a page where one is asked for."""
     found = foresee(options, prices) if options.job.servers else explain(options, prices)
     if options.html is not None and isinstance(found, Explanation):

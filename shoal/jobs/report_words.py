@@ -84,6 +84,7 @@ def again_line(again: Again) -> str:
     """Tokens computed more than once, each with its reason."""
     reasons = (
         (again.preempted, "prompt tokens of rows put off for want of memory"),
+        (again.apart, "prompt tokens on more than one device"),
         (again.other, "prompt tokens for other reasons"),
         (again.restarted, "prompt tokens after an interruption, a dead engine or a retry"),
         (again.last, "last tokens of fully shared prompts"),
@@ -127,6 +128,14 @@ def facts(report: Report) -> list[tuple[str, str]]:
         )
     if words := again_line(report.again):
         pairs.append(("computed again", words))
+    pairs += [
+        (
+            f"engine {number}",
+            f"{one.device}: {count(one.rows)} rows, {count(one.prompt_computed)} prompt and {count(one.output)} output "
+            f"tokens computed, busy for {duration(one.seconds)}",
+        )
+        for number, one in enumerate(report.engines)
+    ]
     if report.looped:
         pairs.append(("loops", f"{count(report.looped)} answers repeat themselves up to their limit"))
     pairs += [

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-from shoal.jobs.report import Again, Failures, Report, Reused, Rows, Sent, Tokens, compared
+from shoal.jobs.report import Again, Engine, Failures, Report, Reused, Rows, Sent, Tokens, compared
 from shoal.jobs.terminal import said
 from shoal.jobs.units import count, duration, percent, size
 
@@ -93,6 +93,14 @@ def again_line(again: Again) -> str:
     return ", ".join(f"{count(number)} {why}" for number, why in reasons if number)
 
 
+def engine_line(engine: Engine) -> str:
+    """What one of several engines has done."""
+    return (
+        f"{engine.device}: {count(engine.rows)} rows, {count(engine.prompt_computed)} prompt and "
+        f"{count(engine.output)} output tokens computed, busy for {duration(engine.seconds)}"
+    )
+
+
 def facts(report: Report) -> list[tuple[str, str]]:
     """The report in words, as pairs of a name and what there is to say."""
     tokens, seconds = report.tokens, report.seconds
@@ -128,14 +136,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
         )
     if words := again_line(report.again):
         pairs.append(("computed again", words))
-    pairs += [
-        (
-            f"engine {number}",
-            f"{one.device}: {count(one.rows)} rows, {count(one.prompt_computed)} prompt and {count(one.output)} output "
-            f"tokens computed, busy for {duration(one.seconds)}",
-        )
-        for number, one in enumerate(report.engines)
-    ]
+    pairs += [(f"engine {number}", engine_line(one)) for number, one in enumerate(report.engines)]
     if report.looped:
         pairs.append(("loops", f"{count(report.looped)} answers repeat themselves up to their limit"))
     pairs += [

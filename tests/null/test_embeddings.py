@@ -245,7 +245,6 @@ def test_an_engine_that_dies_costs_no_row(embed: Callable[..., EchoJob], unbroke
     assert MortalEncoder.made == 2 and made.final() == unbroken_vectors
 
 
-@pytest.mark.parametrize("order", [Order.INPUT, Order.FINISH])
 def test_several_engines_leave_the_same_vectors(
     embed: Callable[..., EchoJob], unbroken_vectors: tuple[bytes, bytes]
 ) -> None:
@@ -257,6 +256,7 @@ def test_several_engines_leave_the_same_vectors(
     assert len(report.engines) == 3 and all(engine.rows > 0 for engine in report.engines)
 
 
+@pytest.mark.parametrize("order", [Order.INPUT, Order.FINISH])
 def test_other_orders_have_the_same_lines(
     embed: Callable[..., EchoJob], unbroken_vectors: tuple[bytes, bytes], order: Order
 ) -> None:

@@ -290,9 +290,9 @@ class _Job:
         if self.stop.asked and self.engines.ready:
             for _ in range(self.engines.number):
                 try:
-                    news = self.engines.outputs(LAST_STEP)
-                    if news is not None:
-                        self._take(news, feed, results)
+                    if (news := self.engines.outputs(LAST_STEP)) is None:
+                        return
+                    self._take(news, feed, results)
                 except EngineDied:
                     return  # its unfinished rows would have run again anyway
 

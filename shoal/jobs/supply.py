@@ -110,10 +110,10 @@ class Dealt:
         return all(run.low >= run.high for run in self._runs)
 
     def room(self, engine: int, waiting: int) -> int:
-        """At most half of what is left, so that the rest can still be taken over."""
+        """At most a quarter of what is left, so that the rest can still be taken over."""
         self._deal()
         run = self._runs[engine]
-        most = min(WINDOW, max(self._least, (run.high - run.low) // 2))
+        most = min(WINDOW, max(self._least, (run.high - run.low) // 4))
         return most - waiting if waiting <= most // 2 else 0
 
     def next(self, engine: int, busy: list[int]) -> Unit | None:

@@ -66,7 +66,6 @@ def answer(source: Path, name: str, checkpoint: str) -> tuple[bytes, dict[str, A
     cost = {
         "seconds": round(seconds.wall, 2),
         "at_work": round(seconds.wall - seconds.load - seconds.plan, 2),
-        "processor_seconds": round(seconds.cpu, 2),
         "prompt_bound": tokens.prompt_bound,
         "prompt_computed": tokens.prompt_computed,
         "apart": report.again.apart,

@@ -79,19 +79,19 @@ class BuiltEngine:
 
 
 def build_engine(
-    config: EngineConfig, useful_tokens: int | None = None, tokenizer: Tokenizer | None = None
+    config: EngineConfig, useful_tokens: int | None = None, tokenizer: Tokenizer | None = None, share: int = 1
 ) -> BuiltEngine:
     """Load the model and put an engine around it.
 
     `useful_tokens` bounds the KV memory: what the work at hand can fill at most, if known. Constraints speak of the
-    texts of `tokenizer`, by default the model's own. ModelError or UsageError says what is wrong with the checkpoint,
-    the device or the memory.
+    texts of `tokenizer`, by default the model's own. So many engines `share` what memory is free. ModelError or
+    UsageError says what is wrong with the checkpoint, the device or the memory.
     """
     began = time.monotonic()
     folder = resolve_model(config.model)
     values = read_values(folder)
     if is_encoder(values):
-        return _build_encoder(config, folder, make_encoder_config(values), began)
+        return _build_encoder(config, folder, make_encoder_config(values), began, share)
     model = make_config(values, config.context)
     pooling = decoder_pooling(folder)
     normalize = isinstance(pooling, Pooling) and pooling.normalize
@@ -102,7 +102,7 @@ def build_engine(
     adapters = _adapters(config, model, mode)
     block = model.num_layers * kernels.kv_bytes(config.block_size, model.num_kv_heads, model.head_dim, kv_dtype)
     weights = model_bytes(model, mode) + sum(each.num_bytes for each in adapters)
-    memory = _memory(config, model, weights, block, kernels, useful_tokens)
+    memory = _memory(config, model, weights, block, available_bytes(kernels.device) // share, useful_tokens)
     decoder = Decoder(model, load_weights(folder, model, *MODES[mode]), kernels, adapters, kv_dtype)
     kv = decoder.new_kv(memory.num_blocks, config.block_size)
 
@@ -119,7 +119,9 @@ def build_engine(
     return BuiltEngine(Engine(scheduler, runner, WallClock(), int(config.overlap)), facts, runner, kernels)
 
 
-def _build_encoder(config: EngineConfig, folder: Path, model: EncoderConfig, began: float) -> BuiltEngine:
+def _build_encoder(
+    config: EngineConfig, folder: Path, model: EncoderConfig, began: float, share: int
+) -> BuiltEngine:  # fmt: skip
     """An engine over an encoder: whole texts, no keys and values. A block stands for a seat and holds any text."""
     if config.policy != "auto" or config.adapters:
         raise UsageError("an encoder takes neither a policy nor adapters: leave them out")
@@ -129,7 +131,7 @@ def _build_encoder(config: EngineConfig, folder: Path, model: EncoderConfig, beg
     kernels = _load_kernels(config)
     limit = Budget(max(config.step_tokens, context), config.max_sequences)
     memory = plan_weights(
-        available_bytes(kernels.device), tensor_bytes(encoder_shapes(model), mode), 2 * limit.sequences
+        available_bytes(kernels.device) // share, tensor_bytes(encoder_shapes(model), mode), 2 * limit.sequences
     )
     weights = load_encoder_weights(folder, model, *MODES[mode])
     encoder = Encoder(model, weights, kernels, pooling.kind, pooling.normalize)
@@ -186,12 +188,13 @@ def _adapters(config: EngineConfig, model: ModelConfig, mode: str) -> list[Adapt
 
 
 def _memory(
-    config: EngineConfig, model: ModelConfig, weights: int, block: int, kernels: Kernels, useful_tokens: int | None
+    config: EngineConfig, model: ModelConfig, weights: int, block: int, available: int, useful_tokens: int | None
 ) -> MemoryPlan:
-    """`weights` and `block` are bytes: of all that is loaded, and of a block of keys and values in all layers."""
+    """`weights`, `block` and `available` are bytes: of all that is loaded, of a block of keys and values in all layers,
+    and of what there is."""
     useful = useful_tokens if useful_tokens is not None else config.max_sequences * model.context
     return plan_memory(
-        available=available_bytes(kernels.device),
+        available=available,
         weights=weights,
         block=block,
         asked=config.memory_bytes,

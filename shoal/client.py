@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
 from typing import Protocol
@@ -25,10 +25,12 @@ GOODBYE = 5.0  # seconds an engine has to end by itself when told to
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """To the engine: what to build. `useful_tokens` bounds its KV memory by what the work at hand can fill."""
+    """To the engine: what to build. `useful_tokens` bounds its KV memory by what the work at hand can fill; so many
+    engines, it among them, `share` the memory that it finds free."""
 
     config: EngineConfig
     useful_tokens: int | None
+    share: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class News:
     again: tuple[str, ...] = ()  # ids that ran and wait again; those that started after it are in `started`
     warnings: tuple[str, ...] = ()  # what the user is to know
     blamed: tuple[str, ...] = ()  # ids that have failed while others were answered; they go on
+    engine: int = 0  # which of several has said it
 
 
 class Backend(Protocol):
@@ -186,13 +189,14 @@ class EngineProcess:
     The process starts at once, and loads libraries; `begin` tells it what to build, `ready` waits until it has.
     """
 
-    def __init__(self, threads: int = 0) -> None:
+    def __init__(self, threads: int = 0, cores: Sequence[int] = ()) -> None:
+        """The process keeps to these `cores`; without any, to those of this process."""
         self._connection, theirs = Pipe()
         # A spinning OpenMP thread that shares its core with anybody costs seconds; it must be said before start.
         environment = {"GOMP_SPINCOUNT": "5000", **os.environ}
         if threads:
             environment["OMP_NUM_THREADS"] = str(threads)
-        command = [sys.executable, "-m", "shoal.host", str(theirs.fileno())]
+        command = [sys.executable, "-m", "shoal.host", str(theirs.fileno()), *map(str, cores)]
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
         theirs.close()
         self.pid = self._process.pid
@@ -230,6 +234,10 @@ class EngineProcess:
         news = self._receive()
         assert isinstance(news, News), news
         return news
+
+    def fileno(self) -> int:
+        """What to wait for where there are several: it can be read when the process has said something, or ended."""
+        return self._connection.fileno()
 
     def close(self) -> None:
         """Let the process end by itself, and end it if it does not."""

@@ -59,7 +59,10 @@ Body = Annotated[str, typer.Option(help="Request fields for rows that lack them,
 OrderFlag = Annotated[Order, typer.Option(help="plan: share most; input: as the file has them; finish: write at once.")]
 Memory = Annotated[str | None, typer.Option(help="Memory for keys and values: 2GB, 512MiB. Without it, what is free.")]
 StepTokens = Annotated[int | None, typer.Option(help="Most tokens in one step of the model.")]
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
+Device = Annotated[
+    str,
+    typer.Option("--device", "--devices", help="Where the model runs: cpu, cuda, cuda:N; 0,1: an engine on each part."),
+]
 Endpoint = Annotated[
     str | None,
     typer.Option(metavar="URL[,URL...]", help="Servers of the OpenAI API that answer in place of an engine."),
@@ -71,7 +74,7 @@ Weights = Annotated[
 KV = Annotated[
     str, typer.Option("--kv", "--kv-cache-dtype", help="Keys and values: int8 takes half the memory of auto.")
 ]
-Threads = Annotated[int | None, typer.Option(help="Threads of the model. Without it, one for each core.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of each engine. Without it, one for each core.")]
 Seed = Annotated[int, typer.Option(help="Decides the seed of rows that bring none.")]
 MaxFailures = Annotated[str | None, typer.Option(help="End the job after so many failed lines: 100 or 1%.")]
 Strict = Annotated[

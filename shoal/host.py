@@ -95,7 +95,7 @@ def build_and_serve(connection: Connection, inbox: queue.SimpleQueue[object]) ->
     begin = inbox.get()
     assert isinstance(begin, Begin), begin
     try:
-        built = build_engine(begin.config, begin.useful_tokens)
+        built = build_engine(begin.config, begin.useful_tokens, share=begin.share)
     except ShoalError as error:
         connection.send(Failed(str(error), error.exit_code))
         return
@@ -112,8 +112,10 @@ def build_and_serve(connection: Connection, inbox: queue.SimpleQueue[object]) ->
 
 
 def main() -> None:
-    """Run as `python -m shoal.host DESCRIPTOR`, by the parent alone."""
+    """Run as `python -m shoal.host DESCRIPTOR [CORE …]`, by the parent alone."""
     end_with_parent()  # `listen` does it elsewhere, and a little later
+    if len(sys.argv) > 2 and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, map(int, sys.argv[2:]))  # before any thread begins: they all keep to these cores
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C reaches the whole group; the parent decides what it means
     connection = connection_of(int(sys.argv[1]))
     inbox: queue.SimpleQueue[object] = queue.SimpleQueue()

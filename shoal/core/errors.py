@@ -67,4 +67,6 @@ class StateError(ShoalError):
 
 
 class EngineDied(ShoalError):
-    """The engine process ended by itself."""
+    """The engine process ended by itself; where there are several, that of this number."""
+
+    engine = 0

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from shoal.client import Backend, Begin, EngineProcess
+from shoal.client import Backend, Begin, EngineProcess, News
 from shoal.core.config import EngineConfig
 from shoal.core.errors import EngineDied, ShoalError
+from shoal.core.types import Request
+from shoal.jobs.devices import Device
 from shoal.jobs.display import Display
 from shoal.jobs.meter import Meter
 from shoal.jobs.options import JobOptions
@@ -34,6 +36,20 @@ def pause_after(deaths: int) -> float:
     """Seconds to wait after so many deaths in a row: none after the first, for most have nothing to do with what the
     machine is short of; then longer and longer, so that whatever took the memory may go."""
     return min(2.0 ** (deaths - 2), LONGEST) if deaths > 1 else 0.0
+
+
+def start_process(device: Device, threads: int | None) -> EngineProcess:
+    """A process for an engine on a device, told nothing so far."""
+    return EngineProcess(threads or 0, device.cores)
+
+
+def gives_up(death: EngineDied, deaths: int) -> None:
+    """Raise after so many deaths in a row that there is no sense in another engine."""
+    if deaths >= DEATHS:
+        raise ShoalError(
+            f"{death}, {deaths} times without completing a row; what was answered is kept: see what it "
+            "printed, give it more memory or a smaller --memory, and run the same command again"
+        )
 
 
 def open_servers(options: JobOptions) -> Backend | None:
@@ -62,6 +78,8 @@ def start_vllm(job: Prepared) -> OwnServer:
 
 class Engines:
     """The engine that a job has now. Changed by the job's loop alone."""
+
+    number = 1
 
     def __init__(
         self, process: EngineProcess | None, backend: Backend | None, make: Callable[[], EngineProcess],
@@ -140,11 +158,7 @@ class Engines:
             return False
         self.deaths += 1
         self._meter.died()
-        if self.deaths >= DEATHS:
-            raise ShoalError(
-                f"{death}, {self.deaths} times without completing a row; what was answered is kept: see what it "
-                "printed, give it more memory or a smaller --memory, and run the same command again"
-            )
+        gives_up(death, self.deaths)
         self._display.warn(f"{death}; starting another, its unfinished rows run again")
         self.process, self.backend = None, None
         return True
@@ -157,6 +171,44 @@ class Engines:
         while not self._stop.asked and (left := end - self._clock.now()) > 0:
             meanwhile()
             time.sleep(min(left, POLL))
+
+    def revive(self, engine: int, config: EngineConfig, useful: int, meanwhile: Callable[[], None]) -> None:
+        """Have another engine in place of the dead one, after a pause."""
+        self.wait(pause_after(self.deaths), meanwhile)
+        self.start(config, useful, meanwhile=meanwhile)
+
+    def answered(self, engine: int) -> None:
+        """A row was completed."""
+        self.deaths = 0
+
+    # -- the backend -------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests may be handed in."""
+        return self.backend is not None
+
+    def submit(self, engine: int, requests: Iterable[Request], watched: frozenset[str]) -> None:
+        """Hand in requests."""
+        assert self.backend is not None
+        self.backend.submit(requests, watched)
+
+    def cancel(self, ids: Iterable[str]) -> None:
+        """End requests."""
+        if self.backend is not None:
+            self.backend.cancel(ids)
+
+    def outputs(self, timeout: float) -> News | None:
+        """The next news."""
+        assert self.backend is not None
+        news = self.backend.outputs(timeout)
+        if news is not None:
+            self._patience.heard(self._clock.now())
+        return news
+
+    def idle(self) -> None:
+        """Until now it had nothing to say."""
+        self._patience.begin(self._clock.now())
 
     def silent(self) -> str:
         """What to say of the silence of an engine that has no news; "" nearly always."""

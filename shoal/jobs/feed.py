@@ -15,15 +15,16 @@ from shoal.core.types import Finish, Output, Request, Tokens, TokenScore
 from shoal.jobs.answer import PromptAnswers, Sample, count_tokens
 from shoal.jobs.cache import Kept
 from shoal.jobs.encode import RowEncoder
+from shoal.jobs.lanes import Lane, Lanes
 from shoal.jobs.part import Part, loop_period
 from shoal.jobs.passing_encode import PassingEncoder
 from shoal.jobs.plan import Plan, Unit
 from shoal.jobs.read import Source
 from shoal.jobs.replies import ReplyPart
 from shoal.jobs.schema import RowSpec
+from shoal.jobs.supply import Dealt, InTurn, Supply
 from shoal.jobs.watches import Straggler, Watches
 
-WINDOW = 1024  # requests that wait in the engine: enough to choose from, few enough to look at in every step
 QUARANTINE = 8  # after a death, the rows that were in the engine come back in about so many groups
 
 Known = Callable[[bytes, int], Kept | None]  # the sample of this number of requests with this key
@@ -79,47 +80,55 @@ class Feed:
         part: Callable[[Row, int, Request], AnyPart],
         done: Callable[[int], bool],
         known: Known | None = None,
+        engines: int = 1,
     ) -> None:
         """`part` says what a request of a row comes to, `done` of an input line whether it has ended in an earlier run;
-        `known` has the samples of requests that need not be computed, by the request's key and the sample's number."""
+        `known` has the samples of requests that need not be computed, by the request's key and the sample's number;
+        so many `engines` run the rows."""
         self.source, self.encoder, self._part = source, encoder, part
         self._done, self._known = done, known
+        self._lanes = Lanes(Lane() for _ in range(engines))
         self.replan(plan)
-        self._position = -1  # in the plan, of the unit taken last
         self._ahead: set[int] = set()  # positions of units that were taken before their turn
         self._gap = 0  # row: those from the one that holds back the output up to here have ended
         self._hurried = -1  # row that was last moved up
         self._rows: dict[int, Row] = {}
-        self._parts: dict[str, AnyPart] = {}
-        self._unstarted: set[str] = set()
         self._watches = Watches()
         self._drained: float | None = None  # when the last request had started
         self._first: deque[AnyPart] = deque()  # to be handed out before anything new
-        self._groups: deque[list[AnyPart]] = deque()  # suspects: each group runs with nobody else in the engine
-        self._quarantine = False
-        self._exhausted = False
+        self.apart = 0  # prompt tokens computed again because an engine has not what another has, of earlier plans
         self.prompt_tokens = 0  # of requests handed out
         self.ready: list[Ended] = []  # rows that were over as soon as they were opened; taken by the caller
 
     @property
     def over(self) -> bool:
         """Whether every row has been handed out and has come back."""
-        return self._exhausted and not self._parts and not self._first and not self._groups
+        return self._lanes.idle and not self._first and self._supply.over
 
     # -- out ---------------------------------------------------------------------------------------
 
     def replan(self, plan: Plan) -> None:
         """Follow another plan of the same rows; nothing of the one before has been handed out yet."""
         self.plan = plan
-        self._units: Iterator[Unit] = plan.units_from(wanted=lambda number: not self._done(plan.line(number)))
 
-    def next(self, now: float) -> tuple[list[Request], frozenset[str]]:
-        """Requests to hand in now [s], and which of them to watch because their text may end them."""
-        parts = [part for part in self._take() if not self._skipped(part.row)]
+        def wanted(number: int) -> bool:
+            return not self._done(plan.line(number))
+
+        engines = len(self._lanes)
+        self._supply: Supply = InTurn(plan.units_from(wanted=wanted)) if engines == 1 else Dealt(plan, wanted, engines)
+
+    @property
+    def lost_apart(self) -> int:
+        """Prompt tokens that were computed again because an engine has not what another has."""
+        return self.apart + self._supply.apart
+
+    def next(self, now: float, engine: int = 0) -> tuple[list[Request], frozenset[str]]:
+        """Requests to hand in to an engine now [s], and which of them to watch because their text may end them."""
+        lane = self._lanes[engine]
+        parts = [part for part in self._take(engine, lane) if not self._skipped(part.row)]
         for part in parts:
-            self._parts[part.request.id] = part
+            lane.add(part)
             part.handed = now
-            self._unstarted.add(part.request.id)
             self.prompt_tokens += len(part.request.prompt)
         return [part.request for part in parts], frozenset(p.request.id for p in parts if p.watched)
 
@@ -135,7 +144,7 @@ class Feed:
             return
         self._hurried = written
         for unit in plan.units_of(written):
-            if unit.position > self._position and unit.position not in self._ahead:
+            if not self._supply.taken(unit.position) and unit.position not in self._ahead:
                 self._ahead.add(unit.position)
                 self._first += self._open(replace(unit, index=-1, futures=None))
 
@@ -146,27 +155,24 @@ class Feed:
 
     def follow(self, units: Iterator[Unit]) -> None:
         """Hand out these instead of what the plan has left."""
-        self._units, self._exhausted = units, False
+        self.apart = self.lost_apart
+        self._supply = InTurn(units, len(self._lanes))
 
-    def _take(self) -> list[AnyPart]:
-        if self._groups or self._quarantine:
-            if self._parts:
-                return []
-            self._quarantine = bool(self._groups)
-            if self._groups:
-                return self._groups.popleft()
+    def _take(self, engine: int, lane: Lane) -> list[AnyPart]:
+        if lane.quarantine:
+            suspects = lane.suspects()
+            if suspects or lane.quarantine:
+                return suspects
         parts: list[AnyPart] = []
-        if len(self._unstarted) > WINDOW // 2:
-            return parts
-        while len(self._unstarted) + len(parts) + len(self.ready) < WINDOW and (self._first or not self._exhausted):
+        room = self._supply.room(engine, len(lane.unstarted))
+        while len(parts) + len(self.ready) < room and (self._first or not self._supply.over):
             if self._first:
                 parts.append(self._first.popleft())
                 continue
-            unit = next(self._units, None)
+            busy = [each.busy + (len(parts) if each is lane else 0) for each in self._lanes]
+            unit = self._supply.next(engine, busy)
             if unit is None:
-                self._exhausted = True
-                continue
-            self._position = unit.position
+                break
             if unit.position in self._ahead:
                 self._ahead.remove(unit.position)
             else:
@@ -228,14 +234,14 @@ class Feed:
     def started(self, ids: Iterable[str], now: float, again: Iterable[str] = ()) -> None:
         """These requests run from now [s] on; those in `again` ran before and did not since: their time begins anew."""
         for id in again:
-            if (part := self._parts.get(id)) is not None:
+            if (lane := self._lanes.of(id)) is not None:
                 self._watches.stop(id)
-                part.row.began = None
+                lane.parts[id].row.began = None
         for id in ids:
-            self._unstarted.discard(id)
-            if (part := self._parts.get(id)) is not None:
-                self._start(part, now)
-        if self._exhausted and self._drained is None and not (self._unstarted or self._first or self._groups):
+            if (lane := self._lanes.of(id)) is not None:
+                lane.unstarted.discard(id)
+                self._start(lane.parts[id], now)
+        if self._drained is None and self._lanes.started and not self._first and self._supply.over:
             self._drained = now
 
     def _start(self, part: AnyPart, now: float) -> None:
@@ -250,12 +256,12 @@ class Feed:
         """Requests to cancel because they, or others of their rows, have run for longer than their rows allow."""
         cancel: list[str] = []
         for id in self._watches.late(now):
-            row = self._parts[id].row
+            row = self._lanes.part(id).row
             if not row.late:
                 row.late = True
                 words = f"the row ran for more than the {row.spec.body.timeout:g} s of its timeout"
                 row.error = row.error or RowError(words, "row_timeout", "timeout")
-                cancel += [id for id, part in self._parts.items() if part.row is row and not part.cancelled]
+                cancel += [id for id, part in self._lanes.parts() if part.row is row and not part.cancelled]
         return cancel
 
     def ages(self, now: float) -> list[float]:
@@ -268,20 +274,21 @@ class Feed:
         if oldest is None:
             return None
         alone = 0.0 if self._drained is None else min(now - self._drained, oldest[1])
-        return Straggler(self._parts[oldest[0]].row.line, oldest[1], alone)
+        return Straggler(self._lanes.part(oldest[0]).row.line, oldest[1], alone)
 
     def longest(self, now: float, most: int) -> list[Straggler]:
         """Up to `most` rows that run, those that have run longest first."""
         found: dict[int, float] = {}
         for id, seconds in islice(self._watches.running(now), 8 * most):  # a row may have many requests
-            found.setdefault(self._parts[id].row.line, seconds)
+            found.setdefault(self._lanes.part(id).row.line, seconds)
         return [Straggler(line, seconds) for line, seconds in islice(found.items(), most)]
 
     def take(self, output: Output) -> tuple[Ended | None, list[str]]:
         """News of one request: the row that it completes, if it does, and requests to cancel."""
-        part = self._parts.get(output.id)
-        if part is None:
-            return None, []  # of an engine that has died since, or of a row that failed
+        lane = self._lanes.of(output.id)
+        if lane is None:
+            return None, []
+        part = lane.parts[output.id]
         part.extend(output)
         cancel: list[str] = []
         if part.over and output.finish is None and not part.cancelled:
@@ -289,8 +296,7 @@ class Feed:
             cancel.append(output.id)
         if output.finish is None:
             return None, cancel
-        del self._parts[output.id]
-        self._unstarted.discard(output.id)
+        lane.remove(output.id)
         self._watches.stop(output.id)
         return self._end(part, output), cancel
 
@@ -342,20 +348,20 @@ class Feed:
 
     # -- a dead engine -----------------------------------------------------------------------------
 
-    def died(self) -> list[int]:
-        """The engine is gone with all it had. Its rows come back in small groups without company, so that one which
+    def died(self, engine: int = 0) -> list[int]:
+        """An engine is gone with all it had. Its rows come back in small groups without company, so that one which
         kills the engine is found; those that only waited too, for an engine that died in the step that started a row
         had no time to say so. Returns the line of the one row that was alone when the engine died."""
-        parts = list(self._parts.values())
-        self._parts.clear()
-        self._unstarted.clear()
-        self._watches.clear()
+        lane = self._lanes[engine]
+        parts = lane.clear()
+        for part in parts:
+            self._watches.stop(part.request.id)
         lines = list(dict.fromkeys(part.row.line for part in parts))  # in plan order, to share prefixes
         size = max(1, -(-len(lines) // QUARANTINE))
         for first in range(0, len(lines), size):
             group = set(lines[first : first + size])
-            self._groups.append([self._fresh(part) for part in parts if part.row.line in group])
-        self._quarantine = bool(self._groups)
+            lane.groups.append([self._fresh(part) for part in parts if part.row.line in group])
+        lane.quarantine = bool(lane.groups)
         return lines if len(lines) == 1 else []
 
     def _fresh(self, part: AnyPart) -> AnyPart:
@@ -363,8 +369,10 @@ class Feed:
         return self._part(part.row, part.number, part.request)
 
     def fail(self, line: int, error: RowError) -> Ended:
-        """Give up on a row that is not in the engine."""
-        self._groups = deque(group for group in self._groups if all(part.row.line != line for part in group))
+        """Give up on a row. What other engines have of it comes to nothing."""
+        for lane in self._lanes:
+            for id in lane.drop(line):
+                self._watches.stop(id)
         self._first = deque(part for part in self._first if part.row.line != line)
         row = next(row for row in self._rows.values() if row.line == line)
         row.error = error

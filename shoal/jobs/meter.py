@@ -10,6 +10,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ from shoal.jobs.prepare import Prepared
 from shoal.jobs.pulse import LONGEST, Recorder
 from shoal.jobs.report import Report, Rows, Tokens, Verified
 from shoal.jobs.results import Results
+from shoal.jobs.shares import Shares
 from shoal.jobs.tally import FACTS, SPENT, tally
 from shoal.jobs.verify import Check
 
@@ -53,22 +55,24 @@ class Meter:
         """`began` [s, monotonic]: when the run did."""
         self.began = began
         self.plan_seconds = self.load_seconds = 0.0
-        self.ready: Ready | None = None
+        self._ready: dict[int, Ready] = {}  # by engine, as all that follows with an engine's number
         self.restarts = 0
         self._earlier: dict[str, float] = {}  # of earlier runs
         self._dead: dict[str, int] = dict.fromkeys(COUNTED, 0)  # of engines of this run that died
-        self._counters: Mapping[str, int] = {}  # of the engine that lives
-        self._used_blocks = 0
+        self._counters: dict[int, Mapping[str, int]] = {}  # of the engines that live
+        self._used: dict[int, int] = {}  # bytes of keys and values in use
+        self._requests: dict[int, tuple[int, int]] = {}  # waiting and running
         self._peak = 0
         self._looked = self._noted = -math.inf  # on the job's clock
         self._saved: float | None = None
-        self._processes = [psutil.Process()]
+        self._self, self._processes = psutil.Process(), dict[int, psutil.Process]()
+        self.shares = Shares()
         self._steps: IO[str] | None = None
         self._facts = Report(Rows())
         self._bound = 0  # prompt tokens to compute
         self.outlook: Outlook | None = None
-        self._peak_blocks = 0
-        self._in_flight = 0  # tokens that are counted, and not computed yet
+        self._peak_kv = 0  # bytes
+        self._in_flight: dict[int, int] = {}  # tokens that are counted, and not computed yet
         self._ended = self._ended_tokens = 0  # rows of this run, and the output tokens they came to
         self._ended_seconds, self._looped = 0.0, 0  # for which they ran; rows of them that repeat themselves
         self._answered: dict[str, int] | None = None  # counters when all rows had ended
@@ -142,9 +146,10 @@ class Meter:
 
     def plan_facts(self, job: Prepared, plan: Plan, resumed: int) -> PlanFacts:
         """What there is to say before any model work; `resumed` rows were answered by an earlier run."""
-        options, ready = job.options, self.ready
+        options, ready = job.options, list(self._ready.values())
         model = job.name + ("" if options.model else " (the embedded model)")
-        device = ready.device if ready else "a backend"
+        device = ", ".join(sorted({one.device for one in ready})) or "a backend"
+        device += f" with {len(ready)} engines" if len(ready) > 1 else ""
         if options.endpoints:
             model, device = options.model or "as the rows name it,", ", ".join(options.endpoints)
         elif job.vllm is not None:
@@ -153,8 +158,7 @@ class Meter:
             input="standard input" if str(options.input) == "-" else str(options.input), model=model,
             rows=plan.num_rows, bad=plan.num_bad, copies=plan.num_copies,
             prompt_tokens=plan.prompt_tokens, prompt_bound=plan.bound,
-            kv_bytes=ready.kv_bytes if ready else 0,
-            kv_tokens=ready.num_blocks * ready.block_size if ready else 0,
+            kv_bytes=self._kv_bytes, kv_tokens=sum(one.num_blocks * one.block_size for one in ready),
             seconds=self.plan_seconds, resumed=resumed, device=device,
             kv=job.manifest.kv_mode if ready else "", served=bool(options.servers),
         )  # fmt: skip
@@ -169,12 +173,15 @@ class Meter:
         self._recorder.note(results.journal, known)
         results.keep()
 
-    def loaded(self, ready: Ready, pid: int) -> None:
+    def loaded(self, ready: Ready, pid: int, engine: int = 0) -> None:
         """An engine is ready, in process `pid`."""
-        self.ready = ready
-        self.load_seconds += ready.load_seconds
-        self._processes = [psutil.Process(), psutil.Process(pid)]
-        self._recorder.loaded(time.monotonic() - self.began)
+        if engine == 0:  # they load beside each other
+            self.load_seconds += ready.load_seconds
+        if engine not in self._ready or len(self._ready) == 1:  # with none of the others at work
+            self._recorder.loaded(time.monotonic() - self.began)
+        self._ready[engine] = ready
+        self._processes[engine] = psutil.Process(pid)
+        self.shares.device(engine, ready.device)
 
     def reached(self, seconds: float) -> None:
         """A server that was started for the job answers, after so many."""
@@ -202,31 +209,42 @@ class Meter:
         """All rows have ended: what is computed from here on is no part of the job."""
         self._answered = self._totals()
         self._recorder.checking = True
+        self.shares.freeze()
 
-    def died(self) -> None:
-        """The engine is gone, and its counters with it."""
-        self._dead = self._totals()
-        self._counters = {}
+    def died(self, engine: int = 0) -> None:
+        """An engine is gone, and its counters with it."""
+        counters = self._counters.pop(engine, {})
+        self._dead = {name: number + counters.get(name, 0) for name, number in self._dead.items()}
+        self.shares.died(engine)
+        for of_engine in (self._processes, self._used, self._requests, self._in_flight):
+            of_engine.pop(engine, None)
         self.restarts += 1
-        self._recorder.died()
+        self._recorder.died(len(self._ready) > 1)
 
     def take(self, news: News, folder: Path) -> None:
         """Read the engine's counters, and log its steps in the state folder."""
         if news.counters:
-            self._counters, self._used_blocks = news.counters, news.used_blocks
-            share = news.used_blocks / max(self.ready.num_blocks, 1) if self.ready else 0.0
+            engine, block = news.engine, self._block_bytes(news.engine)
+            self._counters[engine], self._requests[engine] = news.counters, (news.waiting, news.running)
+            self.shares.heard(engine, news.counters)
+            most = max([news.used_blocks, *(step.used_blocks for step in news.steps)])
+            self._peak_kv = max(self._peak_kv, sum(self._used.values()) - self._used.get(engine, 0) + most * block)
+            self._used[engine] = news.used_blocks * block
+            share = sum(self._used.values()) / max(self._kv_bytes, 1)
             totals = self.total("prompt_computed"), self.total("output_computed")
-            self._recorder.hear(time.monotonic() - self.began, totals, share, news.waiting, news.running)
-            self._peak_blocks = max(self._peak_blocks, news.used_blocks, *(step.used_blocks for step in news.steps), 0)
+            waiting, running = (sum(numbers) for numbers in zip(*self._requests.values(), strict=True))
+            self._recorder.hear(time.monotonic() - self.began, totals, share, waiting, running)
         if news.steps:
-            self._in_flight = news.steps[-1].tokens
+            self._in_flight[news.engine] = news.steps[-1].tokens
             with disk_errors(folder / STEPS):
                 if self._steps is None:
                     self._steps = (folder / STEPS).open("a", encoding="utf-8")
                 for step in news.steps:
+                    several = {"engine": news.engine} if len(self._ready) > 1 else {}
                     self._steps.write(
                         json.dumps(
-                            {
+                            several
+                            | {
                                 "step": step.index, "tokens": step.tokens, "sequences": step.sequences,
                                 "prompt_tokens": step.prompt_tokens, "used_blocks": step.used_blocks,
                                 "ended": round(step.ended, 6),
@@ -241,6 +259,7 @@ class Meter:
             self._look()
         if now - self._noted > NOTE_EVERY:
             self._noted = now
+            self.shares.apart = feed.lost_apart
             results.journal.note(SPENT, json.dumps(self._spent()))
             rates = self._window.add(now, progress)
             self._recorder.note(results.journal, progress, rates, feed.longest(now, LONGEST))
@@ -260,7 +279,7 @@ class Meter:
 
     def total(self, name: str) -> int:
         """A counter over all engines of this run."""
-        return self._dead[name] + self._counters.get(name, 0)
+        return self._dead[name] + sum(counters.get(name, 0) for counters in self._counters.values())
 
     def _totals(self) -> dict[str, int]:
         return {name: self.total(name) for name in COUNTED}
@@ -273,24 +292,28 @@ class Meter:
         computed, output = self.total("prompt_computed"), self.total("output_computed")
         oldest = feed.straggler(now)
         slow = max(LONG, TIMES * self._ended_seconds / max(self._ended, 1))
-        block = self._block_bytes
+        self.shares.apart = feed.lost_apart
         left = None
         if self.outlook is not None and self._answered is None:
-            done = max(computed + output - self._in_flight, 0)
+            done = max(computed + output - sum(self._in_flight.values()), 0)
             left = self.outlook.left(now, done, output, lambda: feed.ages(now))
         return Progress(
             rows_total=rows, rows_done=answered, rows_failed=failed, rows_written=written, waiting_for=waiting_for,
             tokens_in=computed + self.total("cached"), tokens_out=output, tokens_saved=self.total("cached"),
             work_done=computed + output,
             work_left=self._work_left(max(self._bound - computed, 0), output, rows - answered - free),
-            kv_used=self._used_blocks * block, kv_total=self.ready.kv_bytes if self.ready else 0,
+            kv_used=sum(self._used.values()), kv_total=self._kv_bytes,
             looped=self._looped, straggler=oldest if oldest is not None and oldest.seconds > slow else None,
             seconds_left=left,
         )  # fmt: skip
 
     @property
-    def _block_bytes(self) -> int:
-        return self.ready.kv_bytes // max(self.ready.num_blocks, 1) if self.ready else 0
+    def _kv_bytes(self) -> int:
+        return sum(one.kv_bytes for one in self._ready.values())
+
+    def _block_bytes(self, engine: int) -> int:
+        ready = self._ready.get(engine)
+        return ready.kv_bytes // max(ready.num_blocks, 1) if ready else 0
 
     def _work_left(self, prompts: int, output: int, rows: int) -> int | None:
         """Tokens that `rows` will still cost: `prompts`, and answers as long as those that have ended were."""
@@ -327,24 +350,25 @@ class Meter:
             "wall": time.monotonic() - self.began, "cpu": cpu, "load": self.load_seconds, "plan": self.plan_seconds,
             "restarts": float(self.restarts), "runs": 1.0,
         }  # fmt: skip
-        spent = {name: value + self._earlier.get(name, 0.0) for name, value in own.items()}
-        spent["peak_kv"] = max(float(self._peak_blocks * self._block_bytes), self._earlier.get("peak_kv", 0.0))
+        own |= self.shares.spent()
+        spent = self._earlier | {name: value + self._earlier.get(name, 0.0) for name, value in own.items()}
+        spent["peak_kv"] = max(float(self._peak_kv), self._earlier.get("peak_kv", 0.0))
         spent["peak"] = max(float(self._peak), self._earlier.get("peak", 0.0))
         return spent
 
-    def engine_seconds(self) -> float:
-        """Processor time of an engine that still lives."""
-        try:
-            times = [process.cpu_times() for process in self._processes[1:]]
-        except psutil.Error:
-            return 0.0  # it has ended: its time is among that of the children
-        return float(sum(time.user + time.system for time in times))
+    def engine_seconds(self, engine: int | None = None) -> float:
+        """Processor time of the engines that still live, or of one of them."""
+        spent = 0.0
+        for number, process in self._processes.items():
+            if engine in (None, number):
+                with suppress(psutil.Error):  # it has ended: its time is among that of the children
+                    times = process.cpu_times()
+                    spent += times.user + times.system
+        return spent
 
     def _look(self) -> None:
         used = 0
-        for process in self._processes:
-            try:
+        for process in (self._self, *self._processes.values()):
+            with suppress(psutil.Error):  # it has ended
                 used += process.memory_info().rss
-            except psutil.Error:
-                continue  # it has ended
         self._peak = max(self._peak, used)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from shoal.core.config import EngineConfig
 from shoal.core.errors import UsageError
+from shoal.jobs.devices import first_of
 from shoal.remote.server import parse_url
 
 STDIN = Path("-")
@@ -117,10 +118,12 @@ class JobOptions:
     order: Order = Order.PLAN
     memory: int | None = None  # bytes for keys and values; None: what the machine has to spare
     step_tokens: int | None = None  # at most so many tokens in one step; None: the engine's default
-    device: str = "cpu"  # where the model runs: cpu, cuda, cuda:N, the addresses of servers, vllm, vllm cuda:N
+    device: str = (
+        "cpu"  # where the model runs: see parse_devices; addresses of servers, with commas; or vLLM and a device
+    )
     weights: str = "auto"  # one of core/config's WEIGHTS; auto takes the checkpoint's
     kv: str = "auto"  # how keys and values are kept: as they come, or rounded to int8
-    threads: int | None = None  # of the kernels; None: OMP_NUM_THREADS or the number of cores
+    threads: int | None = None  # of each engine's kernels; None: OMP_NUM_THREADS or the number of cores
     seed: int = 0  # decides the seed of rows that bring none
     max_failures: FailureBudget = FailureBudget()
     strict: bool = False  # a malformed line ends the job before it starts, and rows must name its model
@@ -181,7 +184,7 @@ class JobOptions:
         given = {
             "model": self.model,
             "adapters": self.adapter,
-            "device": self.device.removeprefix(VLLM).strip() or "cpu",
+            "device": first_of((self.device.removeprefix(VLLM).strip() or "cpu") if self.starts_vllm else self.device),
             "weights": self.weights,
             "kv": self.kv,
             "threads": self.threads,

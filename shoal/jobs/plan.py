@@ -23,8 +23,9 @@ from shoal.jobs import plan_store as store
 from shoal.jobs.arena import Arena
 from shoal.jobs.files import disk_errors
 from shoal.jobs.keys import SIZE as KEY
-from shoal.jobs.plan_arrange import arrange
+from shoal.jobs.plan_arrange import arrange, facts_of
 from shoal.jobs.plan_build import NO_KEY, Encoder, Source, collect
+from shoal.jobs.plan_sort import overlaps
 
 Order = Literal["prefix", "input", "length"]
 Staircase = tuple[tuple[int, int], ...]
@@ -98,6 +99,24 @@ class Plan:
         arrays, totals = arrange(self._units[kept], self._arena, self.order)
         arrays = {**self._arrays, **arrays, "units": self._units[kept], "asks": self._asks[kept]}
         return Plan(self.folder, {**self._summary, **totals, "prompt_tokens": self.prompt_tokens}, arrays)
+
+    def shares(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How many tokens the unit at each of these positions may take from the one at the position before it in the
+        list; 0 for the first."""
+        facts = facts_of(self._units[self._unit_at[positions]], self._arena)
+        here = np.arange(len(positions))
+        found = np.zeros(len(here), dtype=np.int64)
+        if self.order != "length" and len(here):
+            found[1:] = np.minimum(overlaps(facts.prompts, here[:-1], here[1:]), facts.reach[1:])
+        return found
+
+    def bound_of(self, positions: npt.NDArray[np.int64]) -> int:
+        """The least number of prompt tokens to compute for the units at these positions alone."""
+        return int(arrange(self._units[self._unit_at[positions]], self._arena, self.order)[1]["bound"])
+
+    def index(self, position: int) -> int:
+        """The index of the first request of the unit at a position; of the first beyond the last, their number."""
+        return int(self._index[position]) if position < self.num_units else self.num_requests
 
     @property
     def saved(self) -> int:

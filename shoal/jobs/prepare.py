@@ -17,6 +17,7 @@ from pathlib import Path
 from shoal import __version__
 from shoal.core.errors import ModelError, UsageError
 from shoal.jobs.answer import AnswerWriter
+from shoal.jobs.devices import kind_of
 from shoal.jobs.encode import RowEncoder
 from shoal.jobs.feed import Feed, Known
 from shoal.jobs.files import Files
@@ -70,10 +71,10 @@ class Prepared:
             return AnswerWriter(self.words.tokenizer, decided, self.name, created(), shown, self.words.encoder.style)
         return ReplyWriter(decided, shown)
 
-    def feed(self, plan: Plan, done: Callable[[int], bool], known: Known | None) -> Feed:
-        """What hands out the rows of a plan."""
+    def feed(self, plan: Plan, done: Callable[[int], bool], known: Known | None, engines: int = 1) -> Feed:
+        """What hands out the rows of a plan to so many engines."""
         part = parts_of(self.words.tokenizer) if isinstance(self.words, Words) else ReplyPart
-        return Feed(plan, self.source, self.words.encoder, part, done, known)
+        return Feed(plan, self.source, self.words.encoder, part, done, known, engines)
 
 
 def errors_path(output: Path) -> Path:
@@ -221,7 +222,7 @@ def make_manifest(options: JobOptions, state: Path, files: Files, words: Words, 
         weight_mode=weights,
         kv_mode=kv_mode(options.kv, weights),
         adapters={name: _adapter_hash(Path(each), state, files) for name, each in options.adapter.items()},
-        instruction_set=f"{options.device} {os.environ.get('SHOAL_ISA') or instruction_set()}",
+        instruction_set=f"{kind_of(options.device)} {os.environ.get('SHOAL_ISA') or instruction_set()}",
         versions={"shoal": __version__, "arithmetic": arithmetic(), **{name: version(name) for name in LIBRARIES}},
         layout=_layout(options),
     )

@@ -78,9 +78,10 @@ class Recorder:
         """An engine is ready, after so many seconds of this run."""
         self.state, self._heard = "running", seconds
 
-    def died(self) -> None:
-        """The engine is gone."""
-        self.state, self._requests = "restarting", (0, 0)
+    def died(self, others: bool = False) -> None:
+        """An engine is gone, and others go on or there are none."""
+        if not others:
+            self.state, self._requests = "restarting", (0, 0)
         self.restarts += 1
 
     def hear(self, seconds: float, totals: tuple[int, int], kv: float, waiting: int, running: int) -> None:

@@ -62,13 +62,25 @@ class Reused:
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """Tokens computed more than once, by reason. The first three are Tokens.prompt_recomputed."""
+    """Tokens computed more than once, by reason. The first three and `apart` are Tokens.prompt_recomputed."""
 
     preempted: int = 0  # prompt tokens of rows that were put off for want of memory
     other: int = 0  # all else: shared prefixes given up for want of memory, rows that were moved up
     restarted: int = 0  # after an interruption, a dead engine or a retry; want of memory is not told apart then
     last: int = 0  # last tokens of fully shared prompts: their hidden state is needed
     output: int = 0  # of answers of rows that were put off for want of memory
+    apart: int = 0  # prompt tokens that more than one engine has computed, each having none of the others' memory
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What one of several engines has done, over all runs."""
+
+    device: str
+    rows: int = 0  # that it has completed
+    prompt_computed: int = 0
+    output: int = 0  # tokens it computed
+    seconds: float = 0.0  # in which it had something to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +179,7 @@ class Report:
     sent: Sent = Sent()
     peak_kv_bytes: int = 0  # most keys and values in use at once
     predicted: Foretold | None = None  # when the job was planned; None: nobody was asked
+    engines: list[Engine] = field(default_factory=list)  # where there were several
     disagree: list[str] = field(default_factory=list)  # what two records of the job say differently
 
     def problems(self) -> list[str]:
@@ -189,7 +202,10 @@ class Report:
         if self.reused.prompt_tokens > tokens.prompt or self.reused.output_tokens > tokens.output:
             found.append(f"{self.reused.prompt_tokens} prompt tokens were saved, of only {tokens.prompt}")
         again = self.again
-        if again != Again() and again.preempted + again.other + again.restarted != tokens.prompt_recomputed:
+        if (
+            again != Again()
+            and again.preempted + again.other + again.restarted + again.apart != tokens.prompt_recomputed
+        ):
             found.append(f"{tokens.prompt_recomputed} prompt tokens recomputed, but their reasons count otherwise")
         if (failed := sum(group.count for group in self.errors.values())) != rows.ended - rows.ok and self.running:
             found.append(f"{rows.ended - rows.ok} rows have failed so far, but their error codes count {failed}")

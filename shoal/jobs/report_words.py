@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-from shoal.jobs.report import Again, Failures, Report, Reused, Rows, Sent, Tokens, compared
+from shoal.jobs.report import Again, Engine, Failures, Report, Reused, Rows, Sent, Tokens, compared
 from shoal.jobs.terminal import said
 from shoal.jobs.units import count, duration, percent, size
 
@@ -84,12 +84,21 @@ def again_line(again: Again) -> str:
     """Tokens computed more than once, each with its reason."""
     reasons = (
         (again.preempted, "prompt tokens of rows put off for want of memory"),
+        (again.apart, "prompt tokens on more than one device"),
         (again.other, "prompt tokens for other reasons"),
         (again.restarted, "prompt tokens after an interruption, a dead engine or a retry"),
         (again.last, "last tokens of fully shared prompts"),
         (again.output, "tokens of answers of rows put off for want of memory"),
     )
     return ", ".join(f"{count(number)} {why}" for number, why in reasons if number)
+
+
+def engine_line(engine: Engine) -> str:
+    """What one of several engines has done."""
+    return (
+        f"{engine.device}: {count(engine.rows)} rows, {count(engine.prompt_computed)} prompt and "
+        f"{count(engine.output)} output tokens computed, busy for {duration(engine.seconds)}"
+    )
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
@@ -127,6 +136,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
         )
     if words := again_line(report.again):
         pairs.append(("computed again", words))
+    pairs += [(f"engine {number}", engine_line(one)) for number, one in enumerate(report.engines)]
     if report.looped:
         pairs.append(("loops", f"{count(report.looped)} answers repeat themselves up to their limit"))
     pairs += [

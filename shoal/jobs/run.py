@@ -14,24 +14,25 @@ from pathlib import Path
 from rich.console import Console
 
 from shoal.client import Backend, EngineProcess, News
+from shoal.core.config import EngineConfig
 from shoal.core.errors import EngineDied, RowError, ShoalError, UsageError
 from shoal.jobs.blamed import Blamed
 from shoal.jobs.cache import AnswerCache
 from shoal.jobs.crew import on_all_cores
 from shoal.jobs.display import Display, Progress
 from shoal.jobs.ending import BUDGET_HIT, INTERRUPTED, ended_before, judge
-from shoal.jobs.engines import POLL, Engines, open_servers, pause_after
+from shoal.jobs.engines import POLL, Engines, open_servers
 from shoal.jobs.feed import Ended, Feed, Known
 from shoal.jobs.files import DiskFiles, Files
+from shoal.jobs.fleet import employ, start_processes
 from shoal.jobs.foretold import Seer
 from shoal.jobs.meter import Meter
 from shoal.jobs.note import keep_note
 from shoal.jobs.options import JobOptions, Order
 from shoal.jobs.passing_encode import PassingEncoder
-from shoal.jobs.patience import Patience
 from shoal.jobs.plan import Order as PlanOrder
 from shoal.jobs.plan import Plan, build_plan
-from shoal.jobs.prepare import Prepared, ServedWords, prepare
+from shoal.jobs.prepare import Prepared, ServedWords, Words, prepare
 from shoal.jobs.report import NAME as REPORT
 from shoal.jobs.report import write_report
 from shoal.jobs.report_words import print_report
@@ -63,19 +64,19 @@ def run_job(
     with stopping() as stop:
         # The process loads its libraries while we read, check and plan.
         servers = open_servers(options) if backend is None else None
-        engine = EngineProcess(options.threads or 0) if backend is None and not options.servers else None
+        engines = start_processes(options) if backend is None and not options.servers else []
         try:
             job = prepare(options, files)
             try:
                 ended = job.begin is JobBegin.FINISHED and (job.state.path / REPORT).is_file() and not options.verify
                 if ended and (again is None or again.idle(job.state.path)):
                     return ended_before(job, console)
-                return _Job(job, files, console, stop, began, engine, backend or servers, again, seer).run()
+                return _Job(job, files, console, stop, began, engines, backend or servers, again, seer).run()
             finally:
                 job.source.close()
                 job.state.close()
         finally:
-            for one in (engine, servers):
+            for one in (*engines, servers):
                 if one is not None:
                     one.close()
 
@@ -85,7 +86,7 @@ class _Job:
 
     def __init__(
         self, job: Prepared, files: Files, console: Console, stop: Stop, began: float,
-        engine: EngineProcess | None, backend: Backend | None, again: Again | None, seer: Seer | None,
+        processes: list[EngineProcess], backend: Backend | None, again: Again | None, seer: Seer | None,
     ) -> None:  # fmt: skip
         self.job, self.files, self.console, self.stop, self.again = job, files, console, stop, again
         self.seer = seer
@@ -93,11 +94,7 @@ class _Job:
         self.display = Display(console, self.clock, job.options.quiet)
         self.writer = job.writer()
         self.meter = Meter(began)
-        self.patience = Patience(self.meter.engine_seconds)
-        threads = job.options.threads or 0
-        self.engines = Engines(
-            engine, backend, lambda: EngineProcess(threads), self.meter, self.patience, self.display, stop
-        )
+        self.engines = employ(processes, backend, job.options, self.meter, self.display, stop)
         self.budget_hit = False
         self.resumed = 0  # rows that an earlier run has ended
         self.strangers = False  # whether a row has named another model
@@ -145,7 +142,7 @@ class _Job:
                 self.cache.close()
 
     def _feed(self, plan: Plan, results: Results, known: Known | None = None) -> Feed:
-        return self.job.feed(plan, results.done, known)
+        return self.job.feed(plan, results.done, known, self.engines.number)
 
     def _plan(self) -> Plan:
         job = self.job
@@ -199,26 +196,29 @@ class _Job:
     def _start(
         self, plan: Plan, loading: Callable[[], None] = lambda: None, meanwhile: Callable[[], None] = lambda: None
     ) -> None:  # fmt: skip
-        words = self.job.words
-        if isinstance(words, ServedWords):
-            return self.engines.reach(self.job)
+        if not isinstance(self.job.words, ServedWords):
+            return self.engines.start(*self._needs(self.job.words, plan), loading, meanwhile)
+        assert isinstance(self.engines, Engines)  # servers are as one engine, however many they are
+        self.engines.reach(self.job)
+
+    def _needs(self, words: Words, plan: Plan) -> tuple[EngineConfig, int]:
+        """What an engine is told, and the tokens that a plan can fill its memory with."""
         config = replace(self.job.options.engine(), model=str(words.folder))
-        useful = plan.bound + min(plan.answer_tokens, config.max_sequences * words.info.context)
-        self.engines.start(config, useful, loading, meanwhile)
+        return config, plan.bound + min(plan.answer_tokens, config.max_sequences * words.info.context)
 
     def _revive(self, plan: Plan, feed: Feed, results: Results, death: EngineDied) -> None:
         """Start another engine in place of a dead one, and give up on a row that has killed it twice alone."""
         if not self.engines.bury(death):
             return
-        for line in results.died(feed.died()):
+        for line in results.died(feed.died(death.engine)):
             error = RowError("the engine died twice while it ran this row alone", "engine_died")
             self._take_row(results, feed.fail(line, error))
 
         def meanwhile() -> None:
             self._pass_time(feed, results)
 
-        self.engines.wait(pause_after(self.engines.deaths), meanwhile)
-        self._start(plan, meanwhile=meanwhile)
+        assert isinstance(self.job.words, Words)
+        self.engines.revive(death.engine, *self._needs(self.job.words, plan), meanwhile)
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -242,7 +242,7 @@ class _Job:
         self.meter.verifying()
         feed = self._feed(plan, results)
         feed.follow(self.check.units(plan))
-        if lines and self.engines.backend is None:
+        if lines and not self.engines.ready:
             self._start(plan)
         if lines:
             self._loop(feed, results)
@@ -252,20 +252,19 @@ class _Job:
         plan = feed.plan
         while not self.stop.asked and not self.budget_hit:
             try:
-                assert self.engines.backend is not None
                 if self.job.options.order is not Order.FINISH:
                     feed.hurry(results.status().written)
-                requests, watched = feed.next(self.clock.now())
-                if requests:
-                    self.engines.backend.submit(self.blamed.marked(requests), watched)
+                for engine in range(self.engines.number):
+                    requests, watched = feed.next(self.clock.now(), engine)
+                    if requests:
+                        self.engines.submit(engine, self.blamed.marked(requests), watched)
                 while feed.ready:
                     self._take_row(results, feed.ready.pop())
                 waiting = self.reuse.copies.waiting
                 if feed.over and not waiting:
                     break
-                news = self.engines.backend.outputs(0.0 if waiting else POLL)
+                news = self.engines.outputs(0.0 if waiting else POLL)
                 if news is not None:
-                    self.patience.heard(self.clock.now())
                     self._take(news, feed, results)
                 elif said := self.engines.silent():
                     self.display.warn(said)
@@ -274,20 +273,21 @@ class _Job:
             self._pass_time(feed, results)
             if self.check is None:  # what is compared may take its time
                 self._cancel_late(feed)
-        if self.stop.asked and self.engines.backend is not None:
-            try:
-                news = self.engines.backend.outputs(LAST_STEP)
-                if news is not None:
+        if self.stop.asked and self.engines.ready:
+            for _ in range(self.engines.number):
+                try:
+                    if (news := self.engines.outputs(LAST_STEP)) is None:
+                        return
                     self._take(news, feed, results)
-            except EngineDied:
-                return  # its unfinished rows would have run again anyway
+                except EngineDied:
+                    return  # its unfinished rows would have run again anyway
 
     def _cancel_late(self, feed: Feed) -> None:
         """Ask the engine to end what has run for longer than its row allows; it comes back with what it had."""
         late = feed.late(self.clock.now())
         try:
-            if late and self.engines.backend is not None:
-                self.engines.backend.cancel(late)
+            if late:
+                self.engines.cancel(late)
         except EngineDied:
             pass  # the next look for news finds it so too
 
@@ -315,11 +315,11 @@ class _Job:
             ended, stopped = feed.take(output)
             cancel += stopped
             if ended is not None:
-                self.engines.deaths = 0
+                self.engines.answered(news.engine)
+                self.meter.shares.completed(news.engine)
                 self._take_row(results, ended)
         if cancel:
-            assert self.engines.backend is not None
-            self.engines.backend.cancel(cancel)
+            self.engines.cancel(cancel)
         self.meter.take(news, self.job.state.path)
 
     def _take_row(self, results: Results, ended: Ended) -> None:

@@ -20,21 +20,21 @@ import msgspec
 import numpy as np
 from rich.console import Console
 
-from shoal.client import Backend, EngineProcess, News
+from shoal.client import Backend, News
 from shoal.core.errors import EngineDied, RowError, UsageError
 from shoal.jobs.answer import AnswerWriter
 from shoal.jobs.cache import AnswerCache
 from shoal.jobs.display import Display
 from shoal.jobs.encode import Encoded
-from shoal.jobs.engines import POLL, Engines, pause_after
+from shoal.jobs.engines import POLL
 from shoal.jobs.feed import Ended, Feed
 from shoal.jobs.files import DiskFiles
+from shoal.jobs.fleet import employ, start_processes
 from shoal.jobs.intake import Intake
 from shoal.jobs.journal import DEATHS_ALLOWED
 from shoal.jobs.meter import Meter
 from shoal.jobs.options import JobOptions
 from shoal.jobs.part import parts_of
-from shoal.jobs.patience import Patience
 from shoal.jobs.plan import Plan, Row, Unit
 from shoal.jobs.prepare import created, make_manifest, open_words
 from shoal.jobs.read import Source
@@ -147,7 +147,7 @@ def stream(
 class _Open:
     """The rows under way, as a feed reads them of a plan and of a file."""
 
-    num_rows = 0  # nobody knows
+    num_rows = num_units = 0  # nobody knows
 
     def __init__(self) -> None:
         self.given: dict[int, object] = {}  # by number, from 0
@@ -203,15 +203,12 @@ class _Work:
         """All of it. An error in reading a row, or in what the caller does, ends it as closing does."""
         self._began = time.monotonic()
         # The process loads its libraries while words are read and the weights are hashed.
-        process = EngineProcess(self._options.threads or 0) if self._backend is None else None
-        display = Display(Console(stderr=True), self._clock, quiet=True)
-        meter = Meter(self._began)
-        self._patience = Patience(meter.engine_seconds)
-        threads = self._options.threads or 0
-        self._engines = Engines(
-            process, self._backend, lambda: EngineProcess(threads), meter, self._patience, display, Stop()
+        processes = start_processes(self._options) if self._backend is None else []
+        self._display, self._cache = (
+            Display(Console(stderr=True), self._clock, quiet=True),
+            cast("AnswerCache | None", None),
         )
-        self._display, self._cache = display, cast("AnswerCache | None", None)
+        self._engines = employ(processes, self._backend, self._options, Meter(self._began), self._display, Stop())
         try:
             self._prepare()
             while not self._intake.over or self._open or self._ready:
@@ -243,7 +240,9 @@ class _Work:
         known = self._cache.get if self._cache is not None else None
         # A feed reads of a plan and of a file what _Open has.
         plan, source = cast(Plan, self._open), cast(Source, self._open)
-        self._feed = Feed(plan, source, words.encoder, parts_of(words.tokenizer), lambda line: False, known)
+        self._feed = Feed(
+            plan, source, words.encoder, parts_of(words.tokenizer), lambda line: False, known, self._engines.number
+        )
         self._config = replace(options.engine(), model=str(words.folder))
         self._useful = self._config.max_sequences * words.info.context
         self._engines.start(self._config, self._useful)
@@ -258,7 +257,7 @@ class _Work:
         idle = not (self._open or self._ready)
         given = self._intake.take(POLL if idle else 0.0)
         if idle:
-            self._patience.begin(self._clock.now())  # until now the engine had nothing to say
+            self._engines.idle()  # until now there was nothing to say
         if given:
             self._encode(given)
 
@@ -292,19 +291,18 @@ class _Work:
         try:
             if self._units:
                 self._feed.follow(self._waiting())
-            requests, watched = self._feed.next(self._clock.now())
-            assert self._engines.backend is not None
-            if requests:
-                self._engines.backend.submit(requests, watched)
+            for engine in range(self._engines.number):
+                requests, watched = self._feed.next(self._clock.now(), engine)
+                if requests:
+                    self._engines.submit(engine, requests, watched)
             while self._feed.ready:
                 self._end(self._feed.ready.pop())
             if not self._open:
                 return
             if late := self._feed.late(self._clock.now()):
-                self._engines.backend.cancel(late)
-            news = self._engines.backend.outputs(0.0 if self._ready else POLL)
+                self._engines.cancel(late)
+            news = self._engines.outputs(0.0 if self._ready else POLL)
             if news is not None:
-                self._patience.heard(self._clock.now())
                 self._news(news)
             elif said := self._engines.silent():
                 self._display.warn(said)
@@ -318,22 +316,20 @@ class _Work:
             ended, stopped = self._feed.take(output)
             cancel += stopped
             if ended is not None:
-                self._engines.deaths = 0
+                self._engines.answered(news.engine)
                 self._end(ended)
         if cancel:
-            assert self._engines.backend is not None
-            self._engines.backend.cancel(cancel)
+            self._engines.cancel(cancel)
 
     def _revive(self, death: EngineDied) -> None:
         """Start another engine in place of a dead one, and give up on a row that has killed it twice alone."""
         self._engines.bury(death)
-        for line in self._feed.died():
+        for line in self._feed.died(death.engine):
             self._deaths[line] += 1
             if self._deaths[line] > DEATHS_ALLOWED:
                 error = RowError("the engine died twice while it ran this row alone", "engine_died")
                 self._end(self._feed.fail(line, error))
-        self._engines.wait(pause_after(self._engines.deaths), lambda: None)
-        self._engines.start(self._config, self._useful)
+        self._engines.revive(death.engine, self._config, self._useful, lambda: None)
 
     # -- results out -------------------------------------------------------------------------------
 

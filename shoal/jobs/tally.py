@@ -17,6 +17,7 @@ from shoal.jobs.journal import NAME as JOURNAL
 from shoal.jobs.journal import Status
 from shoal.jobs.look import View, is_running
 from shoal.jobs.report import NAME, Again, Failures, Report, Reused, Rows, Seconds, Sent, Slow, Tokens, read_report
+from shoal.jobs.shares import engines_of
 from shoal.jobs.state import FINISHED, folder_of
 
 FACTS = "facts"  # key in the journal: a Report of what is known before anything was answered
@@ -65,28 +66,36 @@ def tally(facts: Report, stats: Iterable[tuple[int, Status, str]], spent: Mappin
         )  # fmt: skip
         spent.update(prompt_computed=computed - spent["prompt_computed"])
     computed = int(spent["prompt_computed"] - spent["prompt_last"])
-    again = max(0, computed - facts.tokens.prompt_bound)
-    preempted = min(int(spent["prompt_preempted"]), again)
-    restarted = spent["runs"] > 1 or spent["restarts"] > 0
+    again = again_of(max(0, computed - facts.tokens.prompt_bound), spent)
     return replace(
         facts,
         rows=Rows(facts.rows.total, ended["ok"], ended["failed"], ended["expired"], ended["cancelled"]),
         tokens=Tokens(
-            facts.tokens.prompt, facts.tokens.prompt_bound, computed, again, int(spent["prompt_last"]), output
+            facts.tokens.prompt, facts.tokens.prompt_bound, computed, max(0, computed - facts.tokens.prompt_bound),
+            again.last, output,
         ),
         reused=Reused(
             free["copied"], free["cached"], free["copied prompt"] + free["cached prompt"],
             free["copied output"] + free["cached output"], free["cached prompt"], free["cached output"],
         ),
-        again=Again(
-            preempted, 0 if restarted else again - preempted, again - preempted if restarted else 0,
-            int(spent["prompt_last"]), int(spent["output_preempted"]),
-        ),
+        again=again,
         seconds=Seconds(spent["wall"], spent["cpu"], spent["load"], spent["plan"]),
         steps=int(spent["steps"]), peak_memory_bytes=int(spent["peak"]), peak_kv_bytes=int(spent["peak_kv"]),
-        errors=errors, looped=looped,
+        errors=errors, looped=looped, engines=engines_of(spent),
         slowest=[row for _, _, row in sorted(slow, key=lambda one: (-one[0], -one[1]))],
         runs=int(spent["runs"]), engine_restarts=int(spent["restarts"]),
+    )  # fmt: skip
+
+
+def again_of(tokens: int, spent: Mapping[str, float]) -> Again:
+    """So many prompt tokens were computed more than once: why."""
+    preempted = min(int(spent["prompt_preempted"]), tokens)
+    apart = min(int(spent["apart"]), tokens - preempted)
+    rest = tokens - preempted - apart
+    restarted = spent["runs"] > 1 or spent["restarts"] > 0
+    return Again(
+        preempted, 0 if restarted else rest, rest if restarted else 0, int(spent["prompt_last"]),
+        int(spent["output_preempted"]), apart,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from shoal.preview import paperwork
 from shoal.preview.bulk import Time
 from shoal.preview.forecast import predict
 from shoal.preview.look import Looked
-from shoal.preview.machine import ONLY_PROCESSOR, Measured, Unmeasured, measured
+from shoal.preview.machine import Measured, Unmeasured, elsewhere, measured
 from shoal.preview.options import ExplainOptions
 from shoal.preview.sizes import Sizes
 from shoal.runtime.memory import available_host_bytes, plan_memory
@@ -176,8 +176,7 @@ def _foretell(options: ExplainOptions, looked: Looked) -> tuple[Memory | None, F
     config = job.engine()
     memory = memory_of(looked, config, sizes, weights, kv, available_host_bytes())
     why = memory.problem or ("" if len(looked.units) else "no row can be run")
-    if job.device != "cpu":
-        why = ONLY_PROCESSOR
+    why = elsewhere(job.device) or why
     if why:
         return memory, None, why
     try:

@@ -14,8 +14,8 @@ from shoal.core.clock import SimClock
 from shoal.core.config import EngineConfig
 from shoal.core.types import Answer, Request, Sampling, Step
 from shoal.engine import Engine
-from shoal.jobs.feed import WINDOW
 from shoal.jobs.plan_sort import Ints
+from shoal.jobs.supply import WINDOW
 from shoal.preview.bulk import Time, Work, in_bulk
 from shoal.preview.look import Served
 from shoal.sched.cost import MeasuredCost

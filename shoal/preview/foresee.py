@@ -17,7 +17,7 @@ from shoal.preview.course import UNITS, Course, Rates
 from shoal.preview.facts import memory_of, spare_cores
 from shoal.preview.forecast import predict
 from shoal.preview.look import Looked, looked_at, served
-from shoal.preview.machine import ONLY_PROCESSOR, kept
+from shoal.preview.machine import elsewhere, kept
 from shoal.preview.sizes import Sizes
 from shoal.runtime.memory import available_host_bytes
 from shoal.text.checkpoint import kv_mode, weight_mode
@@ -54,8 +54,8 @@ def _course(job: Prepared, words: Words, looked: Looked, said: Foretold, free: i
     options, folder, config = job.options, words.folder, job.options.engine()
     if words.info.encoder:
         return Course(_without(said, "an encoder's steps are not measured"), looked, None)
-    if options.device != "cpu":
-        return Course(_without(said, ONLY_PROCESSOR), looked, None)
+    if why := elsewhere(options.device):
+        return Course(_without(said, why), looked, None)
     sizes, weights = Sizes.load(folder), weight_mode(options.weights, folder)
     kv = kv_mode(options.kv, weights)
     memory = memory_of(looked, config, sizes, weights, kv, free)

@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from shoal.core.errors import ShoalError
+from shoal.jobs.devices import kind_of, parse_devices
 from shoal.jobs.prepare import arithmetic, instruction_set
 from shoal.preview.sizes import Sizes
 from shoal.sched.cost import MeasuredCost
@@ -25,6 +26,7 @@ from shoal.sched.cost import MeasuredCost
 ERROR, MOST_ERROR = 0.15, 0.5  # shares that a prediction may be off: on a steady machine, and on any
 TIMEOUT = 120  # seconds: a measurement takes a few
 ONLY_PROCESSOR = "only the processor is measured, and the model runs elsewhere"
+SEVERAL = "the time of several engines beside each other is not predicted"
 PROCESSOR = ("model name", "cpu family", "model", "stepping", "cache size", "CPU part", "CPU implementer")
 
 
@@ -82,6 +84,13 @@ def measured(folder: Path, sizes: Sizes, weights: str, kv: str, threads: int | N
             f"{path} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can"
         ) from error
     return found
+
+
+def elsewhere(device: str) -> str:
+    """Why the time on a device is not predicted; "" where it is."""
+    if kind_of(device) != "cpu":
+        return ONLY_PROCESSOR
+    return SEVERAL if len(parse_devices(device)) > 1 else ""
 
 
 def kept(folder: Path, sizes: Sizes, weights: str, kv: str, threads: int | None) -> Measured | None:

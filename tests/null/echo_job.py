@@ -100,7 +100,7 @@ class EchoJob:
         def wait(engines: Engines, seconds: float, meanwhile: Callable[[], None]) -> None:
             self.paused.append(seconds)
 
-        with mock.patch("shoal.jobs.run.EngineProcess", process), mock.patch.object(Engines, "wait", wait):
+        with mock.patch("shoal.jobs.engines.EngineProcess", process), mock.patch.object(Engines, "wait", wait):
             return self._run(None, more)
 
     def _run(self, backend: Backend | None, more: dict[str, Any]) -> int:
@@ -196,7 +196,7 @@ class Mortal:
 
     made = 0
 
-    def __init__(self, threads: int = 0) -> None:
+    def __init__(self, threads: int = 0, cores: Sequence[int] = ()) -> None:
         type(self).made += 1
         self.number = type(self).made
         self.pid = os.getpid()

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from echo_job import EchoJob, Mortal, Watched, interrupt
 from encoder_folder import BEGIN, CONTEXT, END, WIDTH, WORDS, write_encoder
+from several import Several, run_on
 
 from shoal.client import InProcess
 from shoal.core.clock import SimClock
@@ -40,8 +41,19 @@ def encoder_backend(tokens: int = 64, ahead: int = 1) -> InProcess:
 class MortalEncoder(Mortal):
     """An engine process that ends in its third round, the first time."""
 
-    def __init__(self, threads: int = 0) -> None:
-        super().__init__(threads)
+    def __init__(self, threads: int = 0, cores: Sequence[int] = ()) -> None:
+        super().__init__(threads, cores)
+        self._backend = encoder_backend()
+
+    def dies(self, running: set[int]) -> bool:
+        return self.number == 1 and self.rounds == 3
+
+
+class SeveralEncoders(Several):
+    """Encoders beside each other, of which the first ends in its third round."""
+
+    def __init__(self, threads: int = 0, cores: Sequence[int] = ()) -> None:
+        super().__init__(threads, cores)
         self._backend = encoder_backend()
 
     def dies(self, running: set[int]) -> bool:
@@ -231,6 +243,17 @@ def test_an_engine_that_dies_costs_no_row(embed: Callable[..., EchoJob], unbroke
     MortalEncoder.made = 0
     assert made.run_mortal(MortalEncoder) == 0
     assert MortalEncoder.made == 2 and made.final() == unbroken_vectors
+
+
+def test_several_engines_leave_the_same_vectors(
+    embed: Callable[..., EchoJob], unbroken_vectors: tuple[bytes, bytes]
+) -> None:
+    made = embed(many_rows())
+    assert run_on(made, SeveralEncoders, "0,1,2") == 0
+    report = made.report
+    assert made.final() == unbroken_vectors and not report.problems() and report.engine_restarts == 1
+    assert report.tokens.prompt_bound <= report.tokens.prompt_computed
+    assert len(report.engines) == 3 and all(engine.rows > 0 for engine in report.engines)
 
 
 @pytest.mark.parametrize("order", [Order.INPUT, Order.FINISH])

@@ -92,7 +92,7 @@ def test_a_stop_string_gives_the_text_and_the_tokens_that_no_streaming_would(job
 def test_the_window_is_bounded_whatever_a_row_asks_for(job) -> None:
     one = job([chat(i, n=64, temperature=1.0, max_tokens=1) for i in range(12)])
     backend = Watched(echo_backend(), lambda rounds: None)
-    with mock.patch("shoal.jobs.feed.WINDOW", 100):
+    with mock.patch("shoal.jobs.supply.WINDOW", 100):
         assert one.run(backend) == 0
     assert len(backend.submitted) == 12 * 64 and backend.most_waiting < 100 + 64
 
@@ -105,7 +105,7 @@ def test_a_line_that_alone_holds_back_half_the_file_is_moved_up(job) -> None:
     ]
     mixed = [chat(i, f"{'odd' if i % 2 else 'even'} {i}", **(sure if i % 2 else {})) for i in range(400)]
     submitted = []
-    with mock.patch("shoal.jobs.feed.WINDOW", 32):
+    with mock.patch("shoal.jobs.supply.WINDOW", 32):
         for one in (job(rows), job(mixed)):
             backend = Watched(echo_backend(sequences=16), lambda rounds: None)
             assert one.run(backend) == 0

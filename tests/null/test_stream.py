@@ -157,7 +157,7 @@ def test_closing_ends_the_engine_and_so_does_an_error_in_the_rows() -> None:
         yield from (f"Question {i}" for i in range(3))
         raise KeyError("mine")
 
-    with mock.patch("shoal.jobs.stream.EngineProcess", Process):
+    with mock.patch("shoal.jobs.engines.EngineProcess", Process):
         Process.made = Process.closed = 0
         one = shoal.run((f"Question {i}" for i in range(10**9)), chat=True, body={"max_tokens": 3}, window=32)
         assert Process.made == 0, "nothing is begun before a result is wanted"
@@ -185,7 +185,7 @@ def test_rows_of_an_engine_that_dies_are_answered_once_by_the_next() -> None:
     rows = [f"Question {i}" for i in range(60)]
     whole = {result.number: result.line for result in results(rows, chat=True, body={"max_tokens": 6})}
     with (
-        mock.patch("shoal.jobs.stream.EngineProcess", Dies),
+        mock.patch("shoal.jobs.engines.EngineProcess", Dies),
         mock.patch.object(Engines, "wait", lambda self, seconds, meanwhile: None),
     ):
         Dies.made = 0

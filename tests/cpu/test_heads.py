@@ -1,0 +1,102 @@
+"""Heads of classifiers say what transformers says: rewards, classes, scores of pairs, ranks, as rows of a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from heads import DECODERS, ENCODERS, WORDS, logits, save_decoder, save_encoder, words
+
+import shoal
+from shoal.jobs.report import Report
+from shoal.text.tokenizer import Tokenizer
+
+STEM = "Say how well the answer suits. What is the longest river of the world? "
+TEXTS = [STEM + answer for answer in ("the Nile", "the Amazon", "a fish", "")] + ["x", "another text of its own"]
+
+
+def run(folder: Path, rows: list[tuple[str, dict[str, Any]]], **options: Any) -> tuple[Report, list[Any], list[Any]]:
+    """The report, the answers' bodies and the failed lines of a job over these urls and bodies."""
+    place = folder.parent
+    lines = [{"custom_id": f"r{i}", "method": "POST", "url": url, "body": body} for i, (url, body) in enumerate(rows)]
+    (place / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out, errors = place / "out.jsonl", place / "out.errors.jsonl"
+    report = shoal.run(place / "in.jsonl", out, model=str(folder), threads=1, overwrite=True, **options)
+    assert report.problems() == []
+    answers = [json.loads(line)["response"]["body"] for line in out.read_text().splitlines()]
+    return report, answers, [json.loads(line) for line in errors.read_text().splitlines()] if errors.exists() else []
+
+
+def some_text(luck: Random, most: int = 20) -> str:
+    return " ".join(luck.choices(WORDS[4:], k=luck.randrange(1, most + 1)))
+
+
+def sigmoid(number: float) -> float:
+    return 1 / (1 + math.exp(-number))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoders_numbers_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    model = save_decoder(folder, name, 3)
+    rows = [("/pooling", {"input": text, "use_activation": False}) for text in TEXTS if text]
+    rows.append(("/v1/pooling", {"input": TEXTS[:3], "use_activation": False}))
+    report, answers, _ = run(folder, rows)
+    ids = [list(each) for each in Tokenizer.load(folder).encode_batch([text for text in TEXTS if text])]
+    wanted = torch.tensor([logits(model, each) for each in ids])
+    got = torch.tensor([answer["data"][0]["data"] for answer in answers[:-1]])
+    assert (got - wanted).abs().max() < 1e-4 and wanted.std(0).min() > 0.01
+    assert [each["data"] for each in answers[-1]["data"]] == [answer["data"][0]["data"] for answer in answers[:3]]
+    tokens = report.tokens
+    assert tokens.prompt_computed == tokens.prompt_bound < tokens.prompt / 2, "what texts begin with is computed once"
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("labels", [1, 2, 3])
+def test_an_encoders_numbers_are_those_of_transformers(tmp_path: Path, name: str, labels: int) -> None:
+    folder, luck = tmp_path / "model", Random(4)
+    model = save_encoder(folder, name, labels)
+    texts = [some_text(luck) for _ in range(12)]
+    _, answers, _ = run(folder, [("/pooling", {"input": texts, "use_activation": False})])
+    wanted = torch.tensor([logits(model, words(name).encode(text).ids) for text in texts])
+    got = torch.tensor([each["data"] for each in answers[0]["data"]])
+    assert (got - wanted).abs().max() < 1e-4 and wanted.std(0).min() > 0.01
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_cross_encoder_scores_and_ranks_pairs_as_transformers_does(tmp_path: Path, name: str) -> None:
+    folder, luck = tmp_path / "model", Random(5)
+    model, tokenizer = save_encoder(folder, name), words(name)
+    query, documents = some_text(luck, 8), [some_text(luck) for _ in range(9)]
+
+    def number(first: str, second: str) -> float:
+        both = tokenizer.encode(first, second)
+        return sigmoid(logits(model, both.ids, both.type_ids if name == "bert" else None)[0])
+
+    wanted = [number(query, document) for document in documents]
+    rows = [
+        ("/v1/rerank", {"query": query, "documents": documents}),
+        ("/rerank", {"query": query, "documents": documents, "top_n": 3}),
+        ("/v1/score", {"text_1": query, "text_2": documents}),
+        ("/score", {"queries": documents, "documents": documents[::-1]}),
+        ("/score", {"data_1": query, "data_2": documents[0]}),
+    ]
+    report, (ranked, best, scored, both, one), _ = run(folder, rows)
+    assert report.exit_code == 0
+    got = [each["score"] for each in scored["data"]]
+    assert max(abs(a - b) for a, b in zip(got, wanted, strict=True)) < 1e-5 and max(wanted) - min(wanted) > 0.01
+    order = sorted(range(9), key=lambda i: -got[i])
+    assert [each["index"] for each in ranked["results"]] == order
+    assert [each["relevance_score"] for each in ranked["results"]] == [got[i] for i in order]
+    assert [each["document"]["text"] for each in ranked["results"]] == [documents[i] for i in order]
+    assert best["results"] == ranked["results"][:3]
+    pairs = [number(a, b) for a, b in zip(documents, documents[::-1], strict=True)]
+    assert max(abs(a["score"] - b) for a, b in zip(both["data"], pairs, strict=True)) < 1e-5
+    assert [each["score"] for each in one["data"]] == got[:1], "a pair alone is the pair among others"
+    num_tokens = sum(len(tokenizer.encode(query, document).ids) for document in documents)
+    assert scored["usage"] == ranked["usage"] == {"prompt_tokens": num_tokens, "total_tokens": num_tokens}

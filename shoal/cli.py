@@ -180,6 +180,7 @@ def explain(
     threads: flags.Threads = None,
     strict: flags.Strict = False,
     answer_tokens: Annotated[int | None, typer.Option(help="Tokens to expect of answers that end anywhere.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Rows to run first, to learn how long answers are.")] = None,
     price_per_hour: flags.Price = None,
     watts: flags.Watts = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine again.")] = False,
@@ -187,7 +188,7 @@ def explain(
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     config: flags.Config = None,
 ) -> None:
-    """Say what a file will do before it is run: its rows, what they share, memory and time. Needs no weights."""
+    """Say what a file will do before it is run: its rows, what they share, memory, time. No weights but for a sample."""
     from shoal.preview.command import run_explain  # here, so that --help stays quick
     from shoal.preview.options import ExplainOptions, rows_of
 
@@ -207,7 +208,7 @@ def explain(
             threads=threads,
             strict=strict,
         )
-        options = ExplainOptions(job, html, answer_tokens, price_per_hour, watts, calibrate)
+        options = ExplainOptions(job, html, answer_tokens, price_per_hour, watts, calibrate, sample)
         run_explain(options, json, Console())
 
 

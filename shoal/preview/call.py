@@ -53,13 +53,14 @@ def explain(
     price_per_hour: float | None = None,
     watts: float | None = None,
     calibrate: bool = False,
+    sample: int | None = None,
     **options: Any,
 ) -> Explained:
-    """Say what `shoal.run` with these options would do with the file `input`. Needs no weights.
+    """Say what `shoal.run` with these options would do with the file `input`. Needs no weights, but for a `sample`.
 
     `options` are the fields of JobOptions: model, prompt, chat, body, memory, …; the others are the command's flags.
     """
     if Path(input) == STDIN:
         raise UsageError("shoal.explain reads a file; standard input is the command's: shoal explain -i -")
     job = JobOptions(input=Path(input), output=Path(os.devnull), **options)  # nothing is answered
-    return Explained(explain_job(ExplainOptions(job, None, answer_tokens, price_per_hour, watts, calibrate)))
+    return Explained(explain_job(ExplainOptions(job, None, answer_tokens, price_per_hour, watts, calibrate, sample)))

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from shoal.jobs.files import disk_errors
 from shoal.jobs.options import JobOptions
+from shoal.jobs.run import run_job
 from shoal.preview.facts import Explanation, gather
 from shoal.preview.fix import repair
 from shoal.preview.lint import Lint, check, print_lint
@@ -15,15 +16,18 @@ from shoal.preview.lint import to_json as lint_json
 from shoal.preview.look import look
 from shoal.preview.options import ExplainOptions
 from shoal.preview.page import page
+from shoal.preview.sample import sample
 from shoal.preview.words import print_explanation, to_json
 
 SOME_FAIL = 3  # as a run's exit code for failed lines
 
 
 def explain(options: ExplainOptions) -> Explanation:
-    """All that can be said of a job before it runs."""
+    """All that can be said of a job before it runs, but for the rows of a sample."""
     with look(options.job) as looked:
-        return gather(options, looked)
+        if options.sample is None:
+            return gather(options, looked)
+        return gather(options, looked, sample(looked, options.job, options.sample, run_job))
 
 
 def run_explain(options: ExplainOptions, as_json: bool, console: Console) -> None:

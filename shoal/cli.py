@@ -188,7 +188,7 @@ def explain(
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     config: flags.Config = None,
 ) -> None:
-    """Say what a file will do before it is run: its rows, what they share, memory, time. No weights but for a sample."""
+    """Say what a file will do before it is run: rows, what they share, memory, time. Only --sample needs weights."""
     from shoal.preview.command import run_explain  # here, so that --help stays quick
     from shoal.preview.options import ExplainOptions, rows_of
 

@@ -131,7 +131,7 @@ def test_a_checkpoint_that_is_not_understood_is_refused(tmp_path: Path) -> None:
         ({"hidden_act": "relu"}, "hidden_act"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ({"is_decoder": True}, "is_decoder"),
-        ({"architectures": ["BertForSequenceClassification"]}, "BertForSequenceClassification"),
+        ({"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification"),
         ({"num_attention_heads": 5}, "attention heads"),
         ({"num_hidden_layers": 4}, "missing"),
         ({"num_hidden_layers": 2}, "not part of"),

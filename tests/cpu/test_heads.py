@@ -13,6 +13,7 @@ import torch
 from heads import DECODERS, ENCODERS, WORDS, logits, save_decoder, save_encoder, words
 
 import shoal
+from shoal.core.errors import ModelError
 from shoal.jobs.report import Report
 from shoal.text.tokenizer import Tokenizer
 
@@ -100,3 +101,75 @@ def test_a_cross_encoder_scores_and_ranks_pairs_as_transformers_does(tmp_path: P
     assert [each["score"] for each in one["data"]] == got[:1], "a pair alone is the pair among others"
     num_tokens = sum(len(tokenizer.encode(query, document).ids) for document in documents)
     assert scored["usage"] == ranked["usage"] == {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+
+
+def test_a_decoder_computes_a_query_once_for_all_its_documents(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model, luck = save_decoder(folder), Random(6)
+    documents = ["".join(luck.choices("abcdefgh ", k=luck.randrange(5, 30))) for _ in range(20)]
+    report, (ranked,), _ = run(folder, [("/rerank", {"query": STEM, "documents": documents})])
+    tokenizer = Tokenizer.load(folder)
+    query, *others = (list(each) for each in tokenizer.encode_batch([STEM, *documents]))
+    for each in ranked["results"]:
+        wanted = sigmoid(logits(model, query + others[each["index"]])[0])
+        assert abs(each["relevance_score"] - wanted) < 1e-5
+    assert report.tokens.prompt == sum(len(query) + len(each) for each in others)
+    assert report.tokens.prompt_computed <= len(query) + 32 + sum(len(each) for each in others)
+
+
+def test_a_template_of_queries_and_documents_makes_the_prompt(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model = save_decoder(folder)
+    template = (
+        "{{ instruction or 'Judge.' }}{% for m in messages %}{% if m.role == 'query' %}<Q>{{ m.content }}"
+        "{% elif m.role == 'document' %}<D>{{ m.content }}{% endif %}{% endfor %}?"
+    )
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    rows = [
+        ("/score", {"text_1": "a river", "text_2": ["the Nile", "a fish"]}),
+        ("/score", {"text_1": "a river", "text_2": "a fish", "instruction": "Be kind."}),
+        ("/score", {"text_1": "a river", "text_2": "a fish", "max_tokens_per_doc": 3}),
+    ]
+    report, (two, kind), failed = run(folder, rows)
+    assert [line["response"]["body"]["error"]["code"] for line in failed] == ["not_supported"]
+    texts = ["Judge.<Q>a river<D>the Nile?", "Judge.<Q>a river<D>a fish?", "Be kind.<Q>a river<D>a fish?"]
+    wanted = [sigmoid(logits(model, list(each))[0]) for each in Tokenizer.load(folder).encode_batch(texts)]
+    got = [each["score"] for each in (*two["data"], *kind["data"])]
+    assert max(abs(a - b) for a, b in zip(got, wanted, strict=True)) < 1e-5 and len(set(got)) == 3
+
+
+def test_a_reward_is_that_of_the_whole_chat(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model = save_decoder(folder, "llama")
+    turns = [{"role": "user", "content": "name a river"}, {"role": "assistant", "content": "the Nile"}]
+    rows = [("/pooling", {"messages": turns, "use_activation": False}), ("/classify", {"messages": turns})]
+    rows.append(("/v1/chat/completions", {"messages": turns}))
+    _, (raw, shown), failed = run(folder, rows)
+    ids = list(Tokenizer.load(folder).encode("user: name a river\nassistant: the Nile\n"))
+    reward = raw["data"][0]["data"][0]
+    assert abs(reward - logits(model, ids)[0]) < 1e-4 and shown["data"][0]["probs"] == [sigmoid(reward)]
+    assert [line["response"]["body"]["error"]["code"] for line in failed] == ["not_supported"]
+
+
+def test_a_text_alone_has_the_bits_it_has_among_others(tmp_path: Path) -> None:
+    luck = Random(9)
+    for name, save in (("decoder", save_decoder), ("encoder", save_encoder)):
+        folder = tmp_path / name / "model"
+        folder.parent.mkdir()
+        save(folder, labels=3)
+        texts = [some_text(luck) for _ in range(40)]
+        rows = [("/pooling", {"input": texts, "use_activation": False})]
+        rows += [("/pooling", {"input": text, "use_activation": False}) for text in texts[::8]]
+        _, (among, *_), _ = run(folder, rows)
+        _, alone, _ = run(folder, rows[1:][::-1], restart=True)
+        got = [each["data"][0]["data"] for each in alone[::-1]]
+        assert got == [each["data"] for each in among["data"]][::8]
+
+
+def test_a_head_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "model", labels=3)
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "id2label": {"0": "one"}}))
+    with pytest.raises(ModelError, match="classifier"):
+        run(tmp_path / "model", [("/classify", {"input": "w1"})])

@@ -39,8 +39,9 @@ def change(folder: Path, **fields: Any) -> Path:
     return folder
 
 
-def labelled(count: int) -> dict[str, Any]:
-    return {**CLASSIFIER, "id2label": {str(n): f"kind {n}" for n in range(count)}, "max_position_embeddings": CONTEXT}
+def labelled(count: int, problem: str | None) -> dict[str, Any]:
+    labels = {str(n): f"kind {n}" for n in range(count)}
+    return {**CLASSIFIER, "id2label": labels, "problem_type": problem, "max_position_embeddings": CONTEXT}
 
 
 @pytest.fixture
@@ -48,8 +49,8 @@ def heads(job: Job, tmp_path: Path) -> Callable[..., EchoJob]:
     """Makes jobs over an encoder's classifier with so many labels."""
     folder = write_encoder(tmp_path / "model")
 
-    def make(labels: int, rows: Sequence[str], **options: Any) -> EchoJob:
-        return job(rows, model=str(change(folder, **labelled(labels))), **options)
+    def make(labels: int, rows: Sequence[str], problem: str | None = "regression", **options: Any) -> EchoJob:
+        return job(rows, model=str(change(folder, **labelled(labels, problem))), **options)
 
     return make
 
@@ -97,6 +98,7 @@ def test_ranks_are_scores_in_order_whatever_stands_beside_them(heads: Job) -> No
     assert made.run(encoder_backend()) == 0
     scored, *ranked = bodies(made)[:5]
     scores = [each["score"] for each in scored["data"]]
+    assert len(set(scores)) > 20 and len(set(scores)) < len(scores), "documents of all ranks, and equal ones"
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
     for top, body in zip((35, 1, 7, 35), ranked, strict=True):
         assert [each["index"] for each in body["results"]] == order[:top]
@@ -171,7 +173,8 @@ def test_a_score_of_two_embeddings_is_their_cosine(job: Job, tmp_path: Path) -> 
     assert [each["score"] for each in scored["data"]] == pytest.approx([1, cosine, 1])
     assert scored["usage"]["prompt_tokens"] == 4 + 4 + 3 + 4, "each text once"
     assert [each["data"] for each in pooled["data"]] == [each["embedding"] for each in vectors["data"]]
-    assert [each["index"] for each in ranked["results"]] == [0, 2, 1]
+    scores = [each["score"] for each in scored["data"]]
+    assert [each["index"] for each in ranked["results"]] == sorted(range(3), key=lambda i: (-scores[i], i))
 
 
 def test_notes_beside_a_body_may_be_called_like_fields_of_pairs(heads: Job) -> None:
@@ -182,7 +185,7 @@ def test_notes_beside_a_body_may_be_called_like_fields_of_pairs(heads: Job) -> N
 
 def test_defaults_for_all_rows_hold_where_they_mean_something(heads: Job) -> None:
     rows = [row(1, "/classify", input="one"), row(2, "/classify", input="one", use_activation=True)]
-    made = heads(1, rows, body={"use_activation": False, "temperature": 0.0})
+    made = heads(1, rows, problem=None, body={"use_activation": False, "temperature": 0.0})
     assert made.run(encoder_backend()) == 0
     raw, shown = (body["data"][0]["probs"] for body in bodies(made))
     assert shown == [sigmoid(number) for number in raw] != raw
@@ -227,7 +230,7 @@ TEMPLATES = ["<a> $A <b> $B:1 <b>:1", "<a> $A <b> <b> $B <b>", "$A $B", "<a> $A 
 
 
 @given(st.sampled_from(TEMPLATES), st.lists(st.integers(2, 9), max_size=9), st.lists(st.integers(2, 9), max_size=9),
-       st.integers(3, 25))  # fmt: skip
+       st.integers(4, 25))  # fmt: skip
 def test_pairs_are_joined_and_cut_as_the_tokenizer_library_does(
     template: str, first: list[int], second: list[int], most: int
 ) -> None:

@@ -18,6 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "null"))
 
+from encoder_folder import write_pooling
+
 SPECIAL = ["<pad>", "<cls>", "<sep>", "[UNK]"]
 WORDS = [*SPECIAL, *(f"w{i}" for i in range(60))]
 SMALL: Mapping[str, Any] = {
@@ -68,9 +70,20 @@ def save_decoder(folder: Path, name: str = "qwen2", labels: int = 1, **changes: 
 
 def save_encoder(folder: Path, name: str = "bert", labels: int = 1, **changes: Any) -> Any:
     """An encoder's classifier over words, whose texts and pairs stand between ends as its family has it."""
+    config, kind = ENCODERS[name]
+    return _save_words(folder, name, config, kind, labels, **changes)
+
+
+def save_embedder(folder: Path) -> Any:
+    """An XLM-R that makes vectors, and no head over it."""
+    model = _save_words(folder, "xlm-roberta", hf.XLMRobertaConfig, hf.XLMRobertaModel, 2)
+    write_pooling(folder)
+    return model
+
+
+def _save_words(folder: Path, name: str, config: type, kind: type, labels: int, **changes: Any) -> Any:
     folder.mkdir(exist_ok=True)
     torch.manual_seed(12)
-    config, kind = ENCODERS[name]
     sizes = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
     sizes |= {"vocab_size": len(WORDS), "max_position_embeddings": 60, "num_labels": labels, "pad_token_id": 0}
     if name == "xlm-roberta":

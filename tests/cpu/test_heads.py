@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from heads import DECODERS, ENCODERS, WORDS, logits, save_decoder, save_encoder, words
+from encoders import reference
+from heads import DECODERS, ENCODERS, WORDS, logits, save_decoder, save_embedder, save_encoder, words
 
 import shoal
 from shoal.core.errors import ModelError
@@ -173,3 +174,16 @@ def test_a_head_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model/config.json").write_text(json.dumps({**config, "id2label": {"0": "one"}}))
     with pytest.raises(ModelError, match="classifier"):
         run(tmp_path / "model", [("/classify", {"input": "w1"})])
+
+
+def test_vectors_over_robertas_layout_are_those_of_transformers(tmp_path: Path) -> None:
+    folder, luck = tmp_path / "model", Random(3)
+    model = save_embedder(folder)
+    texts = [some_text(luck) for _ in range(9)]
+    rows = [("/v1/embeddings", {"input": texts}), ("/score", {"text_1": texts[0], "text_2": texts})]
+    _, (vectors, scored), _ = run(folder, rows)
+    wanted = reference(model, [words("xlm-roberta").encode(text).ids for text in texts])
+    got = torch.tensor([each["embedding"] for each in vectors["data"]], dtype=torch.float64)
+    assert (got - wanted).abs().max() < 1e-5
+    cosines = torch.tensor([each["score"] for each in scored["data"]], dtype=torch.float64)
+    assert (cosines - wanted @ wanted[0]).abs().max() < 1e-5 and cosines[0] == pytest.approx(1)

@@ -128,7 +128,7 @@ def test_a_second_texts_words_are_its_own_to_an_encoder_that_tells_them_apart(he
         (1, row(1, "/classify", input="one", encoding_format="float"), "unknown_field", "not a field of this url"),
         (1, row(1, "/classify", input="one", temperature=0), "unknown_field", "not a field of this url"),
         (1, row(1, "/classify", input=[]), "invalid_request", "empty"),
-        (1, row(1, "/score", text_1="one"), "invalid_request", "text_1 and text_2"),
+        (1, row(1, "/score", text_1="one"), "missing_field", "text_1 and text_2"),
         (1, row(1, "/score"), "missing_field", "queries and documents"),
         (1, row(1, "/score", text_1="one", documents="two"), "invalid_request", "belong together"),
         (1, row(1, "/score", text_1=["one", "two"], text_2=["one"] * 3), "invalid_request", "one for each"),

@@ -105,7 +105,7 @@ def test_what_is_no_text_for_an_encoder_fails_alone(tmp_path: Path) -> None:
     save_encoder(tmp_path)
     built = build(tmp_path)
     wrong = {
-        "outside": Request("outside", array(TOKEN, [3, 150]), **VECTOR),
+        "outside": Request("outside", array(TOKEN, [3, 2 * 150]), **VECTOR),
         "asks for text": Request("asks for text", array(TOKEN, [3, 4]), Sampling(max_tokens=2)),
         "adapted": Request("adapted", array(TOKEN, [3, 4]), adapter="fish", **VECTOR),
     }

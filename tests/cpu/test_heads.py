@@ -14,7 +14,7 @@ from encoders import reference
 from heads import DECODERS, ENCODERS, WORDS, logits, save_decoder, save_embedder, save_encoder, words
 
 import shoal
-from shoal.core.errors import ModelError
+from shoal.core.errors import ShoalError
 from shoal.jobs.report import Report
 from shoal.text.tokenizer import Tokenizer
 
@@ -172,7 +172,7 @@ def test_a_head_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None:
     save_encoder(tmp_path / "model", labels=3)
     config = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps({**config, "id2label": {"0": "one"}}))
-    with pytest.raises(ModelError, match="classifier"):
+    with pytest.raises(ShoalError, match="classifier"):
         run(tmp_path / "model", [("/classify", {"input": "w1"})])
 
 

@@ -111,7 +111,7 @@ class _Head:
 
     def __call__(self, vectors_ND: Tensor) -> Tensor:
         inner_ND = self.kernels.linear(vectors_ND, self.dense)
-        # Row by row: how torch rounds a number's tanh depends on its place in the tensor.
+        # Row by row: torch does not promise that a number's tanh is the same wherever it stands in a tensor.
         return self.kernels.logits(torch.stack([row_D.tanh() for row_D in inner_ND]), self.out)
 
 

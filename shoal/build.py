@@ -33,7 +33,7 @@ from shoal.sched.policy import Budget, Policy
 from shoal.sched.scheduler import Scheduler
 from shoal.text.checkpoint import kv_mode, resolve_model, weight_mode
 from shoal.text.grammar import Grammars
-from shoal.text.pooling import Pooling, decoder_pooling, is_encoder, read_pooling
+from shoal.text.pooling import FIRST, Pooling, decoder_pooling, is_encoder, read_pooling
 from shoal.text.tokenizer import Tokenizer
 
 _LEAST_TOKENS = 2048  # without --memory, the KV memory must hold a row of this length (or of the whole context)
@@ -93,7 +93,7 @@ def build_engine(
     if is_encoder(values):
         return _build_encoder(config, folder, make_encoder_config(values), began, share)
     model = make_config(values, config.context)
-    pooling = decoder_pooling(folder)
+    pooling = None if model.labels else decoder_pooling(folder)
     normalize = isinstance(pooling, Pooling) and pooling.normalize
     mode = weight_mode(config.weights, folder)
     kv_name = kv_mode(config.kv, mode)
@@ -109,7 +109,9 @@ def build_engine(
     def grammars() -> Grammars:
         return Grammars(tokenizer or Tokenizer.load(folder), model.vocab_size)
 
-    runner = ModelRunner(decoder, kernels, kv, model.vocab_size, tuple(config.adapters), Masks(grammars), normalize)
+    runner = ModelRunner(
+        decoder, kernels, kv, model.vocab_size, tuple(config.adapters), Masks(grammars), normalize, bool(model.labels)
+    )
     scheduler = Scheduler(make_policy(config), memory.num_blocks, config.block_size, config.reuse)
     facts = EngineFacts(
         folder=folder, architecture=model.architecture, context=model.context, vocab_size=model.vocab_size,
@@ -125,8 +127,8 @@ def _build_encoder(
     """An engine over an encoder: whole texts, no keys and values. A block stands for a seat and holds any text."""
     if config.policy != "auto" or config.adapters:
         raise UsageError("an encoder takes neither a policy nor adapters: leave them out")
-    pooling = read_pooling(folder)
-    context = min(config.context or model.positions, pooling.most_tokens or model.positions, model.positions)
+    pooling = FIRST if model.labels else read_pooling(folder)
+    context = min(config.context or model.context, pooling.most_tokens or model.context, model.context)
     mode = weight_mode(config.weights, folder)
     kernels = _load_kernels(config)
     limit = Budget(max(config.step_tokens, context), config.max_sequences)
@@ -135,7 +137,7 @@ def _build_encoder(
     )
     weights = load_encoder_weights(folder, model, *MODES[mode])
     encoder = Encoder(model, weights, kernels, pooling.kind, pooling.normalize)
-    runner = EncoderRunner(encoder, kernels.device, model.vocab_size)
+    runner = EncoderRunner(encoder, kernels.device, model.num_words)
     scheduler = Scheduler(WholePolicy(limit, context), memory.num_blocks, context, reuse=False)
     facts = EngineFacts(
         folder=folder, architecture=model.architecture, context=context, vocab_size=model.vocab_size, weights=mode,

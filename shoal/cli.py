@@ -185,6 +185,7 @@ def explain(
     threads: flags.Threads = None,
     strict: flags.Strict = False,
     answer_tokens: Annotated[int | None, typer.Option(help="Tokens to expect of answers that end anywhere.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Rows to run first, to learn how long answers are.")] = None,
     price_per_hour: flags.Price = None,
     price_per_million: flags.MillionPrices = None,
     watts: flags.Watts = None,
@@ -193,7 +194,7 @@ def explain(
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     config: flags.Config = None,
 ) -> None:
-    """Say what a file will do before it is run: its rows, what they share, memory and time. Needs no weights."""
+    """Say what a file will do before it is run: rows, what they share, memory, time. Only --sample needs weights."""
     from shoal.preview.command import run_explain  # here, so that --help stays quick
     from shoal.preview.options import ExplainOptions, rows_of
 
@@ -214,7 +215,7 @@ def explain(
             threads=threads,
             strict=strict,
         )
-        options = ExplainOptions(job, html, answer_tokens, price_per_hour, watts, calibrate)
+        options = ExplainOptions(job, html, answer_tokens, price_per_hour, watts, calibrate, sample)
         run_explain(options, json, Console(), parse_prices(price_per_million))
 
 

@@ -68,7 +68,7 @@ def build(config: ModelConfig, mode: str, kv_mode: str) -> Bench:
     """A model with some layers of `config`, random weights, and pages for what is measured."""
     layer = config.width * (2 * (config.num_heads + config.num_kv_heads) * config.head_dim + 3 * config.inner)
     count = min(config.num_layers, max(2, LAYER_WEIGHTS // layer))
-    few = replace(config, layers=config.layers[:count], context=min(config.context, FAR + CHUNK + 64))
+    few = replace(config, layers=config.layers[:count], context=min(config.context, FAR + CHUNK + 64), labels=0)
     kernels = load("auto")
     decoder = Decoder(few, cast(Weights, RandomWeights(few, mode)), kernels, (), KV_DTYPES[kv_mode])
     pages = LONG_ROWS * (LONG // PAGE + 2) + 4 * max(ROWS)

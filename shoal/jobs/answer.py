@@ -5,7 +5,6 @@ It must not know how an answer was computed. A line is a function of the input l
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -13,14 +12,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import msgspec
-import numpy as np
 
 from shoal.core.errors import RowError, fault_of
 from shoal.core.types import Tokens, TokenScore
-from shoal.jobs.body import ChatBody, EmbeddingBody, PassedBody
+from shoal.jobs.body import ChatBody, PassedBody, VectorBody
 from shoal.jobs.logprobs import TokenNames, chat_logprobs, completion_logprobs, prompt_logprobs
 from shoal.jobs.schema import RowSpec, unwrap
 from shoal.jobs.tools import tool_use
+from shoal.jobs.vector_lines import vector_reply
+from shoal.text.heads import Head
 from shoal.text.tools import Style, read_calls
 
 NOT_EXECUTED = frozenset(("batch_expired", "batch_cancelled"))  # failures of rows that never ran: no response
@@ -119,11 +119,12 @@ class AnswerWriter(Lines):
 
     def __init__(
         self, tokenizer: TokenizerLike, fingerprint: str, model: str, created: int = 0, envelopes: bool = False,
-        style: Style | None = None,
+        style: Style | None = None, head: Head | None = None,
     ) -> None:  # fmt: skip
         super().__init__(fingerprint, envelopes)
         self.tokenizer = tokenizer
         self.style = style  # how the model writes calls of tools; None where it has not learnt it
+        self.head = head  # what the numbers of a classifier mean; None for any other model
         self.model = model  # the name for rows that give none
         self.created = created
 
@@ -133,8 +134,8 @@ class AnswerWriter(Lines):
             return msgspec.json.encode(_plain(row, answers))
         mark = self._mark(row.request)
         match row.body:
-            case EmbeddingBody():
-                body = self._vectors(row.body, answers)
+            case VectorBody():
+                body = self._vectors(row.body, answers, mark)
             case ChatBody():
                 body = self._chat(row, answers[0], mark)
             case _:
@@ -234,14 +235,10 @@ class AnswerWriter(Lines):
                 choices.append(choice)
         return self._frame(row, "text_completion", mark, choices, _usage(answers))
 
-    def _vectors(self, body: EmbeddingBody, answers: Sequence[PromptAnswers]) -> dict[str, Any]:
-        data = [
-            {"object": "embedding", "index": index, "embedding": _vector(answer.samples[0].vector, body)}
-            for index, answer in enumerate(answers)
-        ]
-        tokens = _usage(answers)["prompt_tokens"]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return {"object": "list", "data": data, "model": body.model or self.model, "usage": usage}
+    def _vectors(self, body: VectorBody, answers: Sequence[PromptAnswers], mark: str) -> dict[str, Any]:
+        frame = {"id": mark, "created": self.created, "model": body.model or self.model}
+        vectors = [answer.samples[0].vector for answer in answers]
+        return vector_reply(body, vectors, self.head, frame, _usage(answers)["prompt_tokens"])
 
     def _echo(self, row: RowSpec, number: int, prompt: Tokens) -> str:
         """The text of an echoed prompt: as given, where it was a text and none of it was cut off."""
@@ -266,13 +263,6 @@ def _usage(answers: Sequence[PromptAnswers]) -> dict[str, int]:
     prompt = sum(len(answer.prompt) for answer in answers)
     completion = sum(len(sample.tokens) for answer in answers for sample in answer.samples)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def _vector(vector: Sequence[float], body: EmbeddingBody) -> list[float] | str:
-    """Its numbers, or the bytes of its numbers as little-endian float32 in base64."""
-    if body.encoding_format != "base64":
-        return list(vector)
-    return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()
 
 
 def _plain(row: RowSpec, answers: Sequence[PromptAnswers]) -> dict[str, Any]:

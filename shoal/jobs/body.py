@@ -250,19 +250,80 @@ class CompletionBody(Body, frozen=True, forbid_unknown_fields=True, kw_only=True
     suffix: Annotated[str, Meta(max_length=0)] | None = None
 
 
-class EmbeddingBody(Body, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The body of /v1/embeddings. The input is what the prompt of a completion is; what makes a text has no meaning."""
+class VectorBody(Body, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What bodies have in common that ask for numbers and not for a text: what makes a text has no meaning in them."""
 
-    input: str | list[str | int | list[int]]
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int, Meta(ge=1)] | None = None
     echo: ClassVar[None] = None
     logprobs: ClassVar[None] = None
 
     @classmethod
     def has(cls, name: str) -> bool:
         """Whether a field means anything here."""
-        return name in _EMBEDDING or name in _IGNORED
+        return name in _VECTOR or name in _IGNORED or (name in cls.__struct_fields__ and name not in _COMMON)
+
+
+class EmbeddingBody(VectorBody, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of /v1/embeddings. The input is what the prompt of a completion is."""
+
+    input: str | list[str | int | list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1)] | None = None
+
+
+class ClassifyBody(VectorBody, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of /classify: an input, or one chat."""
+
+    input: str | list[str | int | list[int]] | None = None
+    messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    use_activation: bool | None = None
+
+
+class PoolingBody(ClassifyBody, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of /pooling: the same, for whatever vector the model makes."""
+
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1)] | None = None
+    task: Literal["embed", "classify"] | None = None
+
+
+Texts = str | list[str]
+
+
+class PairBody(VectorBody, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What bodies have in common that ask how two texts go together. One first text goes with every second one."""
+
+    documents: Texts | None = None
+    use_activation: bool | None = None
+    max_tokens_per_query: Count | None = None
+    max_tokens_per_doc: Count | None = None
+    instruction: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @classmethod
+    def has(cls, name: str) -> bool:
+        """As above; special tokens are what joins a pair."""
+        return name != "add_special_tokens" and super().has(name)
+
+
+class ScoreBody(PairBody, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of /score. vLLM has four pairs of names for the two texts."""
+
+    queries: Texts | None = None
+    items: Texts | None = None
+    text_1: Texts | None = None
+    text_2: Texts | None = None
+    data_1: Texts | None = None
+    data_2: Texts | None = None
+
+
+class RerankBody(PairBody, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body of /rerank."""
+
+    query: str
+    top_n: Count | None = None
 
 
 class PassedBody(Body, frozen=True, kw_only=True):
@@ -275,7 +336,8 @@ class PassedBody(Body, frozen=True, kw_only=True):
     logprobs: ClassVar[None] = None
 
 
-_EMBEDDING = frozenset("model input encoding_format dimensions truncate_prompt_tokens add_special_tokens".split())
+_VECTOR = frozenset("model truncate_prompt_tokens add_special_tokens".split())
+_COMMON = frozenset(Body.__struct_fields__)
 _IGNORED = frozenset(each.name for each in msgspec.structs.fields(Body) if isinstance(each.default, Raw))
 
 UNSUPPORTED = frozenset(
@@ -286,8 +348,19 @@ UNSUPPORTED = frozenset(
 )
 """Fields that are known, and refused with any value that asks for something."""
 
-FIELDS = frozenset(name for body in (ChatBody, CompletionBody, EmbeddingBody) for name in body.__struct_fields__)
+KINDS: tuple[type[Body], ...] = (
+    ChatBody, CompletionBody, EmbeddingBody, ClassifyBody, PoolingBody, ScoreBody, RerankBody
+)  # fmt: skip
+"""Every kind of body that is computed here."""
+
+FIELDS = frozenset(name for body in KINDS for name in body.__struct_fields__)
 """Every field that a body may have."""
+
+TEXT_FIELDS = frozenset(name for body in (ChatBody, CompletionBody) for name in body.__struct_fields__)
+"""Those of bodies that ask for texts."""
+
+GIVEN = frozenset("messages prompt input query queries documents items text_1 text_2 data_1 data_2".split())
+"""Fields that hold what a row is about: no other row can say it."""
 
 IGNORED = frozenset(
     each.name for kind in (ChatBody, CompletionBody) for each in msgspec.structs.fields(kind) if each.type is Raw

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Collection
 
 import msgspec
 
@@ -22,8 +23,9 @@ _ADVICE = {
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
-def explain(error: msgspec.ValidationError, inside: str = "") -> RowError:
-    """A decoder's complaint as a message for the person who wrote the line; `inside` is where the object stands."""
+def explain(error: msgspec.ValidationError, inside: str = "", read: Collection[str] = ()) -> RowError:
+    """A decoder's complaint as a message for the person who wrote the line; `inside` is where the object stands, and
+    `read` are fields that it reads though others like it refuse them."""
     match = _PATH.match(str(error))
     assert match is not None, error
     what, path = match["what"], (match["path"] or "").strip("`").replace("key` in `", "")
@@ -36,7 +38,8 @@ def explain(error: msgspec.ValidationError, inside: str = "") -> RowError:
         hint = f"; did you mean {near[0]!r}?" if near else ", or correct its name"
         where = ".".join(p for p in (inside, param) if p) or "the line"
         return RowError(f"unknown field {unknown[1]!r} in {where}: remove it{hint}", "unknown_field", unknown[1])
-    if re.split(r"[.\[]", param)[-1 if param.startswith("messages") else 0] in UNSUPPORTED:
+    top = re.split(r"[.\[]", param)[-1 if param.startswith("messages") else 0]
+    if top in UNSUPPORTED and top not in read:
         return unsupported(param)
     place = ".".join(p for p in (inside, param) if p) or "the line"
     missing = _MISSING.match(what)

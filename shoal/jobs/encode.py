@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -18,14 +18,16 @@ import numpy as np
 from shoal.core.config import BLOCK_SIZE
 from shoal.core.errors import RowError
 from shoal.core.types import TOKEN, Answer, Constraint, Request, Sampling, Tokens, root_of
-from shoal.jobs.body import ChatBody, EmbeddingBody
-from shoal.jobs.embed import check_dimensions, check_kind, fit
+from shoal.jobs.body import ChatBody, ClassifyBody, VectorBody
+from shoal.jobs.embed import check_kind
 from shoal.jobs.keys import RequestKeys
 from shoal.jobs.schema import RowSpec, parse_line
 from shoal.jobs.settings import JobSettings
 from shoal.jobs.tools import shown_tools, turn_of, wanted_call
+from shoal.jobs.vector_rows import PairTemplate, VectorRows
 from shoal.text.checkpoint import ModelInfo
 from shoal.text.constraint import Checker
+from shoal.text.joint import Joint
 from shoal.text.tools import Style
 
 GREEDY_BELOW = 1e-5  # a temperature below this is greedy, as in vLLM
@@ -42,12 +44,15 @@ class TokenizerLike(Protocol):
     @property
     def num_after(self) -> int: ...
 
+    @property
+    def joint(self) -> Joint | None: ...
+
     def encode(self, text: str, special: bool = True) -> Tokens: ...
 
     def encode_batch(self, texts: Sequence[str], special: bool = True) -> list[Tokens]: ...
 
 
-class TemplateLike(Protocol):
+class TemplateLike(PairTemplate, Protocol):
     """What is needed of a chat template."""
 
     @property
@@ -55,15 +60,6 @@ class TemplateLike(Protocol):
 
     @property
     def style(self) -> Style | None: ...
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> str: ...
 
 
 class Encoded(msgspec.Struct, frozen=True, gc=False):
@@ -93,13 +89,15 @@ class RowEncoder:
         self.settings = settings
         self._keys = RequestKeys()
         self._checker = Checker()
+        self._vectors = VectorRows(model, template, tokenizer.joint, tokenizer.num_after)
         self.style = template.style if template is not None else None  # how the model writes calls of tools
 
     @property
     def fingerprint(self) -> str:
         """Another one whenever the same line could become other tokens, or be refused."""
         known = self.model
-        model = (known.context, known.vocab_size, known.vector, known.vector_context, known.no_vector)
+        vector = (known.vector, known.vector_context, known.no_vector, known.head, known.kinds)
+        model = (known.context, known.vocab_size, *vector)
         files = (self.tokenizer.hash, self.template.hash if self.template else "")
         return hashlib.sha256(repr((files, model, self.settings)).encode()).hexdigest()
 
@@ -142,7 +140,7 @@ class RowEncoder:
         `index` is that of the first, `futures` has one for each: as in Request. Prompt tokens are scored once, for
         the first. Raises RowError only for a row that `encode` refuses too.
         """
-        if isinstance(row.body, EmbeddingBody):
+        if isinstance(row.body, VectorBody):
             future = futures[0] if futures is not None else None
             id, adapter = f"{line}.{number}.0", self.settings.adapter(row.body)
             nothing = Sampling(max_tokens=0)
@@ -185,25 +183,28 @@ class RowEncoder:
         """The texts to tokenize, and whether the tokenizer adds its special tokens. Token-id prompts are not here."""
         body = row.body
         special = body.add_special_tokens
-        check_kind(body, self.model.vector, self.model.encoder, self.model.no_vector)
+        if isinstance(body, VectorBody):
+            return self._vectors.texts(row, self._render)
+        check_kind(body, self.model)
         if isinstance(body, ChatBody):
             return [self._render(body)], bool(special)
         return [prompt for prompt in row.prompts if isinstance(prompt, str)], special is not False
 
-    def _render(self, body: ChatBody) -> str:
+    def _render(self, body: ChatBody | ClassifyBody) -> str:
         if self.template is None:
             raise RowError(
                 "this model has no chat template: send the text to /v1/completions (or leave --chat out)",
                 "no_chat_template",
                 "messages",
             )
-        final = bool(body.continue_final_message)
-        opening = not final if body.add_generation_prompt is None else body.add_generation_prompt
+        final, turns = bool(body.continue_final_message), [turn_of(m) for m in body.messages or ()]
         extra = body.chat_template_kwargs or {}
+        if not isinstance(body, ChatBody):  # the whole chat is judged: nobody is about to answer it
+            return self.template.render(turns, bool(body.add_generation_prompt), final, None, extra)
+        opening = not final if body.add_generation_prompt is None else body.add_generation_prompt
         if body.reasoning_effort is not None:
             extra = {"reasoning_effort": body.reasoning_effort, **extra}
-        tools = shown_tools(body, self.style)
-        return self.template.render([turn_of(m) for m in body.messages], opening, final, tools, extra)
+        return self.template.render(turns, opening, final, shown_tools(body, self.style), extra)
 
     def _finish(self, batch: _Batch) -> list[Encoded | RowError]:
         """Tokenize and check: most of it is the tokenizer's work, outside Python's lock."""
@@ -230,8 +231,8 @@ class RowEncoder:
         body = row.body
         if prompts is None:
             prompts = [self._given_tokens(p) for p in row.prompts if not isinstance(p, str)]
-        if isinstance(body, EmbeddingBody):
-            return self._to_embed(row, body, prompts)
+        if isinstance(body, VectorBody):
+            return self._to_vectors(row, body, prompts)
         limit = row.max_tokens
         cut = body.truncate_prompt_tokens
         if cut is not None:
@@ -261,13 +262,13 @@ class RowEncoder:
             asks=self._keys.of(self, row, prompts, self.model.context),
         )
 
-    def _to_embed(self, row: RowSpec, body: EmbeddingBody, prompts: list[Tokens]) -> Encoded:
-        """A row of texts that become vectors."""
-        check_dimensions(body, self.model.vector)
-        prompts = fit(body, row.prompts, prompts, self.model.vector_context, self.tokenizer.num_after)
+    def _to_vectors(self, row: RowSpec, body: VectorBody, tokens: list[Tokens]) -> Encoded:
+        """A row whose prompts become vectors; a prompt may be made of several texts."""
+        for each in tokens:
+            self._check_words(each, "input")
+        prompts = self._vectors.prompts(row, tokens)
         for prompt in prompts:
             self._check_length(len(prompt), 0, "input")
-            self._check_words(prompt, "input")
         key = 0 if row.custom_id is None else hash(row.custom_id) or 1
         asks = self._keys.of(self, row, prompts, self.model.context)
         root = root_of(self.settings.adapter(body), "")
@@ -292,7 +293,7 @@ class RowEncoder:
 
     def _check_words(self, prompt: Tokens, param: str) -> None:
         """A tokenizer may have words that the embedding has no row for, and a text may hold one."""
-        most = int(np.frombuffer(prompt, dtype=np.int32).max())
+        most = int(np.frombuffer(prompt, dtype=np.int32).max(initial=0))
         if most >= self.model.vocab_size:
             raise _not_a_token(most, self.model.vocab_size, param)
 

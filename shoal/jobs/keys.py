@@ -17,7 +17,7 @@ from typing import Protocol
 import msgspec
 
 from shoal.core.types import Request, Sampling, Tokens
-from shoal.jobs.body import Body
+from shoal.jobs.body import GIVEN, Body
 from shoal.jobs.schema import RowSpec
 
 VERSION = b"shoal request 1"  # another whenever the same words come to mean another answer
@@ -96,7 +96,7 @@ def _fields(kind: type[Body]) -> attrgetter[object]:
     names = [
         field.name
         for field in msgspec.structs.fields(kind)
-        if field.name not in ("messages", "prompt", "input", "seed") and not isinstance(field.default, msgspec.Raw)
+        if field.name not in GIVEN and field.name != "seed" and not isinstance(field.default, msgspec.Raw)
     ]
     return attrgetter(*names)
 

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta, Raw
 
 from shoal.core.errors import RowError, UsageError
-from shoal.jobs.body import FIELDS, EmbeddingBody, PassedBody
+from shoal.jobs.body import TEXT_FIELDS, EmbeddingBody, PassedBody
 from shoal.jobs.complain import unsupported
 from shoal.jobs.prompt import DEFAULT_PROMPT, PromptTemplate
 
@@ -45,6 +45,10 @@ class Passing:
 
     def body(self, url: str, fields: Fields) -> PassedBody:
         """The body of a row with these fields. RowError for what no server could answer in one piece."""
+        if url not in ASKS:
+            raise RowError(
+                f"url {url!r} is not passed on to servers: use one of {', '.join(ASKS)}", "url_not_supported", "url"
+            )
         asked = ASKS[url]
         if _absent(fields, asked):
             raise RowError(f"body: {asked!r} is missing: add it", "missing_field", asked)
@@ -91,4 +95,4 @@ def _absent(fields: Fields, name: str) -> bool:
 
 def _of_embeddings(name: str) -> bool:
     """Whether a default is for rows that want vectors too: unless it is known to be of texts alone."""
-    return name not in FIELDS or name == "timeout" or EmbeddingBody.has(name)
+    return name not in TEXT_FIELDS or name == "timeout" or EmbeddingBody.has(name)

@@ -68,7 +68,7 @@ class Prepared:
         """What makes lines of answers."""
         decided, shown = self.manifest.answers, self.options.openai
         if isinstance(self.words, Words):
-            return AnswerWriter(self.words.tokenizer, decided, self.name, created(), shown, self.words.encoder.style)
+            return self.words.writer(decided, shown)
         return ReplyWriter(decided, shown)
 
     def feed(self, plan: Plan, done: Callable[[int], bool], known: Known | None, engines: int = 1) -> Feed:
@@ -92,6 +92,10 @@ class Words:
     tokenizer: Tokenizer
     info: ModelInfo
     encoder: RowEncoder
+
+    def writer(self, decided: str, shown: bool) -> AnswerWriter:
+        """What makes lines of answers, for which `decided` stands; those of plain rows as requests' where `shown`."""
+        return AnswerWriter(self.tokenizer, decided, self.name, created(), shown, self.encoder.style, self.info.head)
 
 
 @dataclass(frozen=True, slots=True)

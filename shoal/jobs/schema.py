@@ -6,32 +6,41 @@ It must not know the model: no tokens, no context length, no vocabulary.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 
 from shoal.core.errors import RowError
 from shoal.core.types import Constraint
-from shoal.jobs.body import FIELDS, ChatBody, CompletionBody, EmbeddingBody, Message, PassedBody
+from shoal.jobs.body import (
+    TEXT_FIELDS,
+    ChatBody,
+    ClassifyBody,
+    CompletionBody,
+    EmbeddingBody,
+    Message,
+    PairBody,
+    PassedBody,
+    VectorBody,
+)
 from shoal.jobs.complain import UNKNOWN, explain, not_json, unsupported
 from shoal.jobs.constrain import wanted
+from shoal.jobs.given import check_fields, pairs_of, prompt_list
 from shoal.jobs.loops import Rule, rule_of
 from shoal.jobs.prompt import DEFAULT_PROMPT
 from shoal.jobs.settings import JobSettings
 from shoal.jobs.tools import check_messages, tool_use
+from shoal.jobs.urls import NAMED, URLS, Endpoint
 
 LINE_LIMIT = 8 << 20  # bytes: a longer line is refused without being read into memory
 DEPTH_LIMIT = 256  # levels of nested JSON
 SEQUENCE_LIMIT = 16_384  # prompts times n of one row: one line must not become the whole job
 
-CHAT_URL = "/v1/chat/completions"
-COMPLETIONS_URL = "/v1/completions"
-EMBEDDINGS_URL = "/v1/embeddings"
 TEMPLATE_NAMES = frozenset("messages tools add_generation_prompt continue_final_message chat_template tokenize".split())
 
-Endpoint = Literal["chat", "completions", "embeddings", "plain"]
-AnyBody = ChatBody | CompletionBody | EmbeddingBody | PassedBody
+AnyBody = ChatBody | CompletionBody | VectorBody | PassedBody
 
 
 class RowSpec(msgspec.Struct, frozen=True):
@@ -51,16 +60,16 @@ class RowSpec(msgspec.Struct, frozen=True):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """What is given as texts or token ids, one by one; empty for a chat, whose one prompt the template makes."""
-        if isinstance(self.body, EmbeddingBody):
-            return prompt_list(self.body.input, "input")
+        """What is given as texts or token ids, one by one; empty for chats and pairs, whose prompts are made first."""
+        if isinstance(self.body, EmbeddingBody | ClassifyBody):
+            return [] if self.body.input is None else prompt_list(self.body.input, "input")
         return prompt_list(self.body.prompt) if isinstance(self.body, CompletionBody) else []
 
     @property
     def max_tokens(self) -> int | None:
         """The row's own limit of tokens to produce; None if it gives none."""
         body = self.body
-        if isinstance(body, EmbeddingBody):
+        if isinstance(body, VectorBody):
             return 0
         if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
             return body.max_completion_tokens
@@ -139,13 +148,7 @@ ENVELOPE = frozenset(_Envelope.__struct_fields__)
 _envelope = msgspec.json.Decoder(_Envelope)
 _loose_envelope = msgspec.json.Decoder(_LooseEnvelope)
 _chat = msgspec.json.Decoder(ChatBody)
-_completion = msgspec.json.Decoder(CompletionBody)
-_embedding = msgspec.json.Decoder(EmbeddingBody)
-_REQUESTS: dict[str, tuple[Endpoint, msgspec.json.Decoder[Any]]] = {
-    CHAT_URL: ("chat", _chat),
-    COMPLETIONS_URL: ("completions", _completion),
-    EMBEDDINGS_URL: ("embeddings", _embedding),
-}
+_bodies: dict[str, msgspec.json.Decoder[Any]] = {url: msgspec.json.Decoder(kind) for url, (_, kind) in URLS.items()}
 _object = msgspec.json.Decoder(dict[str, Any])
 _failed_row = msgspec.json.Decoder(_FailedRow)
 _row = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -206,15 +209,15 @@ def _request_row(raw: bytes, settings: JobSettings, line: int | None = None) -> 
         )
     url = _check_envelope(envelope)
     assert isinstance(envelope.body, msgspec.Raw)
-    endpoint, decoder = _REQUESTS[url]
+    endpoint, kind = URLS[url]
     body: AnyBody
     try:
         if settings.passing is not None:
             body = settings.passing.body(url, _row.decode(envelope.body))
         else:
-            body = settings.complete(decoder.decode(envelope.body))
+            body = settings.complete(_bodies[url].decode(envelope.body))
     except msgspec.ValidationError as error:
-        raise explain(error, "body") from None
+        raise explain(error, "body", kind.__struct_fields__ if issubclass(kind, PairBody) else ()) from None
     row = RowSpec(envelope.custom_id, endpoint, body, raw, None, line or None)
     _check(row, settings)
     return row
@@ -225,7 +228,7 @@ def _lenient_envelope(raw: bytes, error: msgspec.ValidationError) -> _Envelope:
     unknown = UNKNOWN.match(str(error))
     if unknown is None:
         raise error
-    misplaced = sorted(set(_object.decode(raw)) & FIELDS - {"user", "metadata", "input"})
+    misplaced = sorted(set(_object.decode(raw)) & TEXT_FIELDS - {"user", "metadata", "documents"})
     if misplaced:
         name = misplaced[0]
         raise RowError(f"{name!r} stands beside body: move it into body", "unknown_field", name)
@@ -272,9 +275,9 @@ def _check_envelope(envelope: _Envelope) -> str:
             )
     if envelope.method != "POST":
         raise RowError(f"method is {envelope.method!r}: it must be 'POST'", "invalid_method", "method")
-    if envelope.url not in _REQUESTS:
+    if envelope.url is None or envelope.url not in URLS:
         raise RowError(
-            f"url {envelope.url!r} is not supported by this version: use one of {', '.join(_REQUESTS)}",
+            f"url {envelope.url!r} is not supported by this version: use one of {NAMED}",
             "url_not_supported",
             "url",
         )
@@ -322,8 +325,8 @@ def _check(row: RowSpec, settings: JobSettings) -> None:
     for name in ("stream", "use_beam_search"):
         if getattr(body, name):
             raise unsupported(name)
-    if isinstance(body, EmbeddingBody):
-        _check_embedding(row, body)
+    if isinstance(body, VectorBody):
+        _check_vectors(row, body)
         return
     if isinstance(body, ChatBody):
         _check_chat(row, body)
@@ -340,19 +343,27 @@ def _check(row: RowSpec, settings: JobSettings) -> None:
 def _check_chat(row: RowSpec, body: ChatBody) -> None:
     if body.echo:
         raise unsupported("echo")
-    check_messages(body)
     if tool_use(body) is not None and row.constraint is not None:
         asked = row.constraint[1]
         raise RowError(f"{asked} and tools exclude each other: keep one, or set tool_choice to none", param=asked)
     if body.top_logprobs and not body.logprobs:
         raise RowError("top_logprobs needs logprobs: true", param="top_logprobs")
+    _check_turns(body, body.messages)
+
+
+def _check_turns(body: ChatBody | ClassifyBody, messages: Sequence[Message]) -> None:
+    check_messages(messages)
     if body.continue_final_message and body.add_generation_prompt:
         raise RowError(
             "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
         )
-    if body.continue_final_message and body.messages[-1].role != "assistant":
+    if body.continue_final_message and messages[-1].role != "assistant":
         raise RowError("continue_final_message needs an assistant's message at the end", param="continue_final_message")
-    for name in body.chat_template_kwargs or ():
+    _check_template(body.chat_template_kwargs)
+
+
+def _check_template(extra: Mapping[str, Any] | None) -> None:
+    for name in extra or ():
         if name in TEMPLATE_NAMES:
             raise RowError(f"chat_template_kwargs may not set {name!r}", param="chat_template_kwargs")
 
@@ -364,33 +375,24 @@ def _check_completion(row: RowSpec, body: CompletionBody) -> None:
         )
     if body.score_from is not None and row.score_top < 0:
         raise RowError("score_from needs prompt_logprobs, or echo with logprobs", param="score_from")
-    _check_count(prompt_list(body.prompt), row.n, "prompt")
+    _check_count(len(row.prompts), row.n, "prompt")
 
 
-def _check_embedding(row: RowSpec, body: EmbeddingBody) -> None:
-    for name in body.__struct_fields__:
-        if not body.has(name) and getattr(body, name) is not None:
-            raise RowError(f"{name!r} is not a field of this url: remove it", "unknown_field", name)
-    _check_count(row.prompts, 1, "input")
+def _check_vectors(row: RowSpec, body: VectorBody) -> None:
+    check_fields(body)
+    if isinstance(body, PairBody):
+        _check_template(body.chat_template_kwargs)
+        _check_count(sum(map(len, pairs_of(body))), 1, "documents")
+    elif isinstance(body, ClassifyBody) and body.messages is not None:
+        _check_turns(body, body.messages)
+    else:
+        _check_count(len(row.prompts), 1, "input")
 
 
-def _check_count(prompts: list[str | list[int]], n: int, param: str) -> None:
-    if len(prompts) * n > SEQUENCE_LIMIT:
+def _check_count(prompts: int, n: int, param: str) -> None:
+    if prompts * n > SEQUENCE_LIMIT:
         raise RowError(
-            f"{len(prompts)} prompts times n={n} is more than {SEQUENCE_LIMIT} answers in one line: split the line",
+            f"{prompts} prompts times n={n} is more than {SEQUENCE_LIMIT} answers in one line: split the line",
             "too_many_tasks",
             param,
         )
-
-
-def prompt_list(prompt: str | list[str | int | list[int]], param: str = "prompt") -> list[str | list[int]]:
-    """Prompts (or inputs) one by one. Raises RowError for an empty list and for a mixture of kinds."""
-    if isinstance(prompt, str):
-        return [prompt]
-    kinds = {type(item) for item in prompt}
-    if kinds == {int}:
-        return [prompt]  # type: ignore[list-item]  # all of it is ints
-    if kinds == {str} or kinds == {list}:
-        return prompt  # type: ignore[return-value]  # no ints in it
-    problem = "mixes texts and token ids" if kinds else "is empty"
-    raise RowError(f"{param} {problem}: give a text, texts, token ids, or lists of token ids", param=param)

@@ -9,28 +9,24 @@ from typing import Any, TypeVar
 import msgspec
 
 from shoal.core.errors import RowError, UsageError
-from shoal.jobs.body import FIELDS, Body, ChatBody, CompletionBody, EmbeddingBody
+from shoal.jobs.body import FIELDS, GIVEN, KINDS, Body, VectorBody
 from shoal.jobs.loops import rule_of
 from shoal.jobs.passing import Passing
 from shoal.jobs.prompt import PromptTemplate
 
 B = TypeVar("B", bound=Body)
-OWN = frozenset(("messages", "prompt", "input", "model"))  # what only a row itself can say
+OWN = GIVEN | {"model"}  # what only a row itself can say
 
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
     """Body fields for silent rows. The kinds of body differ in a few types, so each has its own."""
 
-    chat: tuple[tuple[str, Any], ...] = ()
-    completions: tuple[tuple[str, Any], ...] = ()
-    embeddings: tuple[tuple[str, Any], ...] = ()
+    kinds: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()  # by the name of the body's class
 
     def of(self, body: Body) -> tuple[tuple[str, Any], ...]:
         """Those for a body of this kind."""
-        if isinstance(body, EmbeddingBody):
-            return self.embeddings
-        return self.chat if isinstance(body, ChatBody) else self.completions
+        return next((fields for name, fields in self.kinds if name == type(body).__name__), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,26 +75,26 @@ def parse_defaults(fields: Mapping[str, Any], adapters: Collection[str] = ()) ->
     for name in given:
         if name not in FIELDS or (name in OWN and not (name == "model" and given[name] in adapters)):
             raise UsageError(f"{name!r} cannot be a default for all rows: remove it, or correct its name")
-    chat: dict[str, Any] = {}
-    completions: dict[str, Any] = {}
-    embeddings: dict[str, Any] = {}
+    found: dict[type[Body], dict[str, Any]] = {kind: {} for kind in KINDS}
     for name, value in given.items():
         complaints = []
-        for kind, own, values in (
-            (ChatBody, {"messages": [{"role": "user", "content": ""}]}, chat),
-            (CompletionBody, {"prompt": ""}, completions),
-            (EmbeddingBody, {"input": ""}, embeddings),
-        ):
-            means = EmbeddingBody.has(name) if kind is EmbeddingBody else name in kind.__struct_fields__
+        for kind, values in found.items():
+            means = kind.has(name) if issubclass(kind, VectorBody) else name in kind.__struct_fields__
             if means and value is not None:
                 try:
-                    values[name] = getattr(msgspec.convert({**own, name: value}, kind), name)
+                    values[name] = getattr(msgspec.convert({**_least(kind), name: value}, kind), name)
                 except msgspec.ValidationError as error:
                     complaints.append(str(error))
-        if complaints and not any(name in values for values in (chat, completions, embeddings)):
+        if complaints and not any(name in values for values in found.values()):
             raise UsageError(f"the default {name}={value!r} cannot be: {complaints[0]}")
     try:
-        rule_of((chat | completions).get("repetition_detection"))
+        rule_of(next((v["repetition_detection"] for v in found.values() if "repetition_detection" in v), None))
     except RowError as error:
         raise UsageError(f"a default for all rows cannot be: {error}") from error
-    return Defaults(*(tuple(sorted(values.items())) for values in (chat, completions, embeddings)))
+    return Defaults(tuple((kind.__name__, tuple(sorted(values.items()))) for kind, values in found.items() if values))
+
+
+def _least(kind: type[Body]) -> dict[str, Any]:
+    """What a body of this kind needs in any case."""
+    needed = {field.name for field in msgspec.structs.fields(kind) if field.required}
+    return {name: [{"role": "user", "content": ""}] if name == "messages" else "" for name in needed}

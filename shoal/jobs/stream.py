@@ -22,7 +22,6 @@ from rich.console import Console
 
 from shoal.client import Backend, News
 from shoal.core.errors import EngineDied, RowError, UsageError
-from shoal.jobs.answer import AnswerWriter
 from shoal.jobs.cache import AnswerCache
 from shoal.jobs.display import Display
 from shoal.jobs.encode import Encoded
@@ -36,7 +35,7 @@ from shoal.jobs.meter import Meter
 from shoal.jobs.options import JobOptions
 from shoal.jobs.part import parts_of
 from shoal.jobs.plan import Plan, Row, Unit
-from shoal.jobs.prepare import created, make_manifest, open_words
+from shoal.jobs.prepare import make_manifest, open_words
 from shoal.jobs.read import Source
 from shoal.jobs.reuse import keep
 from shoal.jobs.stop import Stop, WallClock
@@ -232,9 +231,7 @@ class _Work:
         with tempfile.TemporaryDirectory() as folder:
             manifest = make_manifest(options, Path(folder), DiskFiles(), words, "")
         self._encoder = words.encoder
-        self._writer = AnswerWriter(
-            words.tokenizer, manifest.answers, words.name, created(), options.openai, words.encoder.style
-        )
+        self._writer = words.writer(manifest.answers, options.openai)
         if options.cache is not None:
             self._cache = AnswerCache(Path(options.cache), manifest.engine)
         known = self._cache.get if self._cache is not None else None

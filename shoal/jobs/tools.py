@@ -5,7 +5,7 @@ It must not know how a model writes a call, nor what a template makes of a tool.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,9 +94,9 @@ def wanted_call(body: object, style: Style | None) -> tuple[Constraint, str] | N
         raise RowError(f"tools: {error}", error.code, "tools") from None
 
 
-def check_messages(body: ChatBody) -> None:
+def check_messages(messages: Sequence[Message]) -> None:
     """RowError for a message without content that needs one, and for one with what only another role has."""
-    for number, message in enumerate(body.messages):
+    for number, message in enumerate(messages):
         where = f"messages[{number}]"
         if message.content is None and not message.tool_calls:
             raise RowError(f"body.{where}: 'content' is missing: add it", "missing_field", "content")

@@ -59,6 +59,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of each branch before it is added
     logit_divisor: float = 1.0
+    labels: int = 0  # numbers that its head makes of a text's last position; 0: the head makes logits of words
 
     @property
     def num_layers(self) -> int:
@@ -80,6 +81,11 @@ class _Family:
     scaled_embedding: bool = False
     local_rope: bool = False  # windowed layers have a rope of their own
     defaults: Mapping[str, object] = field(default_factory=dict)
+
+    def named(self, names: list[object]) -> bool:
+        """Whether one of the names is the architecture's, or its classifier's."""
+        base = self.architecture.removesuffix("ForCausalLM")
+        return not {self.architecture, base + CLASSIFIER, f"{base}Text{CLASSIFIER}"}.isdisjoint(map(str, names))
 
 
 _GEMMA = {
@@ -112,6 +118,7 @@ FAMILIES: Mapping[str, _Family] = {
     ),
 }  # fmt: skip
 
+CLASSIFIER = "ForSequenceClassification"  # ends the names of architectures whose head makes numbers of labels
 _ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
 
 
@@ -177,6 +184,7 @@ def read_values(folder: str | Path) -> Mapping[str, object]:
 
 def make_config(values: Mapping[str, object], context: int | None = None) -> ModelConfig:
     """Turn the contents of config.json into a ModelConfig. Errors as in `read_config`."""
+    whole = values
     name, family, values = _find_family(values)
     raw = Fields(values, family.defaults)
     num_heads = raw.count("num_attention_heads")
@@ -219,7 +227,16 @@ def make_config(values: Mapping[str, object], context: int | None = None) -> Mod
         embedding_scale=math.sqrt(width) if family.scaled_embedding else raw.number("embedding_multiplier", 1.0),
         residual_scale=raw.number("residual_multiplier", 1.0),
         logit_divisor=raw.number("logits_scaling", 1.0),
+        labels=num_labels(whole),
     )
+
+
+def num_labels(values: Mapping[str, object]) -> int:
+    """How many numbers a classifier's head makes, as transformers reads it; 0 for a model that is none."""
+    names, labels = values.get("architectures"), values.get("id2label")
+    if not isinstance(names, list) or not any(str(name).endswith(CLASSIFIER) for name in names):
+        return 0
+    return len(labels) if isinstance(labels, dict) and labels else Fields(values, {}).count("num_labels", 2)
 
 
 def _find_family(values: Mapping[str, object]) -> tuple[str, _Family, Mapping[str, object]]:
@@ -232,9 +249,9 @@ def _find_family(values: Mapping[str, object]) -> tuple[str, _Family, Mapping[st
         inside = dict(values["text_config"])  # type: ignore[call-overload]
         return "gemma3_text", FAMILIES["gemma3_text"], {"tie_word_embeddings": True, **inside}
     if not isinstance(kind, str):
-        kind = next((k for k, f in FAMILIES.items() if isinstance(names, list) and f.architecture in names), None)
+        kind = next((k for k, f in FAMILIES.items() if isinstance(names, list) and f.named(names)), None)
     family = FAMILIES.get(kind or "")
-    fits = family is not None and isinstance(names, list) and (not names or family.architecture in names)
+    fits = family is not None and isinstance(names, list) and (not names or family.named(names))
     if kind is None or family is None or not fits:
         known = ", ".join(f"{k} ({f.architecture})" for k, f in FAMILIES.items())
         custom = " The folder's own code is never run." if "auto_map" in values else ""

@@ -15,7 +15,7 @@ from shoal.nn.adapter import Adapter
 from shoal.nn.arch import ModelConfig
 from shoal.nn.deltas import Deltas
 from shoal.nn.layers import Layer, Norm, StepState
-from shoal.nn.linear import load_head
+from shoal.nn.linear import load_head, load_labels
 from shoal.nn.rope import make_table
 from shoal.nn.weights import Weights
 
@@ -42,7 +42,9 @@ class Decoder:
         self.whole = [kernels.prepare_layer(layer.parts) for layer in self.layers]  # as the kernels take them
         self.deltas = Deltas(kernels, config, adapters, [layer.linears for layer in self.layers])
         self.norm = Norm(kernels, weights, "norm", config.norm_eps)
-        if config.tied and weights.head_mode == "plain":
+        if config.labels:
+            self.head = load_labels(kernels, weights, "score")
+        elif config.tied and weights.head_mode == "plain":
             self.head = kernels.pack(self.embedding_VD)
         else:
             self.head = load_head(kernels, weights, "embed_tokens" if config.tied else "lm_head")
@@ -79,7 +81,9 @@ class Decoder:
         return self.layers[index](x_TD, step)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """Return float32 [R, V]."""
+        """Return float32 [R, V], or a classifier's numbers as [R, labels]."""
+        if self.config.labels:
+            return self.kernels.logits(hidden_RD.float(), self.head)
         logits = self.kernels.logits(hidden_RD, self.head)
         if self.config.logit_divisor != 1.0:
             logits = logits / self.config.logit_divisor

@@ -1,4 +1,4 @@
-"""An encoder as data, read from a checkpoint's config.json: the layout of BERT, every option of which is checked.
+"""An encoder as data, read from a checkpoint's config.json: the layout of BERT and RoBERTa, every option checked.
 
 It must not know tensors, nor what is made of the last layer's rows: that stands in other files of the folder.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shoal.core.errors import ModelError
-from shoal.nn.arch import Fields
+from shoal.nn.arch import CLASSIFIER, Fields, num_labels
 
 ACTIVATION = "gelu"  # its exact form, of all that config.json could name
 
@@ -17,7 +17,8 @@ _DEFAULTS: Mapping[str, object] = {"layer_norm_eps": 1e-12, "type_vocab_size": 2
 _ONLY: Mapping[str, object] = {
     "hidden_act": ACTIVATION, "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False,
 }  # fmt: skip
-_HEADLESS = ("BertModel", "BertForMaskedLM")  # the latter's head predicts words, and is left in its file
+_NAMES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}  # of architectures, by model_type
+_USES = ("Model", "ForMaskedLM", CLASSIFIER)  # what follows; a head that predicts words is left in its file
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +32,45 @@ class EncoderConfig:
     num_heads: int
     num_layers: int
     positions: int  # rows of the table of positions
-    kinds: int  # rows of the table of kinds of segments, of which the first is used
+    begin: int  # row of a text's first token
+    kinds: int  # rows of the table of kinds of segments: the first text's, the second's
     norm_eps: float
+    labels: int = 0  # numbers that its head makes of a text; 0: it has none
 
     @property
     def attention_scale(self) -> float:
         """Of the scores q·k."""
         return float((self.width // self.num_heads) ** -0.5)
 
+    @property
+    def context(self) -> int:
+        """Tokens that a text may have."""
+        return self.positions - self.begin
+
+    @property
+    def used_kinds(self) -> int:
+        """Kinds of segments that texts are made of: RoBERTa marks a second one by what stands before it alone."""
+        return min(self.kinds, 2) if self.architecture == "bert" else 1
+
+    @property
+    def num_words(self) -> int:
+        """Words of all kinds: those of a second segment have numbers of their own, after all of the first's."""
+        return self.vocab_size * self.used_kinds
+
+    @property
+    def head(self) -> tuple[str, str]:
+        """The layers of a classifier's head."""
+        if self.architecture == "bert":
+            return "pooler.dense", "classifier"
+        return "classifier.dense", "classifier.out_proj"
+
 
 def make_encoder_config(values: Mapping[str, object]) -> EncoderConfig:
     """Turn the contents of config.json into an EncoderConfig. ModelError names what is unknown, missing or wrong."""
-    names = values.get("architectures") or []
-    if values.get("model_type") != "bert" or not isinstance(names, list) or not set(names) <= set(_HEADLESS):
-        raise ModelError(f"architecture {names} is not an encoder that is supported: known are {', '.join(_HEADLESS)}")
+    names, kind = values.get("architectures") or [], str(values.get("model_type"))
+    if kind not in _NAMES or not isinstance(names, list) or not set(names) <= {_NAMES[kind] + use for use in _USES}:
+        known = ", ".join(f"{name}({'|'.join(_USES)})" for name in _NAMES.values())
+        raise ModelError(f"architecture {names} is not an encoder that is supported: known are {known}")
     raw = Fields(values, _DEFAULTS)
     for name, only in _ONLY.items():
         found = raw.values.get(name, only)
@@ -54,15 +80,17 @@ def make_encoder_config(values: Mapping[str, object]) -> EncoderConfig:
     if width % num_heads:
         raise ModelError(f"config.json: a hidden_size of {width} cannot be cut into {num_heads} attention heads")
     return EncoderConfig(
-        architecture="bert",
+        architecture=kind,
         vocab_size=raw.count("vocab_size"),
         width=width,
         inner=raw.count("intermediate_size"),
         num_heads=num_heads,
         num_layers=raw.count("num_hidden_layers"),
         positions=raw.count("max_position_embeddings"),
+        begin=0 if kind == "bert" else int(raw.number("pad_token_id", 1)) + 1,
         kinds=raw.count("type_vocab_size"),
         norm_eps=raw.number("layer_norm_eps"),
+        labels=num_labels(values),
     )
 
 
@@ -86,9 +114,13 @@ def encoder_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
             shapes |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
         for name in ("attention.output.LayerNorm", "output.LayerNorm"):
             shapes |= {f"{layer}.{name}.weight": (width,), f"{layer}.{name}.bias": (width,)}
+    if config.labels:
+        dense, out = config.head
+        shapes |= {f"{dense}.weight": (width, width), f"{dense}.bias": (width,)}
+        shapes |= {f"{out}.weight": (config.labels, width), f"{out}.bias": (config.labels,)}
     return shapes
 
 
 def may_be_left(name: str) -> bool:
-    """Whether a tensor is part of such a checkpoint and of nothing that an embedding needs."""
-    return name == "embeddings.position_ids" or name.startswith(("pooler.", "cls."))
+    """Whether a tensor is part of such a checkpoint and of nothing that a vector needs."""
+    return name == "embeddings.position_ids" or name.startswith(("pooler.", "cls.", "lm_head."))

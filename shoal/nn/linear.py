@@ -39,6 +39,12 @@ def load_head(kernels: Kernels, weights: Weights, name: str) -> object:
         return kernels.pack(weights.head(name), None, weights.head_mode)
 
 
+def load_labels(kernels: Kernels, weights: Weights, name: str) -> object:
+    """Read a layer of a classifier's head, with its bias where it has one. It is small, and kept in float32."""
+    bias_N = weights.whole(f"{name}.bias") if f"{name}.bias" in weights else None
+    return kernels.pack(weights.whole(f"{name}.weight"), bias_N)
+
+
 @contextmanager
 def _named(names: tuple[str, ...]) -> Iterator[None]:
     try:

@@ -51,7 +51,7 @@ MODES: Mapping[str, Arithmetic] = {
 always do: both are few in a large model, and the head decides between near tokens."""
 
 _READABLE = ("F32", "BF16", "F16")
-_PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.", "bert.")
+_PREFIXES = ("language_model.model.", "model.language_model.", "language_model.", "model.", "bert.", "roberta.")
 _LAYER = re.compile(r"(encoder\.)?layers?\.")
 _FOREIGN = ("vision_tower.", "multi_modal_projector.")  # the picture half of a checkpoint whose text half we run
 _MAPPED_BYTES = 64 << 20  # read through one mapping of a file
@@ -83,7 +83,9 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         norms["self_attn.q_norm"] = queries if whole else config.head_dim
         norms["self_attn.k_norm"] = keys if whole else config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, width), "norm.weight": (width,)}
-    if not config.tied:
+    if config.labels:
+        shapes["score.weight"] = (config.labels, width)
+    elif not config.tied:
         shapes["lm_head.weight"] = (config.vocab_size, width)
     for index in range(config.num_layers):
         for name, (outputs, inputs, bias) in linears.items():
@@ -112,7 +114,7 @@ def tensor_bytes(shapes: Mapping[str, tuple[int, ...]], arithmetic: str) -> int:
 def model_bytes(config: ModelConfig, arithmetic: str) -> int:
     """Bytes of a loaded decoder's tensors in one of MODES."""
     head = MODES[arithmetic].head
-    kept = 0 if head == "plain" else weight_bytes(head, config.vocab_size, config.width)
+    kept = 0 if head == "plain" or config.labels else weight_bytes(head, config.vocab_size, config.width)
     return kept + tensor_bytes(expected_shapes(config), arithmetic)
 
 
@@ -152,6 +154,10 @@ class Weights:
     def take(self, name: str) -> Tensor:
         """Read one tensor into memory of its own, in the model's dtype."""
         return self._read(name).to(self.dtype)
+
+    def whole(self, name: str) -> Tensor:
+        """Read one tensor as float32, whatever the model's dtype is."""
+        return self._read(name).float()
 
     def layer_weight(self, name: str) -> Tensor:
         """Read the weight of a linear layer that is to be packed at once: in the model's dtype, or when it is going to
@@ -301,8 +307,8 @@ def plain_name(stored: str) -> str:
 
 
 def _may_be_left(name: str, config: ModelConfig) -> bool:
-    tied_head = config.tied and name == "lm_head.weight"
-    return tied_head or name.endswith("rotary_emb.inv_freq") or name.startswith(_FOREIGN)
+    other_head = (config.tied or config.labels) and name == "lm_head.weight"
+    return bool(other_head) or name.endswith("rotary_emb.inv_freq") or name.startswith(_FOREIGN)
 
 
 def _check(path: Path, stored: str, header: Any, shape: tuple[int, ...]) -> None:

@@ -64,9 +64,10 @@ def explain(
     calibrate: bool = False,
     endpoint: str | None = None,
     price_per_million: str | None = None,
+    sample: int | None = None,
     **options: Any,
 ) -> Explained:
-    """Say what `shoal.run` with these options would do with the file `input`. Needs no weights.
+    """Say what `shoal.run` with these options would do with the file `input`. Needs no weights, but for a `sample`.
 
     `options` are the fields of JobOptions: model, prompt, chat, body, memory, …; the others are the command's flags.
     Of a job over servers, at an `endpoint`, less is known, and `facts` has less.
@@ -76,6 +77,6 @@ def explain(
     if endpoint is not None:
         options["device"] = place_of(options.get("device", "cpu"), endpoint)
     job = JobOptions(input=Path(input), output=Path(os.devnull), **options)  # nothing is answered
-    asked = ExplainOptions(job, None, answer_tokens, price_per_hour, watts, calibrate)
+    asked = ExplainOptions(job, None, answer_tokens, price_per_hour, watts, calibrate, sample)
     prices = parse_prices(price_per_million)
     return Explained(foresee(asked, prices) if job.servers else explain_job(asked, prices))

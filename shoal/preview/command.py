@@ -10,6 +10,7 @@ from shoal.core.errors import UsageError
 from shoal.jobs.bill import Prices
 from shoal.jobs.files import disk_errors
 from shoal.jobs.options import JobOptions
+from shoal.jobs.run import run_job
 from shoal.preview.facts import Explanation, gather
 from shoal.preview.fix import repair
 from shoal.preview.lint import Lint, check, print_lint
@@ -19,17 +20,21 @@ from shoal.preview.options import ExplainOptions
 from shoal.preview.page import page
 from shoal.preview.passed import foresee, look_passed
 from shoal.preview.passed_words import passed_lines
+from shoal.preview.sample import sample
 from shoal.preview.words import lines, print_lines, to_json
 
 SOME_FAIL = 3  # as a run's exit code for failed lines
 
 
 def explain(options: ExplainOptions, prices: Prices | None = None) -> Explanation:
-    """All that can be said of a job before it runs in an engine of ours; `foresee` speaks of others."""
+    """All that can be said of a job before it runs in an engine of ours, but for the rows of a sample; `foresee` speaks
+    of others."""
     if prices is not None:
         raise UsageError("--price-per-million is for servers: say --price-per-hour of this machine, or give --endpoint")
     with look(options.job) as looked:
-        return gather(options, looked)
+        if options.sample is None:
+            return gather(options, looked)
+        return gather(options, looked, sample(looked, options.job, options.sample, run_job))
 
 
 def run_explain(options: ExplainOptions, as_json: bool, console: Console, prices: Prices | None = None) -> None:

@@ -22,6 +22,7 @@ from shoal.preview.forecast import predict
 from shoal.preview.look import Looked
 from shoal.preview.machine import Measured, Unmeasured, elsewhere, measured
 from shoal.preview.options import ExplainOptions
+from shoal.preview.sample import Sampled
 from shoal.preview.sizes import Sizes
 from shoal.runtime.memory import available_host_bytes, plan_memory
 from shoal.show.prefixes import Forest, largest
@@ -140,12 +141,14 @@ class Explanation(msgspec.Struct, frozen=True):
     advice: tuple[Advice, ...]
     bill: Bill
     seconds: float  # to find all this out
+    sampled: Lengths | None = None  # of the answers of rows that were run first
 
 
-def gather(options: ExplainOptions, looked: Looked) -> Explanation:
-    """All facts of a job. What cannot be measured here leaves out the times, and nothing else."""
+def gather(options: ExplainOptions, looked: Looked, sampled: Sampled | None = None) -> Explanation:
+    """All facts of a job, with what a sample of its rows has come to, if one was run. What cannot be measured here
+    leaves out the times, and nothing else."""
     job, plan, words = options.job, looked.plan, looked.words
-    memory, time, why = _foretell(options, looked)
+    memory, time, why = _foretell(options, looked, sampled)
     bad = bad_rows(plan)
     overflow = sum(each.count for each in bad if each.code == "context_length_exceeded")
     length = looked.units["length"].astype(np.int64)
@@ -162,10 +165,13 @@ def gather(options: ExplainOptions, looked: Looked) -> Explanation:
         prompt_tokens=plan.prompt_tokens, bound=plan.bound, memory=memory, time=time,
         forest=largest(looked.prompts, looked.reach, words.tokenizer),
         no_time=why, advice=_advice(options, rows, memory, time), bill=foretold, seconds=looked.seconds,
+        sampled=None if sampled is None else lengths(np.array(sampled.ended, dtype=np.int64)),
     )  # fmt: skip
 
 
-def _foretell(options: ExplainOptions, looked: Looked) -> tuple[Memory | None, Forecast | None, str]:
+def _foretell(
+    options: ExplainOptions, looked: Looked, sampled: Sampled | None
+) -> tuple[Memory | None, Forecast | None, str]:
     """Memory and time, or why there is no time."""
     job, words = options.job, looked.words
     if words.info.encoder:
@@ -183,7 +189,7 @@ def _foretell(options: ExplainOptions, looked: Looked) -> tuple[Memory | None, F
         machine = measured(words.folder, sizes, weights, kv, job.threads, options.calibrate)
     except Unmeasured as error:
         return memory, None, str(error)
-    return memory, _forecast(options, looked, machine, config, memory), ""
+    return memory, _forecast(options, looked, machine, config, memory, sampled), ""
 
 
 def lengths(values: Ints) -> Lengths:
@@ -239,10 +245,10 @@ def memory_of(looked: Looked, config: EngineConfig, sizes: Sizes, weights: str, 
 
 
 def _forecast(
-    options: ExplainOptions, looked: Looked, machine: Measured, config: EngineConfig, memory: Memory
-) -> Forecast:
-    limits, certain = looked.limits, looked.certain
-
+    options: ExplainOptions, looked: Looked, machine: Measured, config: EngineConfig, memory: Memory,
+    sampled: Sampled | None,
+) -> Forecast:  # fmt: skip
+    limits, certain, expected = looked.limits, looked.certain, options.answer_tokens
     paper = paperwork.measure(looked)
 
     def span(answers: Ints) -> Span:
@@ -259,8 +265,8 @@ def _forecast(
         likely: Span | None = most
     else:
         least = span(np.where(certain, limits, np.minimum(limits, 1)))
-        expected = options.answer_tokens
         likely = span(np.where(certain, limits, np.minimum(limits, expected))) if expected else None
+        likely = span(sampled.lengths(looked)) if sampled is not None else likely
     load = machine.load(memory.weight_bytes)
     before = max(load, looked.seconds)
     chosen = likely or most

@@ -20,11 +20,16 @@ class ExplainOptions:
     price: float | None = None  # of an hour of this machine
     watts: float | None = None  # of this machine while it works
     calibrate: bool = False  # measure this machine again
+    sample: int | None = None  # rows that are run first, to learn how long answers are
 
     def __post_init__(self) -> None:
         check_rates(self.price, self.watts)
         if self.answer_tokens is not None and self.answer_tokens < 1:
             raise UsageError(f"--answer-tokens is {self.answer_tokens}: give at least 1")
+        if self.sample is not None and self.sample < 1:
+            raise UsageError(f"--sample is {self.sample}: give at least 1")
+        if self.sample is not None and self.answer_tokens is not None:
+            raise UsageError("--sample measures what --answer-tokens guesses: leave one of them out")
 
 
 def rows_of(file: Path | None, flag: Path | None, typed: bool) -> Path:

@@ -37,6 +37,7 @@ def page(found: Explanation) -> str:
                     "Answers at most", paragraphs([lengths_words(found.answers)]), _bars(found.answers, "Answer limits")
                 ),
             ),
+            section("Answers of rows that were run", *_sampled(found.sampled)),
             section("Memory", paragraphs([memory_words(found.memory)]) if found.memory is not None else ""),
         ],
     )
@@ -68,6 +69,10 @@ def _times(found: Explanation) -> list[str]:
 def _bad(found: Explanation) -> str:
     rows = [(bad.code, count(bad.count), ", ".join(map(str, bad.lines)), bad.message) for bad in found.bad]
     return table(("reason", "rows", "lines, as", "first of them"), rows) if rows else ""
+
+
+def _sampled(found: Lengths | None) -> list[str]:
+    return [] if found is None else [paragraphs([lengths_words(found)]), _bars(found, "Answer lengths")]
 
 
 def _bars(found: Lengths, name: str) -> str:

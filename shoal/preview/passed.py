@@ -95,7 +95,13 @@ def look_passed(options: JobOptions) -> Iterator[Passed]:
 
 def foresee(options: ExplainOptions, prices: Prices | None) -> Foreseen:
     """All that can be said of a job over servers before it is sent."""
-    for flag, value in (("--html", options.html), ("--price-per-hour", options.price), ("--watts", options.watts)):
+    ours = (
+        ("--html", options.html),
+        ("--price-per-hour", options.price),
+        ("--watts", options.watts),
+        ("--sample", options.sample),
+    )
+    for flag, value in ours:
         if value is not None:
             raise UsageError(f"{flag} is for an engine of ours, and --endpoint has none: leave it out")
     with look_passed(options.job) as passed:

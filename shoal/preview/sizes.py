@@ -12,6 +12,7 @@ from typing import Any
 
 from shoal.core.errors import ModelError
 from shoal.text.files import read_json
+from shoal.text.heads import read_head
 
 PANEL = 32  # numbers up to a multiple of which the compiled kernels fill a head
 _HEADS = {"gemma2": 256, "gemma3": 256, "gemma3_text": 256, "qwen3": 128}  # numbers of a head, where it is left out
@@ -32,7 +33,7 @@ class Sizes:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    tied: bool
+    tied: bool  # no head of its own: the embedding is the head, or a classifier's is, which is next to nothing
 
     @classmethod
     def load(cls, folder: Path) -> Sizes:
@@ -51,7 +52,7 @@ class Sizes:
             num_kv_heads=_count(values, "num_key_value_heads", 4 if kind.startswith("gemma") else heads),
             head_dim=_count(values, "head_dim", _HEADS.get(kind, width // heads)),
             vocab_size=_count(values, "vocab_size", 262208 if kind.startswith("gemma3") else None),
-            tied=bool(values.get("tie_word_embeddings", kind in _TIED)),
+            tied=bool(values.get("tie_word_embeddings", kind in _TIED)) or read_head(config) is not None,
         )
 
     @property

@@ -39,6 +39,8 @@ def lines(found: Explanation) -> Iterator[tuple[str, str]]:
     yield from (("", bar) for bar in bars(found.prompts))
     yield "answers", f"at most {lengths_words(found.answers)}"
     yield from (("", bar) for bar in bars(found.answers))
+    if found.sampled is not None:
+        yield "", f"of rows that were run: {lengths_words(found.sampled)}"
     yield "sharing", sharing_words(found)
     shown = sorted(found.forest.prefixes, key=lambda prefix: -prefix.saved)[:PREFIXES]
     for prefix in shown:
@@ -125,7 +127,7 @@ def time_words(found: Explanation) -> str:
         "compute": "limited by compute", "bandwidth": "limited by reading weights (bandwidth)",
         "attention": "limited by looking back over long contexts", "memory": "limited by memory for keys and values",
     }[time.limit]  # fmt: skip
-    known = "" if time.likely else " (answers may end at once, or run to their limits: give --answer-tokens)"
+    known = "" if time.likely else " (answers may end at once, or run to their limits: give --sample)"
     return f"{duration(time.low)} to {duration(time.high)}{known}, {why}"
 
 

@@ -77,14 +77,15 @@ class ModelRunner:
 
     def __init__(
         self, model: Model, kernels: Kernels, kv: KV, vocab_size: int, adapters: Sequence[str] = (),
-        masks: Masks | None = None, normalize: bool = False,
+        masks: Masks | None = None, normalize: bool = False, classifier: bool = False,
     ) -> None:  # fmt: skip
         """`adapters` are the names of the model's, by number; `masks` keep the constraints of requests: without them a
-        request that has one is refused. With `normalize` vectors have length 1."""
+        request that has one is refused. With `normalize` vectors have length 1. Those of a `classifier` are what its
+        head makes of a hidden state, and it has no words."""
         self._adapters = {name: number for number, name in enumerate(adapters)}
         self._adapted: dict[int, int] = {}  # ticket -> number of its adapter; changed by `submit` alone
         self._model, self._kernels, self._kv, self._vocab_size = model, kernels, kv, vocab_size
-        self._normalize = normalize
+        self._normalize, self._classifier = normalize, classifier
         self._sampler = Sampler(vocab_size, kernels, masks)
         self._tickets: dict[int, _Ticket] = {}
         self._last: dict[int, int] = {}  # ticket -> the token it sampled last
@@ -134,6 +135,8 @@ class ModelRunner:
             problem = f"the prompt has a token outside the model's vocabulary of {self._vocab_size} tokens"
         if start.request.adapter and start.request.adapter not in self._adapters:
             problem = f"no adapter {start.request.adapter!r} is loaded: known are {', '.join(self._adapters) or 'none'}"
+        if self._classifier and start.request.answer is not Answer.VECTOR:
+            problem = "this model makes numbers of its labels, and no text: ask for a vector, or take another model"
         known = len(start.request.prompt) + len(start.produced)
         self._tickets[start.ticket] = _Ticket(start.request, known, problem)
         self._sampler.start(start)
@@ -202,8 +205,12 @@ class ModelRunner:
             result.errors.update(samples.errors)
 
     def _vectors(self, hidden_RD: torch.Tensor, wishes: _Wishes, result: StepResult) -> None:
-        for ticket, row in wishes.vector_rows.items():
-            vector = hidden_RD[row].double().cpu()
+        rows = list(wishes.vector_rows.values())
+        if not rows:
+            return
+        found = self._logits(hidden_RD, rows) if self._classifier else [hidden_RD[row] for row in rows]
+        for ticket, each in zip(wishes.vector_rows, found, strict=True):
+            vector = each.double().cpu()
             if self._normalize:
                 vector /= vector.norm().clamp_min(LEAST_NORM)
             if bool(vector.isfinite().all()):

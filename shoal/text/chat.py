@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,11 @@ class ChatTemplate:
     def style(self) -> Style | None:
         """How the model writes calls of tools, by the template that shows it how; None where none does."""
         return style_of(self.sources.get("tool_use") or self.sources.get("default") or "")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether it shows a query and a document, as templates of rerankers do."""
+        return all(re.search(f"[\"']{role}[\"']", self.sources.get("default", "")) for role in ("query", "document"))
 
     def render(
         self,

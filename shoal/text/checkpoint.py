@@ -13,7 +13,8 @@ from typing import Any
 
 from shoal.core.errors import ModelError, UsageError
 from shoal.text.files import read_json
-from shoal.text.pooling import Pooling, decoder_pooling, is_encoder, read_pooling
+from shoal.text.heads import Head, read_head
+from shoal.text.pooling import Pooling, decoder_pooling, first_position, is_encoder, read_pooling
 from shoal.text.tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "models" / "minnow"
@@ -116,6 +117,8 @@ class ModelInfo:
     vector_context: int = 0  # tokens of a text that becomes a vector, at most
     no_vector: str = ""  # why it makes none, where its folder says how and that cannot be done
     encoder: bool = False  # it makes no texts, and takes every text by itself
+    head: Head | None = None  # it makes numbers of labels, and neither texts nor vectors
+    kinds: int = 1  # of words: 2 where a second text's words have numbers of their own, after the vocabulary's
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer, context: int | None = None) -> ModelInfo:
@@ -128,8 +131,10 @@ class ModelInfo:
         trained = _count(described, "max_position_embeddings", 131072 if isinstance(inner, dict) else None)
         if context is not None and context < 1:
             raise UsageError(f"a context of {context} tokens holds nothing: give at least 1")
-        encoder = is_encoder(config)
-        pooling = read_pooling(folder) if encoder else decoder_pooling(folder)
+        encoder, head = is_encoder(config), read_head(config)
+        if encoder:
+            trained -= first_position(config)
+        pooling = None if head else read_pooling(folder) if encoder else decoder_pooling(folder)
         limit = (pooling.most_tokens if isinstance(pooling, Pooling) else None) or trained
         if encoder:
             context = min(context or trained, trained, limit)
@@ -147,6 +152,8 @@ class ModelInfo:
             vector_context=min(context, limit),
             no_vector=str(pooling) if isinstance(pooling, ModelError) else "",
             encoder=encoder,
+            head=head,
+            kinds=min(_count(config, "type_vocab_size", 2), 2) if config.get("model_type") == "bert" else 1,
         )
 
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from shoal.core.errors import ModelError
 from shoal.text.files import read_json
 
-ENCODERS = ("bert",)  # values of model_type whose tokens see the whole text: such a model makes vectors, never a text
+# Values of model_type whose tokens see the whole text: such a model makes vectors, never a text.
+ENCODERS = ("bert", "roberta", "xlm-roberta")
 MODULES = "modules.json"
 LIMITS = "sentence_bert_config.json"
 PROMPTS = "config_sentence_transformers.json"
@@ -38,9 +39,19 @@ class Pooling:
     files: tuple[Path, ...]  # that say so
 
 
+FIRST = Pooling("cls", False, None, ())
+"""What the head of an encoder's classifier is given, whatever the folder's files say of embeddings."""
+
+
 def is_encoder(config: Mapping[str, object]) -> bool:
     """Whether config.json is of a model that makes vectors only."""
     return config.get("model_type") in ENCODERS
+
+
+def first_position(config: Mapping[str, object]) -> int:
+    """The row of an encoder's table of positions that is a text's first: RoBERTa's come after its padding's."""
+    padding = config.get("pad_token_id")
+    return 0 if config.get("model_type") == "bert" else (padding if isinstance(padding, int) else 1) + 1
 
 
 def makes_vectors(folder: Path) -> bool:

@@ -15,6 +15,7 @@ import tokenizers
 from shoal.core.types import TOKEN, Tokens
 from shoal.text import files, words
 from shoal.text.decoding import Decoding
+from shoal.text.joint import Joint, read_joint
 from shoal.text.unicode import check
 
 BATCH_TEXTS = 2048  # texts the library encodes at once, and the characters in them: both bound its memory, about
@@ -43,6 +44,7 @@ class Tokenizer:
         ends_of_text = _ends(backend)
         self._before, self._after = ends_of_text or (array(TOKEN), array(TOKEN))
         self.num_after = len(self._after)  # tokens that `special` puts behind every text
+        self.joint: Joint | None = read_joint(backend)  # how two texts become one prompt; None: in no way known here
         self._words = words.word_encoder(backend) if ends_of_text is not None else None
 
     @classmethod

@@ -105,7 +105,7 @@ def test_what_is_no_text_for_an_encoder_fails_alone(tmp_path: Path) -> None:
     save_encoder(tmp_path)
     built = build(tmp_path)
     wrong = {
-        "outside": Request("outside", array(TOKEN, [3, 150]), **VECTOR),
+        "outside": Request("outside", array(TOKEN, [3, 2 * 150]), **VECTOR),
         "asks for text": Request("asks for text", array(TOKEN, [3, 4]), Sampling(max_tokens=2)),
         "adapted": Request("adapted", array(TOKEN, [3, 4]), adapter="fish", **VECTOR),
     }
@@ -131,7 +131,7 @@ def test_a_checkpoint_that_is_not_understood_is_refused(tmp_path: Path) -> None:
         ({"hidden_act": "relu"}, "hidden_act"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ({"is_decoder": True}, "is_decoder"),
-        ({"architectures": ["BertForSequenceClassification"]}, "BertForSequenceClassification"),
+        ({"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification"),
         ({"num_attention_heads": 5}, "attention heads"),
         ({"num_hidden_layers": 4}, "missing"),
         ({"num_hidden_layers": 2}, "not part of"),

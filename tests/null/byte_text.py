@@ -24,6 +24,7 @@ class ByteTokenizer:
     hash = "bytes"
     eos = frozenset((EOS,))
     num_after = 0
+    joint = None
 
     def encode(self, text: str, special: bool = True) -> array[int]:
         return array(TOKEN, [BOS] * special + [FIRST + b for b in text.encode()])
@@ -46,6 +47,7 @@ class PlainTemplate:
 
     hash = "plain"
     style: Style | None = None
+    pairs = False
 
     def render(
         self,

@@ -38,7 +38,9 @@ def write_encoder(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(WORDS[:3])
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", BEGIN), ("[SEP]", END)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", BEGIN), ("[SEP]", END)],
     )
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"model_type": "bert", "hidden_size": WIDTH, "vocab_size": len(WORDS), "max_position_embeddings": 64}

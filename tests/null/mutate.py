@@ -195,7 +195,7 @@ def _refused(rng: Random, number: int) -> Mutant:
 def _other_url(rng: Random, number: int) -> Mutant:
     request = good_request(rng, number)
     request["url"] = rng.choice(
-        ("/v1/embeddings", "/v1/responses", "/score", "v1/completions", "/v1/completions/", "🐟")
+        ("/v1/embeddings", "/v1/responses", "/scores", "v1/completions", "/v1/completions/", "🐟")
     )
     return Mutant("other url", _dump(request), False)
 

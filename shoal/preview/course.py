@@ -96,20 +96,19 @@ class Fit:
         """The share that is longer than each of these."""
         return self.never + (1.0 - self.never) * _above((np.log(lengths) - self.middle) / self.spread)
 
-    def likelihood(self, logs: Floats, bounds: Floats) -> float:
-        """The logarithm of the likelihood of ends and of bounds, both as logarithms of lengths."""
-        points = (logs - self.middle) / self.spread
-        ends = -(points**2) / 2 - math.log(self.spread) + math.log(max(1.0 - self.never, 1e-300))
-        bound = self.never + (1.0 - self.never) * _above((bounds - self.middle) / self.spread)
-        return float(ends.sum() + np.log(np.maximum(bound, 1e-300)).sum())
+    def likelihood(self, ended: Floats, longer: Floats) -> float:
+        """The logarithm of how likely these ends are, each as a whole number, and these that are longer."""
+        ends = self.longer(ended - 0.5) - self.longer(ended + 0.5)
+        return float(np.log(np.maximum(np.concatenate([ends, self.longer(longer)]), 1e-300)).sum())
 
 
 def fit(ended: Ints, longer: Floats) -> Fit:
     """What fits best, of lengths of which some are known to be `longer` alone. That some never end is believed only
     when it is clear: few early ends fit both, and say nothing of what comes later."""
-    logs, bounds = np.log(np.maximum(ended, 1)), np.log(np.maximum(longer, 1))
+    ends, lasts = np.maximum(ended, 1).astype(np.float64), np.maximum(longer, 1).astype(np.float64)
+    logs, bounds = np.log(ends), np.log(lasts)
     plain, mixed = _maximized(logs, bounds, 0.0), _maximized(logs, bounds, 0.5)
-    return mixed if mixed.likelihood(logs, bounds) > plain.likelihood(logs, bounds) + CLEAR else plain
+    return mixed if mixed.likelihood(ends, lasts) > plain.likelihood(ends, lasts) + CLEAR else plain
 
 
 def _maximized(logs: Floats, bounds: Floats, never: float) -> Fit:

@@ -162,7 +162,7 @@ def test_answers_that_still_run_never_make_the_others_shorter(ended: list[int], 
     alone = Learnt(ended, [False] * len(ended), NONE).lengths(SHARES)
     beside = Learnt(ended, [False] * len(ended), np.full(running, float(age))).lengths(SHARES)
     assert (beside >= alone).all()
-    assert (np.diff(beside) <= 0).all()
+    assert (beside[1:] <= beside[:-1]).all()  # some may never end
 
 
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=40), st.lists(st.integers(0, 300), max_size=60), st.booleans())

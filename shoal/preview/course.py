@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.core.config import EngineConfig
+from shoal.jobs.feed import WINDOW
 from shoal.jobs.foretold import Foretold, Tail
 from shoal.jobs.plan_order import Floats
 from shoal.jobs.plan_sort import Ints
@@ -174,9 +175,10 @@ class Course:
         done, passed = (np.array(column) for column in zip(*time.course, strict=True))
         whole = float(passed[-1])
         job = rates.own.seconds(len(work), float(work.answers.sum()), time.steps)
-        share = 1.0 + job / max(whole, 1e-9)  # the job's own work goes on beside all steps
-        here = share * float(np.interp(min(tokens, float(done[-1])), done, passed))
-        whole *= share
+        ahead = min(rates.own.opening * min(len(work), WINDOW), job)  # so many are handed over before the first step
+        share = 1.0 + (job - ahead) / max(whole, 1e-9)  # the rest of the job's own work goes on beside all steps
+        here = ahead + share * float(np.interp(min(tokens, float(done[-1])), done, passed))
+        whole = ahead + share * whole
         trust = TRUST * whole
         return max(whole - here, 0.0) * (seconds + trust) / (here + trust)
 

@@ -35,6 +35,7 @@ class Paperwork:
     request: float  # to make it of its row, hand it over, and to write and keep its answer
     token: float  # of its answer
     news: float  # of a message from the engine, whatever is in it
+    opening: float = 0.0  # of `request`, what comes before the engine has it
     drawn: float = 0.0  # share of the requests whose tokens are drawn, not the likeliest
 
     def seconds(self, requests: float, tokens: float, steps: float) -> float:
@@ -66,7 +67,7 @@ def measure(looked: Looked) -> Paperwork:
             results.close()
             desk.close()
     token = max(long - short, 0.0) / (TOKENS - 1) if len(handed) > 2 else 0.0
-    return Paperwork(opening + max(short - token, 0.0), token, news, drawn)
+    return Paperwork(opening + max(short - token, 0.0), token, news, opening, drawn)
 
 
 class _Desk:

@@ -6,9 +6,9 @@ runs several times, and the middle of the ratios counts. With answers that may e
 before, that must hold the time; and when 5 % of the rows have ended the job itself says how long it will take.
 
 Usage: python -m benchmarks.prove_explain [--model FOLDER|embedded] [--kinds gsm8k,bbh,mmlu,paragraphs]
-       [--part fixed,free,large] [--turns 5] [--rows N] [--keep FILE]
-Parts may run one by one: each adds what it found to FILE (a folder for scratch is taken otherwise), and the result is
-written when all parts of both models are there.
+       [--part fixed,free,large] [--turns 5] [--rows N] [--keep FILE [--minutes N]]
+With --keep every turn is added to FILE as it ends, and what FILE has is not done again: run the same command until it
+says that nothing is left; with --minutes it begins nothing after so many. The result is written when all is there.
 """
 
 from __future__ import annotations
@@ -74,15 +74,32 @@ def write_file(path: Path, kind: str, sizes: tuple[int, int, int], fixed: bool) 
     return workloads.write_rows(path, made, **more)
 
 
+PACE = """
+import sys, threading, time
+took, over = [], threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+while not over.wait(0.2):
+    began, seen = time.thread_time(), {}
+    for number in range(10_000):
+        seen[number % 997] = seen.get(number % 991, 0) + number
+    took.append(time.thread_time() - began)
+print(sum(took) / max(len(took), 1))
+"""
+
+
 class Others:
-    """The share of the machine that went to others while inside: a time counts for little where it is large."""
+    """What a time owes to others while inside: the share of the machine that they took, and `pace`, the processor
+    seconds of one piece of work again and again, which vary twofold where a virtual machine has neighbours."""
 
     def __enter__(self) -> Others:
         self._began = self._now()
-        self.share = 0.0
+        self.share = self.pace = 0.0
+        pipe = subprocess.PIPE
+        self._pace = subprocess.Popen([sys.executable, "-c", PACE], stdin=pipe, stdout=pipe, text=True)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.pace = float(self._pace.communicate()[0])
         busy, own, at = (now - then for now, then in zip(self._now(), self._began, strict=True))
         self.share = round(max(busy - own, 0.0) / (at * len(os.sched_getaffinity(0))), 3)
 
@@ -110,32 +127,34 @@ def run(source: Path, model: str) -> tuple[float, shoal.call.Report]:
     return time.monotonic() - began, report
 
 
-def fixed(source: Path, model: str, turns: int) -> dict[str, Any]:
-    """Predicted and actual, several times; the machine is measured anew each time."""
-    found, exact = [], True
-    for _ in range(turns):
-        with Others() as before:
-            said = explain(source, model, "--calibrate")
-        assert said["time"], said["no_time"]
-        predicted = (said["time"]["low"] + said["time"]["high"]) / 2
-        with Others() as beside:
-            seconds, report = run(source, model)
-        again = report.predicted
-        exact &= said["bound"] == report.tokens.prompt_computed and said["prompt_tokens"] == report.tokens.prompt
-        exact &= again is not None and again.prompt_tokens == report.tokens.prompt_computed
-        assert again is not None and again.seconds is not None, again
-        found.append({
-            "predicted": predicted, "actual": seconds, "ratio": predicted / seconds,
-            "others": [before.share, beside.share],
-            "by_the_run": sum(again.seconds) / 2, "wall": report.seconds.wall, "at_5_percent": again.soon,
-            "peak_kv": [again.kv_bytes, report.peak_kv_bytes],
-        })  # fmt: skip
-        print({name: value if isinstance(value, list) else round(value or 0, 3) for name, value in found[-1].items()},
-              flush=True)  # fmt: skip
-    ratio = median(one["ratio"] for one in found)
-    soon = median(one["at_5_percent"] / one["wall"] for one in found)
-    print(f"{source.stem:12} predicted/actual {ratio:.3f}, at 5 % of the rows {soon:.3f}", flush=True)
-    return {"runs": found, "ratio": ratio, "ratio_at_5_percent": soon, "prompt_tokens_exact": exact}
+def fixed(source: Path, model: str, earlier: dict[str, Any]) -> dict[str, Any]:
+    """Predicted and actual once more; the machine is measured anew each time, and the middle of all turns counts."""
+    with Others() as before:
+        said = explain(source, model, "--calibrate")
+    assert said["time"], said["no_time"]
+    predicted = (said["time"]["low"] + said["time"]["high"]) / 2
+    with Others() as beside:
+        seconds, report = run(source, model)
+    again = report.predicted
+    exact = said["bound"] == report.tokens.prompt_computed and said["prompt_tokens"] == report.tokens.prompt
+    exact &= again is not None and again.prompt_tokens == report.tokens.prompt_computed
+    assert again is not None and again.seconds is not None, again
+    turn = {
+        "predicted": predicted, "actual": seconds, "ratio": predicted / seconds,
+        "at_like_pace": predicted / seconds * beside.pace / before.pace,  # shown, and no claim
+        "others": [before.share, beside.share], "pace": [before.pace, beside.pace],
+        "by_the_run": sum(again.seconds) / 2, "wall": report.seconds.wall, "at_5_percent": again.soon,
+        "peak_kv": [again.kv_bytes, report.peak_kv_bytes],
+    }  # fmt: skip
+    print({name: value if isinstance(value, list) else round(value or 0, 3) for name, value in turn.items()})
+    runs = [*earlier.get("runs", []), turn]
+    ratio, like = (median(one[name] for one in runs) for name in ("ratio", "at_like_pace"))
+    soon = median((one["at_5_percent"] or 0.0) / one["wall"] for one in runs)
+    print(f"{source.stem:12} predicted/actual {ratio:.3f} ({like:.3f} at like pace), at 5 % {soon:.3f}", flush=True)
+    exact &= earlier.get("prompt_tokens_exact", True)
+    return {
+        "runs": runs, "ratio": ratio, "at_like_pace": like, "ratio_at_5_percent": soon, "prompt_tokens_exact": exact,
+    }  # fmt: skip
 
 
 def free(source: Path, model: str) -> dict[str, Any]:
@@ -148,7 +167,7 @@ def free(source: Path, model: str) -> dict[str, Any]:
     low, high = said.seconds
     found = {
         "range": said.seconds, "actual": wall, "others": beside.share, "held": low <= wall <= high,
-        "at_5_percent": said.soon,
+        "at_5_percent": said.soon, "span_at_5_percent": said.soon_span,
         "ratio_at_5_percent": None if said.soon is None else said.soon / wall, "output_tokens": report.tokens.output,
         "prompt_tokens": [said.prompt_tokens, report.tokens.prompt_computed], "again": asdict(report.again),
     }  # fmt: skip
@@ -191,6 +210,66 @@ def claims(found: dict[str, Any]) -> dict[str, bool]:
     }
 
 
+Part = tuple[str, str, str, str]  # name, model's folder, kind of file, fixed or free
+
+
+def parts_of(wanted: argparse.Namespace) -> list[Part]:
+    """What there is to do, the large file apart."""
+    found = []
+    for model in [wanted.model] if wanted.model else ["embedded", GIVEN]:
+        label, folder = ("embedded", "") if model == "embedded" else ("given", model)
+        if folder and not Path(folder).is_dir():
+            print(f"{folder} is not there: left out")
+            continue
+        for kind in wanted.kinds.split(","):
+            for part in ("fixed", "free"):
+                apart = (part == "fixed" and kind not in FILES) or (folder and part == "free")
+                if part in wanted.part.split(",") and not apart:
+                    found.append((f"{label} {kind} {part}", folder, kind, part))
+    return found
+
+
+def once(part: Part, folder: Path, earlier: dict[str, Any]) -> dict[str, Any]:
+    """One turn of a part, added to earlier ones."""
+    name, model, kind, how = part
+    rows, low, high = SIZES[name.split()[0]].get(kind, (600, 16, 96))
+    sizes = (rows if how == "fixed" else rows // 2, low, high)
+    path = write_file(folder / f"{kind}.jsonl", kind, sizes, how == "fixed")
+    return fixed(path, model, earlier) if how == "fixed" else free(path, model)
+
+
+def work(wanted: argparse.Namespace, found: dict[str, Any], folder: Path) -> list[str]:
+    """Do what is not found yet, and keep it turn by turn; what is left when the minutes are over."""
+    end = time.monotonic() + 60 * wanted.minutes
+    if "large" in wanted.part.split(",") and "large" not in found:
+        found["large"] = large(folder, wanted.rows)  # first: nothing larger has run yet
+        print(found["large"], flush=True)
+        keep(wanted.keep, found)
+    left = []
+    for part in parts_of(wanted):
+        turns = wanted.turns if part[3] == "fixed" else 1
+        while (had := _turns(found.get(part[0]))) < turns:
+            if time.monotonic() > end:
+                left.append(f"{part[0]} ({turns - had} turns)")
+                break
+            print(part[0], flush=True)
+            found[part[0]] = once(part, folder, found.get(part[0], {}))
+            keep(wanted.keep, found)
+    return left
+
+
+def _turns(job: dict[str, Any] | None) -> int:
+    return 0 if job is None else len(job.get("runs", [job]))
+
+
+def keep(path: Path | None, found: dict[str, Any]) -> None:
+    """Write down what was found so far."""
+    if path is not None:
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(found))
+        part.replace(path)
+
+
 def main() -> int:
     """Run the parts asked for; 1 when a claim does not hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -199,40 +278,22 @@ def main() -> int:
     parser.add_argument("--part", default="large,fixed,free")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--rows", type=int, default=LARGE, help="of the large file")
-    parser.add_argument("--keep", type=Path, help="what other parts have found, and this one adds to")
+    parser.add_argument("--keep", type=Path, help="what has been found, and is added to turn by turn")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which nothing more is begun")
     wanted = parser.parse_args()
-    parts, kinds = wanted.part.split(","), wanted.kinds.split(",")
     found: dict[str, Any] = json.loads(wanted.keep.read_text()) if wanted.keep and wanted.keep.exists() else {}
-    models = [wanted.model] if wanted.model else ["embedded", GIVEN]
     with tempfile.TemporaryDirectory() as name:
         os.environ["XDG_CACHE_HOME"] = name
-        if "large" in parts:
-            found["large"] = large(Path(name), wanted.rows)  # first: nothing larger has run yet
-            print(found["large"], flush=True)
-        for model in models:
-            label, folder = ("embedded", "") if model == "embedded" else ("given", model)
-            if folder and not Path(folder).is_dir():
-                print(f"{folder} is not there: left out")
-                continue
-            for kind in kinds:
-                sizes = SIZES[label].get(kind, (600, 16, 96))
-                for part in ("fixed", "free"):
-                    if part not in parts or (part == "fixed" and kind not in FILES) or (folder and part == "free"):
-                        continue
-                    sizes = sizes if part == "fixed" else (sizes[0] // 2, *sizes[1:])
-                    path = write_file(Path(name) / f"{kind}.jsonl", kind, sizes, part == "fixed")
-                    done = fixed(path, folder, wanted.turns) if part == "fixed" else free(path, folder)
-                    found[f"{label} {kind} {part}"] = done
-    if wanted.keep:
-        wanted.keep.write_text(json.dumps(found))
+        left = work(wanted, found, Path(name))
     for claim, holds in (judged := claims(found)).items():
         print(f"{claim}: {'holds' if holds else 'DOES NOT HOLD'}")
-    whole = {f"embedded {kind} {part}" for part in ("fixed", "free") for kind in FILES} | {
-        "large",
-        "embedded stories free",
-    }
-    if whole <= set(found) and all(len(found[name]["runs"]) >= 5 for name in whole if name.endswith("fixed")):
+    whole = {f"embedded {kind} {part}" for part in ("fixed", "free") for kind in FILES}
+    whole |= {"large", "embedded stories free", *(f"given {kind} fixed" for kind in FILES if Path(GIVEN).is_dir())}
+    if whole <= set(found) and all(_turns(found[name]) >= 5 for name in whole if name.endswith("fixed")):
         write_result("explain", {"found": found, "claims": judged}, SEED)
+        print("nothing is left: the result is written")
+    elif left:
+        print(f"left: {', '.join(left)}")
     return 0 if all(judged.values()) else 1
 
 

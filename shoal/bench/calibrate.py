@@ -4,6 +4,10 @@ It knows the engine and the clock, and must not know any job. Run as a process: 
 Layers are alike, so a few of them tell what all take: the time of a step with several less that with one is theirs.
 Prompts show what tokens cost, and what rows cost beyond that (head, sampling, their own attention, the engine itself)
 is left of steps that give each of many rows a token.
+
+The same work takes one and a half times as long, or twice, where a neighbour of a virtual machine is at work, for
+seconds at a time. So everything is timed in several rounds: the least time of each says how the parts compare, and all
+of them are scaled by how much longer they took on the whole.
 """
 
 from __future__ import annotations
@@ -16,13 +20,14 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
+from statistics import mean, median
 from typing import cast
 
 import torch
 
 from shoal.bench.steps import RandomWeights, Skipping
 from shoal.build import WallClock
+from shoal.client import InProcess
 from shoal.core.types import TOKEN, Request, Sampling, Tokens
 from shoal.engine import Engine, Executor
 from shoal.host import settle_interpreter
@@ -43,10 +48,11 @@ CHUNKS = (16, 64, 256, 1024)  # tokens of a prompt
 FAR, CHUNK = 3584, 256  # a chunk of a prompt this far in shows what looking back costs
 LONG, LONG_ROWS = 1024, 64  # rows of this many tokens show what reading them costs
 WAITING = 768  # rows that wait beside a full step: a job keeps so many in an engine, about
-SHARE = 0.06  # seconds of each measurement in a round, about
-ROUNDS = 3  # at most
-LONGEST = 6.5  # seconds of all rounds, unless one alone takes longer
-BEGIN_ANSWER = 4  # tokens
+SHARE = 0.02  # seconds of each measurement in a round, about, and
+LEAST = 3  # times at least
+ROUNDS = 10  # at most
+LONGEST = 5.0  # seconds of all rounds, unless one alone takes longer
+BEGIN_ANSWER = 2  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +91,15 @@ def build(config: ModelConfig, mode: str, kv_mode: str) -> Bench:
 def engine(
     executor: Executor, bench: Bench, budget: Budget, prompts: Sequence[Tokens], answer: int, temperature: float = 0.0,
     score_from: int = -1,
-) -> Engine:  # fmt: skip
-    """An engine with all prompts in it."""
+) -> InProcess:  # fmt: skip
+    """An engine with all prompts in it, seen as its process sees it: what that does with every output is timed too."""
     policy = BatchPolicy(budget)
     made = Engine(Scheduler(policy, bench.pages, PAGE), executor, WallClock(), ahead=1)
     for row, prompt in enumerate(prompts):
         sampling = Sampling(max_tokens=answer, temperature=temperature, seed=row)
         refused = made.add(Request(str(row), prompt, sampling, index=row, future=(), score_from=score_from))
         assert refused is None, refused
-    return made
+    return InProcess(made)
 
 
 def prompt(seed: int, count: int, vocabulary: int) -> Tokens:
@@ -109,14 +115,15 @@ def decode(
     more = WAITING if rows == max(ROWS) else 0
     first = prompt(0, shared, bench.config.vocab_size)
     prompts = [first + prompt(row, context, bench.config.vocab_size) for row in range(rows + more)]
-    made = engine(executor, bench, Budget(4096, rows), prompts, steps + 8 + rows * context // 4096, temperature)
+    backend = engine(executor, bench, Budget(4096, rows), prompts, steps + 8 + rows * context // 4096, temperature)
+    made = backend.engine
     while made.last is None or made.last.num_tokens != rows or len(made.scheduler.running) < rows:
-        made.step()
-    made.step()
+        backend.outputs()
+    backend.outputs()
     seconds, end = [], time.perf_counter() + SHARE
-    while made.busy and (len(seconds) < 3 or (len(seconds) < steps and time.perf_counter() < end)):
+    while made.busy and (len(seconds) < LEAST or (len(seconds) < steps and time.perf_counter() < end)):
         began = time.perf_counter()
-        made.step()
+        backend.outputs()
         seconds.append(time.perf_counter() - began)
     for row in range(len(prompts)):
         made.cancel(str(row))
@@ -130,22 +137,22 @@ def prefill(executor: Executor, bench: Bench, tokens: int, score_from: int = -1)
     seconds, end = [], time.perf_counter() + SHARE
     while len(seconds) < 2 or time.perf_counter() < end:
         prompts = [prompt(len(seconds), tokens, bench.config.vocab_size)]
-        made = engine(executor, bench, Budget(tokens, 1), prompts, 1, score_from=score_from)
-        began = time.perf_counter()
-        while made.busy:
-            made.step()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(_to_the_end(engine(executor, bench, Budget(tokens, 1), prompts, 1, score_from=score_from)))
     return median(seconds)
 
 
-def begin(executor: Executor, bench: Bench) -> float:
-    """Seconds of full steps in which rows come and go: each has `BEGIN_ANSWER` tokens."""
-    rows = max(ROWS)
-    prompts = [prompt(row, 1, bench.config.vocab_size) for row in range(rows + WAITING)]
-    made = engine(executor, bench, Budget(4096, rows), prompts, BEGIN_ANSWER)
+def begin(executor: Executor, bench: Bench, shared: int = 0) -> float:
+    """Seconds of full steps in which rows come and go: each has `BEGIN_ANSWER` tokens, and begins with `shared` ones
+    that all have."""
+    rows, first = max(ROWS), prompt(0, shared, bench.config.vocab_size)
+    prompts = [first + prompt(row, 1, bench.config.vocab_size) for row in range(rows + WAITING)]
+    return _to_the_end(engine(executor, bench, Budget(4096, rows), prompts, BEGIN_ANSWER))
+
+
+def _to_the_end(backend: InProcess) -> float:
     began = time.perf_counter()
-    while made.busy:
-        made.step()
+    while backend.engine.busy:
+        backend.outputs()
     return time.perf_counter() - began
 
 
@@ -160,6 +167,7 @@ def trials(bench: Bench) -> dict[tuple[str, int], Callable[[], float]]:
         ("listed", max(ROWS)): partial(decode, bench.few, bench, max(ROWS), shared=min(LONG, context)),
         ("drawn", LONG_ROWS): partial(decode, bench.few, bench, LONG_ROWS, temperature=1.0),
         ("begin", max(ROWS)): partial(begin, bench.few, bench),
+        ("opened", max(ROWS)): partial(begin, Skipping(bench.few), bench, min(LONG, context)),
     }
     for name, runner in (("few", bench.few), ("one", bench.one)):
         found |= {(f"decode {name}", rows): partial(decode, runner, bench, rows) for rows in ROWS}
@@ -170,54 +178,77 @@ def trials(bench: Bench) -> dict[tuple[str, int], Callable[[], float]]:
     return found
 
 
-def measure(bench: Bench, num_layers: int) -> dict[str, object]:
-    """The curves and rates of `sched.cost.MeasuredCost` for a model of so many layers.
-
-    Everything is timed in several rounds, and the middle one counts: what else the machine does comes and goes.
-    """
-    count, work = bench.config.num_layers, trials(bench)
+def timed(work: dict[tuple[str, int], Callable[[], float]]) -> tuple[dict[tuple[str, int], float], float]:
+    """Seconds of everything, and the share by which all of it took longer in one round than in another."""
     rounds: list[dict[tuple[str, int], float]] = []
     began = time.perf_counter()
     while not rounds or (len(rounds) < ROUNDS and (time.perf_counter() - began) * (1 + 1 / len(rounds)) <= LONGEST):
         rounds.append({key: trial() for key, trial in work.items()})
-    took = {key: median(each[key] for each in rounds) for key in work}
+    least = {key: min(each[key] for each in rounds) for key in work}
+    slower = [mean(each[key] / least[key] for key in work) for each in rounds]
+    return {key: mean(slower) * seconds for key, seconds in least.items()}, max(slower) / min(slower) - 1
 
-    def both(name: str, size: int) -> tuple[float, float]:
-        """Seconds of a whole step, and of them the layers', if the model had all its layers."""
+
+def measure(bench: Bench, num_layers: int) -> dict[str, object]:
+    """The curves and rates of `sched.cost.MeasuredCost` for a model of so many layers."""
+    count, work = bench.config.num_layers, trials(bench)
+    for name in ("looking", "scored"):  # what is slow once
+        next(trial for key, trial in work.items() if key[0] == name)()
+    took, unsteady = timed(work)
+
+    def layer(name: str, size: int) -> float:
+        """Seconds of a layer that computes all positions: the last one, which alone is left in `one`, need not."""
         few = took[f"{name} few", size]
-        layer = max(few - took[f"{name} one", size], 0.0) / (count - 1) if count > 1 else few
-        return few + (num_layers - count) * layer, num_layers * layer
+        return max(few - took[f"{name} one", size], 0.0) / (count - 1) if count > 1 else few
+
+    def whole(name: str, size: int) -> float:
+        """Seconds of a step, if the model had all its layers."""
+        return took[f"{name} few", size] + (num_layers - count) * layer(name, size)
 
     sizes = {name: size for name, size in took if " " not in name}
     alone = {name: took[name, size] for name, size in sizes.items()}
     context = sizes["looking"]
     pair = max(alone["looking"] - alone["near"], 0.0) / (CHUNK * context) * num_layers / count
-    layers = [(1, max(both("decode", 1)[1], 1e-6))]
+    single = whole("decode", 1)
+    layers = [(1, min(max(num_layers * layer("decode", 1), 1e-6), single))]
     for tokens in (tokens for name, tokens in took if name == "prefill few"):
-        seconds = both("prefill", tokens)[1] - pair * tokens * tokens / 2
+        seconds = whole("prefill", tokens) - (single - layers[0][1]) - pair * tokens * tokens / 2
         layers.append((tokens, max(seconds, layers[-1][1])))
     answers: list[tuple[int, float]] = []
     for rows in ROWS:
-        rest = both("decode", rows)[0] - along(tuple(layers), rows)
+        rest = whole("decode", rows) - along(tuple(layers), rows)
         answers.append((rows, max(rest, answers[-1][1] if answers else 1e-6)))
     short = took["decode few", LONG_ROWS]
     position = max(alone["long"] - short, 0.0) / (LONG_ROWS * min(LONG, context)) * num_layers / count
-    many, far = max(ROWS), min(LONG, context)
-    looks = (many * far * pair + far * max(position - pair, 0.0)) * count / num_layers
-    listed = max(alone["listed"] - took["decode few", many] - looks, 0.0) / (many * far / PAGE)
-    rows = max(ROWS) + WAITING
-    steps = rows * BEGIN_ANSWER / max(ROWS)
     return {
-        "begin": max(alone["begin"] - steps * took["decode few", max(ROWS)], 0.0) / rows,
         "layers": layers,
         "answers": answers,
         "pair": pair,
         "read": max(position - pair, 0.0),
         "draw": max(alone["drawn"] - short, 0.0) / LONG_ROWS,
         "score": max(alone["scored"] - took["prefill few", CHUNK], 0.0) / (CHUNK - 1),
-        "unsteady": median(max(each[key] for each in rounds) / min(each[key] for each in rounds) for key in work) - 1,
-        "listed": listed,
+        "unsteady": unsteady,
         "block": PAGE,
+        **of_rows(took, alone, min(LONG, context), count / num_layers * pair, count / num_layers * position),
+    }
+
+
+def of_rows(
+    took: dict[tuple[str, int], float], alone: dict[str, float], far: int, pair: float, position: float
+) -> dict[str, float]:  # fmt: skip
+    """What rows cost by themselves and by the blocks they list; `far` tokens are shared by all, and looking at one
+    takes `pair`, where nobody else does `position` seconds."""
+    many = max(ROWS)
+    short, long = took["decode few", many], alone["listed"]
+    looks = many * far * pair + far * max(position - pair, 0.0)
+    rows = many + WAITING
+    steps = rows * BEGIN_ANSWER / many
+    begin = max(alone["begin"] - steps * short, 0.0) / rows
+    opened = max(alone["opened"] - steps * max(long, short), 0.0) / rows
+    return {
+        "begin": begin,
+        "opened": max(opened - begin, 0.0) / (far / PAGE),
+        "listed": max(long - short - looks, 0.0) / (many * far / PAGE),
     }
 
 

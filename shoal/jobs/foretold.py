@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+Tail = Literal["fit", "least", "most"]  # what answers do that have run for longer than any that have ended
+
 SOON = 0.05  # share of the rows after whose end the time is said again, and kept
 
 
@@ -35,6 +37,7 @@ class Foretold:
     measured_at: float = 0.0  # Unix time of the measurement of this machine that the seconds rest on
     why: str = ""  # there are no seconds, or none were said anew while it ran
     soon: float | None = None  # seconds all in all, as estimated when a twentieth of the rows had ended
+    soon_span: tuple[float, float] | None = None  # the same, least and most
 
     @property
     def lacking(self) -> str:
@@ -59,10 +62,12 @@ class Course(Protocol):
         """A row of the plan has ended, with so many tokens of output."""
         ...
 
-    def left(self, seconds: float, tokens: int, output: int, running: Sequence[float]) -> float | None:
+    def left(
+        self, seconds: float, tokens: int, output: int, running: Sequence[float], tail: Tail = "fit"
+    ) -> float | None:  # fmt: skip
         """Seconds until the last row ends, when `tokens`, of them `output` of answers, were computed in the `seconds`
-        since the engine began; `running`: the seconds that each request has run which runs now. None when nobody can
-        say."""
+        since the engine began; `running`: the seconds that each request has run which runs now; `tail`: how long those
+        take that have run longest. None when nobody can say."""
         ...
 
 
@@ -114,5 +119,8 @@ def compare(said: Foretold, prompt_tokens: int, output_tokens: int, seconds: flo
         Compared("peak of keys and values", some, full, kv_bytes, "bytes"),
     ]
     if said.soon is not None:
+        least, most = said.soon_span or (said.soon, said.soon)
         found.insert(3, Compared("time, when 5% of the rows had ended", said.soon, said.soon, seconds, "seconds"))
+        if least < most:
+            found.insert(4, Compared("… and its least and most", least, most, seconds, "seconds"))
     return found

@@ -140,7 +140,9 @@ class Meter:
         said, outlook = self._facts.predicted, self.outlook
         if said is None or outlook is None:
             return
-        found = replace(said, soon=outlook.soon if said.soon is None else said.soon, why=said.why or outlook.why)
+        found = replace(said, why=said.why or outlook.why)
+        if said.soon is None:
+            found = replace(found, soon=outlook.soon, soon_span=outlook.soon_span)
         if found != said:
             self._keep(replace(self._facts, predicted=found), results)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
-from shoal.jobs.foretold import SOON, Course, attempt
+from shoal.jobs.foretold import SOON, Course, Tail, attempt
 
 EVERY = 1.0  # seconds between two looks ahead, at least
 SHARE = 100  # times what the last one took
@@ -21,6 +22,7 @@ class Outlook:
     def __init__(self, course: Course, rows: int, ended: int) -> None:
         """`rows` of the job have to be computed, of which earlier runs have `ended` some."""
         self.soon: float | None = None  # seconds all in all, as estimated when a twentieth of the rows had ended
+        self.soon_span: tuple[float, float] | None = None  # least and most
         self._course = course
         self._share = SOON * rows
         self._ended = ended
@@ -55,6 +57,10 @@ class Outlook:
             self._due = now + max(EVERY, SHARE * (time.monotonic() - began))
             if soon and found is not None:
                 self._passed, self.soon = True, self._before + passed + found
+                extremes: tuple[Tail, ...] = ("least", "most")
+                left = [self._ask(partial(self._course.left, passed, tokens, output, ages, tail)) for tail in extremes]
+                known = [self.soon, *(self._before + passed + each for each in left if each is not None)]
+                self.soon_span = min(known), max(known)
         return None if self._end is None else max(self._end - now, 0.0)
 
     def _ask(self, ask: Callable[[], float | None]) -> float | None:

@@ -99,6 +99,7 @@ class _Bulk:
         self.ends: list[tuple[int, int, float, float]] = []  # (step, memory, context, own) of decoding rows
         self.prompts: deque[list[int]] = deque()  # [start, end, tokens of answer, memory, shared] being computed
         self.backlog = self.starts = self.scored = 0
+        self.opened = 0  # tokens of the prompts of rows let in since the last step
         self.shared = 0  # positions that the row let in last has found
 
     def run(self) -> Time:
@@ -124,6 +125,7 @@ class _Bulk:
             self.free -= need
             self.running += 1
             self.starts += 1
+            self.opened += length
             self.scored += scored
             self.shared = found - found % self.size
             self.backlog += length - found
@@ -172,9 +174,10 @@ class _Bulk:
         """Account for steps alike."""
         seen = self.context + self.decoding * steps / 2 + sum(part[0] for part in self.prompts)
         listed = seen / self.size + self.running / 2
-        parts = self.cost.parts(tokens, rows, pairs, read, self.starts, self.scored, listed)
+        opened = self.opened / self.cost.block
+        parts = self.cost.parts(tokens, rows, pairs, read, self.starts, self.scored, listed, opened)
         self.time.add(parts, self.least, steps, tokens)
-        self.starts = self.scored = 0
+        self.starts = self.scored = self.opened = 0
         held = self.shared + self.own + self.decoding * steps + sum(part[0] - part[4] for part in self.prompts)
         self.time.peak = max(self.time.peak, held / self.size + self.running / 2)  # a row's last block is half full
 

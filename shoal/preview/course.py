@@ -12,20 +12,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.core.config import EngineConfig
-from shoal.jobs.foretold import Foretold
+from shoal.jobs.foretold import Foretold, Tail
 from shoal.jobs.plan_order import Floats
 from shoal.jobs.plan_sort import Ints
+from shoal.jobs.supply import WINDOW
 from shoal.preview.bulk import in_bulk
 from shoal.preview.forecast import work_of
 from shoal.preview.look import Served
+from shoal.preview.paperwork import Paperwork
 from shoal.sched.cost import MeasuredCost
 
 GOLDEN = 0.6180339887498949  # multiples of it modulo 1 are spread evenly: one fixed quantile for each prompt
 FEW = 8  # answers that must have ended of themselves or at their limits before lengths are learnt from them
 RECENT = 2_000  # answers that lengths are learnt from
 UNITS = 20_000  # prompts walked at a time: of more, one in so many
-TURNS = 40  # of a fit
+TURNS = 60  # of a fit
 NARROW = 0.05  # the least deviation of the logarithms of lengths
+CLEAR = 3.0  # by which the logarithm of the likelihood must be better where some answers never end
 TRUST = 0.02  # of the whole schedule: what was foretold weighs as if so much of it had passed as foretold
 
 
@@ -36,15 +39,16 @@ class Rates:
     cost: MeasuredCost
     config: EngineConfig
     blocks: int
-    request: float  # seconds of the job's own process that no core is left for: of a request,
-    token: float  # and of a token of its answer
+    own: Paperwork  # of the job's own process, as far as no core is left for it
 
 
 class Learnt:
     """How long answers are that may end anywhere, by those that have ended and those that have not yet.
 
     An answer that ran into its limit, or runs still, says only that it is longer than that: a product-limit estimate
-    (Kaplan, Meier 1958) as far as ends are known, and beyond that the tail of the log-normal that fits them best.
+    (Kaplan, Meier 1958) as far as ends are known, and beyond that the tail of what fits them best: lengths are
+    log-normal, but for a share that never ends (Boag 1949), if ends say clearly that there is one. They cannot say
+    what those will do that have run for longer than anybody who has ended: `tail` looks at both extremes.
     """
 
     def __init__(self, ended: Sequence[int], cut: Sequence[bool], running: Floats) -> None:
@@ -57,19 +61,23 @@ class Learnt:
         self.left: Floats = left  # share that is longer than each end
         self._beyond = max(float(seen[-1]), 1.0) if len(seen) else 1.0  # nobody has ended later
         longer = np.concatenate([lengths[~whole], running])
-        self._fit = _log_normal(lengths[whole], longer) if len(self.ends) else (0.0, 1.0)
+        self._fit = fit(lengths[whole], longer) if len(self.ends) else Fit(0.0, 1.0)
 
-    def lengths(self, shares: Floats) -> Floats:
-        """The lengths that these shares of all answers exceed."""
+    def lengths(self, shares: Floats, tail: Tail = "fit") -> Floats:
+        """The lengths that these shares of all answers exceed. Those longer than any that is known to have ended are
+        as what fits has them, or end at once, or never."""
         if not len(self.ends):
-            return np.full(len(shares), np.inf)
+            return np.full(len(shares), np.inf if tail != "least" else self._beyond)
         place = np.searchsorted(-self.left, -shares, side="left")
         known = self.ends[np.minimum(place, len(self.ends) - 1)].astype(np.float64)
-        middle, spread = self._fit
-        grid = self._beyond * np.geomspace(1.0, 1e4, 500)
-        tail = _above((np.log(grid) - middle) / spread)
-        tail = np.maximum.accumulate((tail * float(self.left[-1]) / max(tail[0], 1e-300))[::-1])
-        return np.where(place < len(self.ends), known, np.interp(shares, tail, grid[::-1]))
+        if tail == "fit":
+            grid = self._beyond * np.geomspace(1.0, 1e4, 500)
+            over = self._fit.longer(grid)
+            over = np.maximum.accumulate((over * float(self.left[-1]) / max(over[0], 1e-300))[::-1])
+            unknown = np.where(shares < over[0], np.inf, np.interp(shares, over, grid[::-1]))
+        else:
+            unknown = np.full(len(shares), self._beyond if tail == "least" else np.inf)
+        return np.where(place < len(self.ends), known, unknown)
 
 
 def _above(points: Floats) -> Floats:
@@ -77,21 +85,50 @@ def _above(points: Floats) -> Floats:
     return np.array([0.5 * math.erfc(point / math.sqrt(2.0)) for point in points.tolist()])
 
 
-def _log_normal(ended: Ints, longer: Floats) -> tuple[float, float]:
-    """Mean and deviation of the logarithms of lengths, of which some are known to be `longer` alone: expected and
-    maximized by turns (Dempster, Laird, Rubin 1977)."""
-    logs, bounds = np.log(np.maximum(ended, 1)), np.log(np.maximum(longer, 1))
-    total = len(logs) + len(bounds)
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Mean and deviation of the logarithms of lengths, and the share of answers that never end by themselves."""
+
+    middle: float
+    spread: float
+    never: float = 0.0
+
+    def longer(self, lengths: Floats) -> Floats:
+        """The share that is longer than each of these."""
+        return self.never + (1.0 - self.never) * _above((np.log(lengths) - self.middle) / self.spread)
+
+    def likelihood(self, ended: Floats, longer: Floats) -> float:
+        """The logarithm of how likely these ends are, each as a whole number, and these that are longer."""
+        ends = self.longer(ended - 0.5) - self.longer(ended + 0.5)
+        return float(np.log(np.maximum(np.concatenate([ends, self.longer(longer)]), 1e-300)).sum())
+
+
+def fit(ended: Ints, longer: Floats) -> Fit:
+    """What fits best, of lengths of which some are known to be `longer` alone. That some never end is believed only
+    when it is clear: few early ends fit both, and say nothing of what comes later."""
+    ends, lasts = np.maximum(ended, 1).astype(np.float64), np.maximum(longer, 1).astype(np.float64)
+    logs, bounds = np.log(ends), np.log(lasts)
+    plain, mixed = _maximized(logs, bounds, 0.0), _maximized(logs, bounds, 0.5)
+    return mixed if mixed.likelihood(ends, lasts) > plain.likelihood(ends, lasts) + CLEAR else plain
+
+
+def _maximized(logs: Floats, bounds: Floats, never: float) -> Fit:
+    """Expected and maximized by turns (Dempster, Laird, Rubin 1977); a share of none stays none."""
     middle, spread = float(logs.mean()), max(float(logs.std()), 0.5)
     for _ in range(TURNS):
         points = (bounds - middle) / spread
+        above = _above(points)
+        ends = (1.0 - never) * above / np.maximum(never + (1.0 - never) * above, 1e-300)  # share of each that will end
         density = np.exp(-(points**2) / 2) / math.sqrt(2 * math.pi)
-        ratio = np.maximum(density / np.maximum(_above(points), 1e-300), points)  # the mean of what is above
+        ratio = np.maximum(density / np.maximum(above, 1e-300), points)  # the mean of what is above
         first = middle + spread * ratio
         second = middle**2 + 2 * middle * spread * ratio + spread**2 * (1 + points * ratio)
-        middle = float((logs.sum() + first.sum()) / total)
-        spread = math.sqrt(max(float(((logs**2).sum() + second.sum()) / total) - middle**2, NARROW**2))
-    return middle, spread
+        total = len(logs) + float(ends.sum())
+        middle = (float(logs.sum()) + float((ends * first).sum())) / total
+        square = (float((logs**2).sum()) + float((ends * second).sum())) / total
+        spread = math.sqrt(max(square - middle**2, NARROW**2))
+        never = 1.0 - total / (len(logs) + len(bounds)) if never else 0.0
+    return Fit(middle, spread, never)
 
 
 class Course:
@@ -123,25 +160,29 @@ class Course:
         self._ended.append(each)
         self._cut.append(each >= int(self._work.limits[low:high].min()))
 
-    def left(self, seconds: float, tokens: int, output: int, running: Sequence[float]) -> float | None:
+    def left(
+        self, seconds: float, tokens: int, output: int, running: Sequence[float], tail: Tail = "fit"
+    ) -> float | None:  # fmt: skip
         """Seconds until the last row ends, when `tokens`, of them `output` of answers, were computed in `seconds`
-        and each of the `running` requests has run for so many."""
+        and each of the `running` requests has run for so many. Nobody knows how long those run that have run for
+        longer than any that have ended: `tail` has them do what fits, or end at once, or run to their limits."""
         rates = self._rates
         if rates is None or (self._open.any() and len(self._ended) < FEW):
             return None
-        work = work_of(self._work, self._guess(running, output))
+        work = work_of(self._work, self._guess(running, output, tail))
         every = -(-len(work) // UNITS)
         time = in_bulk(work.thin(every), rates.cost, rates.config, rates.blocks).times(every)
         done, passed = (np.array(column) for column in zip(*time.course, strict=True))
         whole = float(passed[-1])
-        job = rates.request * len(work) + rates.token * float(work.answers.sum())
-        share = 1.0 + job / max(whole, 1e-9)  # the job's own work goes on beside all steps
-        here = share * float(np.interp(min(tokens, float(done[-1])), done, passed))
-        whole *= share
+        job = rates.own.seconds(len(work), float(work.answers.sum()), time.steps)
+        ahead = min(rates.own.opening * min(len(work), WINDOW), job)  # so many are handed over before the first step
+        share = 1.0 + (job - ahead) / max(whole, 1e-9)  # the rest of the job's own work goes on beside all steps
+        here = ahead + share * float(np.interp(min(tokens, float(done[-1])), done, passed))
+        whole = ahead + share * whole
         trust = TRUST * whole
         return max(whole - here, 0.0) * (seconds + trust) / (here + trust)
 
-    def _guess(self, running: Sequence[float], output: int) -> Ints:
+    def _guess(self, running: Sequence[float], output: int, tail: Tail) -> Ints:
         """Tokens of every unit's answer: known ones, and the others spread as those learnt from."""
         if not self._open.any():
             return self._answers
@@ -149,5 +190,5 @@ class Course:
         tokens = max(output - self._tokens, 0) * ages / max(float(ages.sum()), 1e-9)
         learnt = Learnt(self._ended[-RECENT:], self._cut[-RECENT:], tokens)
         shares: Floats = 1.0 - np.arange(1, len(self._answers) + 1, dtype=np.float64) * GOLDEN % 1.0
-        drawn = np.minimum(np.maximum(np.ceil(learnt.lengths(shares)), 1), self._work.limits)
+        drawn = np.minimum(np.maximum(np.ceil(learnt.lengths(shares, tail)), 1), self._work.limits)
         return np.where(self._open, drawn, self._answers).astype(np.int64)

@@ -253,10 +253,10 @@ def _forecast(
 
     def span(answers: Ints) -> Span:
         tokens = int((answers * looked.units["samples"]).sum())
-        job = 0.0 if spare_cores(machine) else paper.seconds(looked.plan.num_requests, tokens)
         time = predict(looked, answers, machine.cost(paper.drawn), config, memory.have_tokens // config.block_size)
         if memory.have_tokens >= memory.need_tokens:
             time.waited = 0.0  # what is put off then is put off for other reasons
+        job = 0.0 if spare_cores(machine) else paper.seconds(looked.plan.num_requests, tokens, time.steps)
         return _span(tokens, time, job)
 
     most = span(limits)

@@ -65,15 +65,15 @@ def _course(job: Prepared, words: Words, looked: Looked, said: Foretold, free: i
     paper = paperwork.measure(looked)
     cost, block = machine.cost(paper.drawn), config.block_size
     blocks = memory.have_tokens // block
-    busy = 0.0 if spare_cores(machine) else 1.0
-    rates = Rates(cost, config, blocks, busy * paper.request, busy * paper.token)
+    own = paperwork.Paperwork(0.0, 0.0, 0.0) if spare_cores(machine) else paper
+    rates = Rates(cost, config, blocks, own)
     before = max(machine.load(memory.weight_bytes), looked.seconds)
 
     def span(answers: Ints) -> tuple[float, int]:
         time = predict(looked, answers, cost, config, blocks, SIMULATED, UNITS)
         requests = int(looked.units["samples"][looked.order].sum())
-        own = rates.request * requests + rates.token * _tokens(looked, answers)
-        return time.seconds + own, round(time.peak) * block * memory.position_bytes
+        job = own.seconds(requests, _tokens(looked, answers), time.steps)
+        return time.seconds + job, round(time.peak) * block * memory.position_bytes
 
     known, most = bool(looked.certain[looked.order].all()), span(looked.limits)
     least = most if known else span(_least(looked))

@@ -46,6 +46,7 @@ class Measured(msgspec.Struct, frozen=True):
     build: float  # seconds to make and pack the weights that were measured with
     measured_bytes: int  # of these weights
     listed: float = 0.0  # seconds for a block in the list of a sequence
+    opened: float = 0.0  # seconds more to let a row in, for each block of its prompt
     unsteady: float = 0.0  # share by which the same work took longer in one round than in another
     at: float = 0.0  # Unix time
 
@@ -57,7 +58,8 @@ class Measured(msgspec.Struct, frozen=True):
     def cost(self, drawn: float = 0.0) -> MeasuredCost:
         """As the scheduler's simulator takes it, where this share of the rows draws its tokens."""
         answers = tuple((rows, seconds + drawn * self.draw * rows) for rows, seconds in self.answers)
-        return MeasuredCost(self.layers, answers, self.pair, self.read, self.begin, self.score, self.listed, self.block)
+        rates = self.begin, self.score, self.listed, self.opened, self.block
+        return MeasuredCost(self.layers, answers, self.pair, self.read, *rates)
 
     def load(self, weight_bytes: int) -> float:
         """Seconds until an engine with so many bytes of weights is ready."""
@@ -163,6 +165,7 @@ def _code() -> str:
     package, digest = Path(__file__).parents[1], hashlib.sha256()
     paths = [package / "bench" / name for name in ("calibrate.py", "steps.py")]
     paths += [
+        package / "client.py",
         package / "engine.py",
         *sorted(path for name in ("kv", "sched") for path in (package / name).rglob("*.py")),
     ]

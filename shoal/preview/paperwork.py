@@ -9,12 +9,15 @@ import pickle
 import tempfile
 import time
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from pathlib import Path
 
+from shoal.client import News, StepRecord
 from shoal.core.types import Answer, Finish, Output, Request
 from shoal.jobs.answer import AnswerWriter
 from shoal.jobs.feed import Feed
 from shoal.jobs.files import DiskFiles
+from shoal.jobs.meter import COUNTED, Meter
 from shoal.jobs.part import parts_of
 from shoal.jobs.results import Results, open_results
 from shoal.jobs.stop import WallClock
@@ -22,6 +25,7 @@ from shoal.preview.look import Looked
 
 TOKENS = 64  # of a long pretended answer; the others have one
 FEW = 256  # requests that are tried
+MESSAGES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +34,17 @@ class Paperwork:
 
     request: float  # to make it of its row, hand it over, and to write and keep its answer
     token: float  # of its answer
-    drawn: float  # share of the requests whose tokens are drawn, not the likeliest
+    news: float  # of a message from the engine, whatever is in it
+    opening: float = 0.0  # of `request`, what comes before the engine has it
+    drawn: float = 0.0  # share of the requests whose tokens are drawn, not the likeliest
 
-    def seconds(self, requests: int, tokens: int) -> float:
-        """For a whole job."""
-        return self.request * requests + self.token * tokens
+    def seconds(self, requests: float, tokens: float, steps: float) -> float:
+        """For a whole job of so many steps: there is a message when a request starts or ends, at most one a step."""
+        return self.request * requests + self.token * tokens + self.news * min(steps, 2 * requests)
 
 
 def measure(looked: Looked) -> Paperwork:
-    """Hand out the first requests, answer every other one with many tokens, and keep the answers."""
+    """Hand out the first requests, answer every other one with many tokens, keep the answers, and hear some News."""
     words = looked.words
     feed = Feed(looked.plan, looked.source, words.encoder, parts_of(words.tokenizer), lambda line: False)
     writer = words.writer("0" * 64, False)
@@ -52,30 +58,62 @@ def measure(looked: Looked) -> Paperwork:
     with tempfile.TemporaryDirectory(prefix="shoal-") as name:
         out, lines = Path(name) / "out.jsonl", range(1, looked.plan.num_lines + 1)
         results = open_results(Path(name), out, None, lines, "finish", DiskFiles(), WallClock())
+        desk = _Desk(feed, writer, results, Path(name), vector)
         try:
-            short = _take(feed, writer, results, handed[::2], 1, vector)
-            long = _take(feed, writer, results, handed[1::2], TOKENS, vector)
+            desk.take(handed[:1], 1)  # what is slow once
+            short = desk.take(handed[1::2], 1)
+            long = desk.take(handed[2::2], TOKENS)
+            news = desk.hear(MESSAGES)
         finally:
             results.close()
-    token = max(long - short, 0.0) / (TOKENS - 1) if len(handed) > 1 else 0.0
-    return Paperwork(opening + max(short - token, 0.0), token, drawn)
+            desk.close()
+    token = max(long - short, 0.0) / (TOKENS - 1) if len(handed) > 2 else 0.0
+    return Paperwork(opening + max(short - token, 0.0), token, news, opening, drawn)
 
 
-def _take(
-    feed: Feed, writer: AnswerWriter, results: Results, requests: list[Request], tokens: int, vector: list[float]
-) -> float:
-    """Seconds to take and keep the answer of one of the requests: so many tokens, or the vector."""
-    timing = {"arrival": 0.0, "start": 0.0, "first": 0.0, "end": 0.0, "cached": 0.0, "preemptions": 0.0}
-    began = time.thread_time()
-    for request in requests:
-        feed.started((request.id,), 0.0)
-        answer = (request.prompt * -(-tokens // len(request.prompt)))[:tokens].tolist()
-        output = Output(request.id, answer, Finish.LENGTH, timing=timing)
-        if request.answer is Answer.VECTOR:
-            output = Output(request.id, finish=Finish.LENGTH, vector=vector, timing=timing)
-        ended, _ = feed.take(pickle.loads(pickle.dumps(output)))
-        if ended is not None and ended.error is None:
-            results.put(ended.line, bytes(16), "ok", writer.answer(ended.spec, ended.answers), ended.stats)
-            results.status()
-    results.keep()
-    return (time.thread_time() - began) / max(len(requests), 1)
+class _Desk:
+    """Where answers are taken and kept, as a run does it."""
+
+    def __init__(self, feed: Feed, writer: AnswerWriter, results: Results, folder: Path, vector: list[float]) -> None:
+        """`vector` is the answer of requests that want one."""
+        self._feed, self._writer, self._results, self._folder = feed, writer, results, folder
+        self._vector = vector
+        self._meter = Meter(time.monotonic())
+        self._here, self._there = Pipe()
+
+    def close(self) -> None:
+        """Close what was opened."""
+        self._meter.close()
+        self._here.close()
+        self._there.close()
+
+    def take(self, requests: list[Request], tokens: int) -> float:
+        """Seconds to take and keep the answer of one of the requests, beside what its News takes."""
+        timing = {"arrival": 0.0, "start": 0.0, "first": 0.0, "end": 0.0, "cached": 0.0, "preemptions": 0.0}
+        began = time.thread_time()
+        for request in requests:
+            self._feed.started((request.id,), 0.0)
+            answer = (request.prompt * -(-tokens // len(request.prompt)))[:tokens].tolist()
+            output = Output(request.id, answer, Finish.LENGTH, timing=timing)
+            if request.answer is Answer.VECTOR:
+                output = Output(request.id, finish=Finish.LENGTH, vector=self._vector, timing=timing)
+            ended, _ = self._feed.take(pickle.loads(pickle.dumps(output)))
+            if ended is not None and ended.error is None:
+                payload = self._writer.answer(ended.spec, ended.answers)
+                self._results.put(ended.line, bytes(16), "ok", payload, ended.stats)
+                self._results.status()
+        self._results.keep()
+        return (time.thread_time() - began) / max(len(requests), 1)
+
+    def hear(self, times: int) -> float:
+        """Seconds of a News that says nothing of any request: sent, received, noted."""
+        counters = dict.fromkeys(COUNTED, 1)
+        began = time.thread_time()
+        for number in range(times):
+            self._there.send(News(steps=(StepRecord(number, 1, 1, 1, 1, 0.0),), counters=counters))
+            if self._here.poll(1.0):
+                self._meter.take(self._here.recv(), self._folder)
+            status = self._results.status()
+            self._meter.progress(self._feed, status.total, status.answered, 0, 0, None, 0, 0.0)
+            self._results.tick(0.0)
+        return (time.thread_time() - began) / times

@@ -73,15 +73,17 @@ class MeasuredCost:
     start: float = 0.0  # of letting a row in
     score: float = 0.0  # of the likelihood of a prompt's token
     listed: float = 0.0  # of a block in the list of a sequence, whoever else lists it: planning and laying out
+    opened: float = 0.0  # of a block of the prompt of a row that is let in
     block: int = 32  # positions of a block
 
     def parts(
         self, tokens: float, rows: float, pairs: float, read: float, starts: int = 0, scored: int = 0,
-        listed: float = 0,
+        listed: float = 0, opened: float = 0,
     ) -> Parts:  # fmt: skip
         """What a step of so many tokens takes; `rows` of them get a token, `read` positions are looked at, and of
-        `scored` tokens the likelihood is wanted; its sequences list so many blocks."""
-        answers = (along(self.answers, rows) if rows else 0.0) + self.start * starts
+        `scored` tokens the likelihood is wanted; its sequences list so many blocks, and the prompts of those that it
+        lets in are `opened` blocks long."""
+        answers = (along(self.answers, rows) if rows else 0.0) + self.start * starts + self.opened * opened
         answers += self.score * scored + self.listed * listed
         return Parts(along(self.layers, tokens), answers, self.pair * pairs + self.read * read)
 
@@ -97,4 +99,6 @@ class MeasuredCost:
         blocks = {block for part in step.slices for block in part.blocks}
         listed = sum(len(part.blocks) for part in step.slices)
         most = sum(part.start + len(part.tokens) for part in step.slices)
-        return self.parts(tokens, rows, pairs, min(most, self.block * len(blocks)), len(step.starts), scored, listed)
+        read = min(most, self.block * len(blocks))
+        opened = sum(len(start.request.prompt) for start in step.starts) / self.block
+        return self.parts(tokens, rows, pairs, read, len(step.starts), scored, listed, opened)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_published_configs import PUBLISHED
 
+from shoal.bench import calibrate
 from shoal.kernels import load
 from shoal.nn.arch import make_config
 from shoal.nn.weights import KV_DTYPES, MODES, expected_shapes, model_bytes
@@ -50,4 +51,16 @@ def test_a_measurement_rises_with_what_is_measured() -> None:
         and found.build > 0
     )
     assert found.threads == torch.get_num_threads() and found.measured_bytes > 10**6
-    assert found.unsteady >= 0
+    assert found.unsteady >= 0 and found.listed >= 0 and found.opened >= 0
+
+
+@pytest.mark.parametrize("pattern", [[1.0], [1.0, 2.0], [2.0, 2.0, 1.0, 2.0]])
+def test_a_machine_that_is_slow_at_times_is_as_slow_as_on_the_whole_and_its_parts_compare(pattern: list[float]) -> None:
+    speeds = [pattern[number % len(pattern)] for number in range(calibrate.ROUNDS)]
+    turns = {("a", 1): iter(speeds), ("b", 1): iter(speeds)}
+    took, unsteady = calibrate.timed({
+        ("a", 1): lambda: 0.001 * next(turns["a", 1]), ("b", 1): lambda: 0.003 * next(turns["b", 1]),
+    })  # fmt: skip
+    assert took["b", 1] == pytest.approx(3 * took["a", 1])
+    assert took["a", 1] == pytest.approx(0.001 * sum(speeds) / len(speeds))
+    assert unsteady == pytest.approx(max(speeds) / min(speeds) - 1)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from echo_job import ROWS, EchoJob, Watched, chat, completion, echo_backend, interrupt
@@ -23,11 +24,11 @@ from shoal.jobs.tally import look_report
 from shoal.preview import foresee, paperwork
 from shoal.preview.command import explain
 from shoal.preview.course import Course, Learnt, Rates
-from shoal.preview.forecast import simulate
+from shoal.preview.forecast import in_bulk, simulate, work_of
 from shoal.preview.foresee import UNMEASURED, Foreseer
 from shoal.preview.look import Looked, look
 from shoal.preview.machine import ONLY_PROCESSOR
-from shoal.preview.paperwork import FEW
+from shoal.preview.paperwork import FEW, Paperwork
 
 Jobs = Callable[..., EchoJob]
 CONFIG = EngineConfig(step_tokens=512, max_sequences=32)
@@ -118,7 +119,9 @@ def test_what_was_said_first_stays_through_interruptions(job: Jobs) -> None:
     assert before.predicted is not None and not before.finished and before.rows.ok > 0
     assert one.run() == 0
     after = one.report.predicted
-    assert after is not None and replace(after, soon=None) == replace(before.predicted, soon=None)
+    assert after is not None and replace(after, soon=None, soon_span=None) == replace(
+        before.predicted, soon=None, soon_span=None
+    )
 
 
 def test_the_journal_says_of_many_lines_what_it_says_of_each(job: Jobs) -> None:
@@ -159,7 +162,34 @@ def test_answers_that_still_run_never_make_the_others_shorter(ended: list[int], 
     alone = Learnt(ended, [False] * len(ended), NONE).lengths(SHARES)
     beside = Learnt(ended, [False] * len(ended), np.full(running, float(age))).lengths(SHARES)
     assert (beside >= alone).all()
-    assert (np.diff(beside) <= 0).all()
+    assert (beside[1:] <= beside[:-1]).all()  # some may never end
+
+
+@given(st.lists(st.integers(1, 99), min_size=1, max_size=40), st.lists(st.integers(0, 300), max_size=60), st.booleans())
+def test_what_is_not_known_lies_between_ending_at_once_and_never(ended: list[int], ages: list[int], cut: bool) -> None:
+    learnt = Learnt(ended, [cut and length == max(ended) for length in ended], np.array(ages, dtype=np.float64))
+    least, fit, most = (learnt.lengths(SHARES, tail) for tail in ("least", "fit", "most"))
+    assert (least <= fit).all() and (fit <= most).all()
+    assert (least[SHARES < learnt.left[-1]] >= max([0, *ages])).all() if len(learnt.left) else True
+
+
+@pytest.mark.parametrize("soon", [1, 8])
+def test_where_some_end_at_once_and_nobody_since_the_others_never_do(soon: int) -> None:
+    luck = np.random.default_rng(soon)
+    ended = np.maximum(luck.lognormal(np.log(soon), 0.3, 40), 1).astype(int).tolist()
+    found = Learnt(ended, [False] * 40, np.full(160, 60.0)).lengths(np.array([0.9, 0.7, 0.1]))
+    assert found[0] <= max(ended) and (found[1:] > 256).all()
+
+
+def test_few_early_ends_are_no_sign_that_the_others_never_end() -> None:
+    early = [31, 38, 40, 44, 47, 49, 50, 52]
+    found = Learnt(early, [False] * 8, np.full(80, 52.0)).lengths(SHARES)
+    assert found.max() < 1000
+
+
+@pytest.mark.parametrize(("steps", "messages"), [(10, 10), (10_000, 600)])
+def test_there_is_a_message_a_step_at_most_and_two_a_request(steps: int, messages: int) -> None:
+    assert Paperwork(0.0, 0.0, 1.0).seconds(300, 9_000, steps) == messages
 
 
 def test_answers_cut_off_count_as_longer_than_their_limits() -> None:
@@ -177,7 +207,7 @@ def test_the_first_to_end_say_how_long_the_others_may_be(spread: float) -> None:
 
 
 def course(looked: Looked, blocks: int = 4000) -> Course:
-    return Course(Foretold(), looked, Rates(PRETEND.cost(), CONFIG, blocks, 0.0, 0.0))
+    return Course(Foretold(), looked, Rates(PRETEND.cost(), CONFIG, blocks, Paperwork(0.0, 0.0, 0.0)))
 
 
 @pytest.mark.parametrize("slower", [1.0, 1.7, 0.6])
@@ -216,6 +246,20 @@ def test_lengths_are_learnt_from_the_rows_that_have_ended(tmp_path: Path, middle
         left = one.left(seconds, prompts + job.output, job.output, job.running)
     assert left is not None
     assert seconds + left == pytest.approx(real.seconds, rel=0.25)  # 35 lengths alone err by a tenth
+
+
+def test_rows_cost_by_the_blocks_they_list_and_open_in_both_ways_of_foretelling(tmp_path: Path) -> None:
+    config = EngineConfig(step_tokens=512, max_sequences=32)
+    free, dear = PRETEND.cost(), msgspec.structs.replace(PRETEND, listed=1e-5, opened=1e-3).cost()
+    with look(options(file(tmp_path, rows(3))).job) as looked:
+        opened = sum(np.ceil(looked.units["length"] / 32) * looked.units["samples"])
+        ways = [
+            lambda cost: simulate(looked, looked.limits, cost, config, 4000).seconds,
+            lambda cost: in_bulk(work_of(looked, looked.limits), cost, config, 4000).seconds,
+        ]
+        more = [way(dear) - way(free) for way in ways]
+    assert more[0] == pytest.approx(more[1], rel=0.05)
+    assert more[0] > 0.5e-3 * opened
 
 
 @dataclass

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llm": EVERYTHING | {"build", "jobs"},
     "bench": EVERYTHING | {"build", "client", "host", "jobs"},
     "show": {"core", "text", "jobs"},
-    "preview": {"core", "sched", "engine", "sim", "runtime", "text", "jobs", "show"},
+    "preview": {"core", "client", "sched", "engine", "sim", "runtime", "text", "jobs", "show"},
     "call": {"core", "jobs", "preview"},
     "flags": {"core", "jobs"},
     "cli": {"core", "flags", "models", "jobs", "bench", "preview", "show"},

@@ -9,7 +9,7 @@ import pytest
 from echo_job import ROWS, EchoJob, Mortal, Watched, echo_backend
 from test_live_report import broken_at, meta
 
-from shoal.jobs.foretold import SOON, Course, Foretold
+from shoal.jobs.foretold import SOON, Course, Foretold, Tail
 from shoal.jobs.tally import look_report
 from shoal.preview.foresee import Foreseer
 
@@ -26,8 +26,10 @@ class Steady:
     def ended(self, row: int, tokens: int) -> None:
         """It learns nothing."""
 
-    def left(self, seconds: float, tokens: int, output: int, running: Sequence[float]) -> float | None:
-        return self._left
+    def left(
+        self, seconds: float, tokens: int, output: int, running: Sequence[float], tail: Tail = "fit"
+    ) -> float | None:  # fmt: skip
+        return {"fit": 1.0, "least": 0.5, "most": 2.0}[tail] * self._left
 
 
 class Says:
@@ -78,6 +80,7 @@ def test_what_is_said_when_a_twentieth_has_ended_survives_a_kill(job: Jobs) -> N
     assert not (one.state / "report.json").exists()
     said = look_report(one.out).predicted
     assert said is not None and said.soon is not None and said.soon > 7.0
+    assert said.soon_span == (pytest.approx(said.soon - 3.5), pytest.approx(said.soon + 7.0))
     one.seer = Says(lambda: Steady(left=99.0))
     assert one.run() == 0 and one.report.predicted == said
 

@@ -92,3 +92,6 @@ class Policy:
 
     def retire(self, seq: Sequence, finish: Finish, view: View) -> None:
         """Told when a sequence ends, for policies that learn."""
+
+    def hear(self, program: str, tool: str, now: float) -> None:
+        """Told what a program does now that its turn has ended: the tool it calls, or "" when it has ended."""

@@ -9,6 +9,20 @@ from shoal.sched.policy import Policy
 POLICIES = {
     "first-come": "shoal.sched.policy:Policy",
     "batch": "shoal.sched.policies.batch:BatchPolicy",
+    "stall-free": "shoal.sched.policies.stall_free:StallFree",
+    "decode-maximal": "shoal.sched.policies.decode_maximal:DecodeMaximal",
+    "past-future": "shoal.sched.policies.past_future:PastFuture",
+    "just-in-time": "shoal.sched.policies.just_in_time:JustInTime",
+    "time-to-live": "shoal.sched.policies.time_to_live:TimeToLive",
+    "mixed": "shoal.sched.policies.mixed:Mixed",
+    "prefill-first": "shoal.sched.policies.whole_prompts:PrefillFirst",  # as vLLM at first
+    "hybrid": "shoal.sched.policies.whole_prompts:Hybrid",  # as Orca
+    "request-level": "shoal.sched.policies.whole_prompts:RequestLevel",  # as FasterTransformer
+    "aggressive": "shoal.sched.policies.watermarks:Aggressive",
+    "conservative": "shoal.sched.policies.watermarks:Conservative",
+    "shortest-first": "shoal.sched.policies.orders:ShortestFirst",
+    "earliest-deadline": "shoal.sched.policies.orders:EarliestDeadline",
+    "least-attained": "shoal.sched.policies.orders:LeastAttained",
 }
 
 

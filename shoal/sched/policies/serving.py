@@ -1,0 +1,76 @@
+"""What all policies for live requests have in common: decodes, then prompts under way, then whoever waits.
+
+It knows phases and asks an Admission for room; it must not know promises, costs or lengths.
+"""
+
+from __future__ import annotations
+
+import math
+
+from shoal.core.sequence import Sequence
+from shoal.core.types import Finish
+from shoal.sched.admission import Admission, Watermark
+from shoal.sched.policy import Budget, Key, Policy, Reach, View
+
+DECODE, PREFILL, WAIT = 0.0, 1.0, 2.0
+
+
+def phase(seq: Sequence) -> float:
+    """Whether it decodes, computes its prompt, or waits."""
+    if seq.ticket < 0:
+        return WAIT
+    return DECODE if len(seq.tokens) - seq.computed <= 1 else PREFILL
+
+
+class Serving(Policy):
+    """First come, first served within a phase; at most `items` prompts have a part in one step."""
+
+    items: float = math.inf
+
+    def __init__(self, limit: Budget | None = None, admission: Admission | None = None) -> None:
+        super().__init__(limit)
+        self.admission = admission or Watermark()
+        self._items = 0  # prompts that have a part in this plan's step
+        self._tokens = self.limit.tokens  # of this plan's step
+
+    def budget(self, view: View) -> Budget:
+        """`tokens` of the step, and as many sequences as ever."""
+        self.admission.look(view)
+        self._items = 0
+        self._tokens = self.tokens(view)
+        return Budget(self._tokens, self.limit.sequences)
+
+    def tokens(self, view: View) -> int:
+        """Tokens of the next step."""
+        return self.limit.tokens
+
+    def key(self, seq: Sequence, view: View) -> float:
+        """The order within a phase; ties go to arrival."""
+        return 0.0
+
+    def rank(self, seq: Sequence, view: View) -> Key:
+        """By phase, then by key."""
+        if seq.ticket < 0:
+            return WAIT, self.key(seq, view)
+        return (DECODE if len(seq.tokens) - seq.computed <= 1 else PREFILL), self.key(seq, view)
+
+    def admit(self, seq: Sequence, reach: Reach, view: View) -> float:
+        """Now, if its prompt may have a part in this step and there will be room for it."""
+        if self._items >= self.items or not self.admission.fits(seq, reach, view):
+            return math.inf
+        return -math.inf
+
+    def chunk(self, seq: Sequence, room: int, view: View) -> int:
+        """As much as the step has room for; nothing of a prompt too many."""
+        pending = seq.pending
+        if pending <= 1:
+            return min(pending, room)
+        if self._items >= self.items:
+            return 0
+        self._items += 1
+        return min(pending, room)
+
+    def retire(self, seq: Sequence, finish: Finish, view: View) -> None:
+        """Learn from answers that have come to their own end."""
+        if finish in (Finish.STOP, Finish.LENGTH) and seq.samples:
+            self.admission.learn(seq)

@@ -123,7 +123,8 @@ class Futures:
         ends = self._ends[:, : self._count]
         for number in np.unique(prefix[prefix >= 0]):  # a prefix is one that neither grows nor ends before its users
             users = prefix == number
-            ends = np.hstack([ends, ends[:, users].max(1, keepdims=True)])
+            last = self._ends[:, : self._count][:, users].max(1, keepdims=True)
+            ends = np.hstack([ends, last])
             held, pace, wait = np.append(held, of_prefix[users].max()), np.append(pace, 0.0), np.append(wait, 0.0)
         order = np.argsort(-ends, axis=1, kind="stable")
         at = np.take_along_axis(ends, order, 1)

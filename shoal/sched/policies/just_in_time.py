@@ -26,7 +26,7 @@ PER_OUTPUT = 8.0  # what a token of an answer is worth in tokens of a prompt
 SHARPNESS = 4.0  # how fast worth falls when less time is left than the bound needs
 HOPELESS = 0.02  # chance below which a promise is taken for broken
 STEADY = 1.2  # by so much must a newcomer be worth more than one that is in the step already
-DUE, AHEAD, LEFTOVER, MISSED = 0.0, 1.0, 2.0, 3.0
+DUE, AHEAD, LEFTOVER, PLANNED, MISSED = 0.0, 1.0, 2.0, 3.0, 4.0
 
 Ranked = tuple[float, float, Sequence]  # worth, length, whose
 
@@ -48,7 +48,8 @@ def like_lengths(ranked: Seq[Ranked], size: int, slack: float) -> list[Sequence]
 
 class JustInTime(Ordered):
     """Requests with a promise want their tokens in time; those with a deadline their end; those of a program with a
-    deadline their stage's end. What has none of these, and what can no longer be kept, lives on what is left over.
+    deadline their stage's end. What has none of these, rows of a batch in their plan's order behind the rest, and what
+    can no longer be kept, lives on what is left over.
 
     First come those whose time is getting short, then those that are ahead; within both by worth for the time they
     still need. Whoever is in the step keeps its place against newcomers that are hardly worth more.
@@ -110,7 +111,8 @@ class JustInTime(Ordered):
         spare, whole, own = self.margin(seq, view)
         value = (seq.num_prompt + PER_OUTPUT * self.expected(seq, BOUND)) / whole
         if math.isinf(spare):
-            return LEFTOVER, value
+            index = seq.request.index
+            return (LEFTOVER, value) if index < 0 else (PLANNED, -float(index))
         time = spare + own  # until it is due
         chance = 1.0 if spare >= 0.0 else max(time / own, 0.0) ** SHARPNESS
         if chance < HOPELESS:
@@ -124,15 +126,16 @@ class JustInTime(Ordered):
     def choose(self, view: View) -> list[Sequence]:
         """By pressure, then by worth; the last of those that find room next to others of their length."""
         self._look(view)
-        groups: dict[float, list[Ranked]] = {DUE: [], AHEAD: [], LEFTOVER: [], MISSED: []}
+        groups: dict[float, list[Ranked]] = {DUE: [], AHEAD: [], LEFTOVER: [], PLANNED: [], MISSED: []}
         for seqs in (view.running, view.waiting):
             for seq in seqs:
                 pressure, value = self.judge(seq, view)
                 groups[pressure].append((value, float(len(seq.tokens)), seq))
         found: list[Sequence] = []
-        for group in groups.values():
+        for pressure, group in groups.items():
             group.sort(key=lambda entry: (-entry[0], entry[2].number))
-            found += like_lengths(group, self.limit.sequences - len(found), self.slack)
+            slack = 0.0 if pressure == PLANNED else self.slack  # rows that share a prefix stand together in their plan
+            found += like_lengths(group, self.limit.sequences - len(found), slack)
         return found
 
     def retire(self, seq: Sequence, finish: Finish, view: View) -> None:

@@ -51,7 +51,7 @@ class TimeToLive(StallFree):
 
     def __init__(
         self, limit: Budget | None = None, cost: Cost | None = None, promise: Promise | None = None,
-        admission: Admission | None = None, always: float | None = None, patience: float = 4.0,
+        admission: Admission | None = None, always: float | None = None, patience: float = 2.0,
     ) -> None:  # fmt: skip
         super().__init__(limit, admission, cost, promise)
         self.calls, self.patience, self.always = Calls(), patience, always

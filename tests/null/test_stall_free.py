@@ -100,7 +100,7 @@ def test_all_decodes_are_in_every_step_and_budgets_are_whole_tiles():
     served, _ = long_prompt(StallFree(LIMIT, cost=COST, promise=Promise(1.0, GAP), tile=64))
     mixed = [step for _, step in served.steps if len(step.slices) > 1 and any(len(s.tokens) > 1 for s in step.slices)]
     mixed = [step for step in mixed if any(len(s.tokens) == 1 for s in step.slices)]
-    assert len(mixed) > 3
+    assert len(mixed) >= 3
     assert all(step.num_tokens % 64 == 0 for step in mixed[:-1])
     assert all(sum(len(s.tokens) == 1 for s in step.slices) == 8 for step in mixed)
 
@@ -151,17 +151,22 @@ def test_the_chunk_with_its_riders_is_whole_tiles_and_follows_the_means():
 
 
 def test_prompts_and_decodes_run_out_together_at_the_paper_s_chunk():
-    """C = (B - 1) P / D: fewer steps carry a chunk without decodes, or decodes without a chunk, than far from it."""
+    """C = (B - 1) P / D: with less, chunks go without riders; with more, decodes go without a chunk."""
     requests = [ask(f"r{i}", 600, 60) for i in range(80)]
     lengths = dict.fromkeys((r.id for r in requests), 60)
     best = 7 * 600 / 60
 
-    def seconds(chunk: int) -> float:
-        return serve(DecodeMaximal(Budget(2048, 8), chunk_tokens=chunk), requests, lengths, 4000).clock.now()
+    def alone(chunk: int) -> tuple[float, float]:
+        """Shares of steps: chunks with less than half of the riders they have room for, and decodes alone."""
+        served = serve(DecodeMaximal(Budget(2048, 8), chunk_tokens=chunk), requests, lengths, 4000)
+        riders = [sum(len(s.tokens) == 1 for s in step.slices) for _, step in served.steps]
+        carried = [any(len(s.tokens) > 1 for s in step.slices) for _, step in served.steps]
+        few = sum(there and count < 3.5 for count, there in zip(riders, carried, strict=True))
+        return few / len(riders), carried.count(False) / len(riders)
 
-    times = {factor: seconds(round(best * factor)) for factor in (0.25, 1.0, 8.0)}
-    assert times[1.0] <= min(times.values()) * 1.06
-    assert times[0.25] > 1.5 * times[1.0]
+    small, right, large = (alone(round(best * factor)) for factor in (0.25, 1.0, 8.0))
+    assert small[0] > 0.9 and large[1] > 0.5, (small, large)
+    assert sum(right) < 0.7 * min(sum(small), sum(large)), (small, right, large)
 
 
 def test_saturation_is_where_twice_the_tokens_take_twice_as_long():

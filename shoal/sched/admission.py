@@ -127,7 +127,8 @@ class Foreseen:
 
     def _draw(self, view: View) -> Futures:
         running = view.running
-        futures = self._futures = Futures(view.block_size, min(SCENARIOS, SAMPLES // max(len(running), 1) + 1))
+        count = min(SCENARIOS, SAMPLES // max(len(running), 1) + 1)
+        futures = self._futures = Futures(view.block_size, count, (view.block_size - 1) / 2)
         self._base, self._backlog = view.used_blocks, 0
         if not running:
             return futures

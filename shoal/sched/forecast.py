@@ -59,11 +59,13 @@ class Futures:
                          + each prefix with somebody alive at x
 
     which is done for all ends together by sums over those that end later, less those that have not begun. With no
-    waiting, one token a step and no prefixes this is MemoryForecast. Each sequence is rounded up to whole blocks.
+    waiting, one token a step and no prefixes this is MemoryForecast. `waste` is what each sequence leaves empty of its
+    last block: all of it but a token is an upper bound, half of it what many leave on average.
     """
 
-    def __init__(self, block_size: int, futures: int = 1) -> None:
+    def __init__(self, block_size: int, futures: int = 1, waste: float | None = None) -> None:
         self.block_size, self.futures = block_size, futures
+        self.waste = block_size - 1 if waste is None else waste
         self._count = 0
         self._fixed = np.empty((5, 16))  # blocks held, pace [blocks a step], wait, number of prefix or -1, its blocks
         self._ends = np.empty((futures, 16))  # steps until each ends
@@ -83,7 +85,7 @@ class Futures:
         count, size = remaining.shape[1], self.block_size
         self._reserve(self._count + count)
         new = slice(self._count, self._count + count)
-        self._fixed[0, new] = (tokens + slots + LAG + size - 1) / size - shared_blocks
+        self._fixed[0, new] = (tokens + slots + LAG + self.waste) / size - shared_blocks
         self._fixed[1, new] = np.asarray(pace) / size
         self._fixed[2, new] = wait
         self._fixed[3, new], self._fixed[4, new] = -1.0, 0.0

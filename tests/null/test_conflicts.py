@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-from serving import COST, ask, mixture, serve, whole
+from serving import ask, mixture, serve, whole
 from test_policies import NAMES, make
 
 from shoal.core.types import Finish, Promise
+from shoal.sched.cost import LinearCost
 from shoal.sched.forecast import Futures
 from shoal.sched.policies.decode_maximal import DecodeMaximal
 from shoal.sched.policies.serving import Serving
@@ -43,11 +44,11 @@ def test_drafts_end_a_sequence_sooner_and_take_room_beside_it():
     for remaining in (100, 200, 300):
         plain.push(remaining, 500)
         drafting.push(remaining, 500, pace=3.0, slots=4)
-    assert drafting.peak(0) < plain.peak(0) + 3 * 4 / 16
+    assert drafting.peak(0) == pytest.approx(plain.peak(0) + 3 * 4 / 16, abs=0.5)
     crowd = [Futures(16), Futures(16)]
     for futures, pace in zip(crowd, (1.0, 3.0), strict=True):
-        futures.push(300, 100, pace=1.0)
-        futures.push(90, 4000, pace=pace)
+        futures.push(300, 100)
+        futures.push(90, 400, pace=pace)
     assert crowd[1].peak(0) < crowd[0].peak(0), "what ends sooner leaves before the other has grown"
 
 
@@ -68,17 +69,17 @@ def test_what_can_never_fit_is_refused_at_once_and_says_what_to_do(name):
 
 @pytest.mark.parametrize("name", ["past-future", "stall-free", "just-in-time", "mixed", "time-to-live"])
 def test_with_twice_the_demand_for_memory_nothing_falls_off_a_cliff(name):
-    """Closed crowd, KV demand twice the memory: at least 95 % of the best number of rows at once, tried one by one."""
+    """KV demand twice the memory, prompts as dear as answers: 95 % of the best number of rows at once."""
     luck = random.Random(5)
     requests = [ask(f"r{i}", luck.randrange(100, 300), 200, luck) for i in range(160)]
     lengths = {r.id: luck.randrange(80, 120) for r in requests}
-    blocks = 32 * 300 // 16 // 2
+    blocks, cost = 32 * 300 // 16 // 2, LinearCost((4e-3, 2e-4, 5e-8, 1e-10))
     best = min(
-        serve(StallFree(Budget(2048, seats), cost=COST), requests, lengths, blocks).clock.now()
-        for seats in (8, 12, 16, 20)
+        serve(StallFree(Budget(2048, seats)), requests, lengths, blocks, cost=cost).clock.now()
+        for seats in (12, 14, 16, 18, 20)
     )
     policy = make(name, Budget(2048, 32))
     policy.promise = Promise()
-    served = serve(policy, requests, lengths, blocks)
+    served = serve(policy, requests, lengths, blocks, cost=cost)
     whole(served, lengths)
     assert served.clock.now() <= best / 0.95

@@ -110,3 +110,11 @@ def test_a_prefix_is_counted_once_and_as_long_as_anybody_uses_it():
     for remaining in (10, 20, 30):
         futures.push(remaining, 120, prefix=3, prefix_blocks=100)
     assert futures.peak(0) == pytest.approx(100 + max(3 * (21 + 10), 2 * (21 + 20), 21 + 30))
+
+
+def test_half_a_block_of_waste_is_less_than_a_whole_one():
+    most, usual = Futures(16), Futures(16, waste=7.5)
+    for futures in (most, usual):
+        for _ in range(10):
+            futures.push(40, 100)
+    assert most.peak(0) - usual.peak(0) == pytest.approx(10 * 7.5 / 16)

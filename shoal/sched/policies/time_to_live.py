@@ -175,7 +175,7 @@ class TimeToLive(StallFree):
 
     def victim(self, seq: Sequence, others: Seq[Sequence], view: View) -> Sequence | None:
         """The one of the latest program."""
-        return max(others, key=self._came) if seq.ticket >= 0 and others else None
+        return max(others, key=lambda other: (self._came(other), other.number)) if seq.ticket >= 0 and others else None
 
     def retire(self, seq: Sequence, finish: Finish, view: View) -> None:
         """Take down where its turn left off; what its program does next will be said."""

@@ -26,7 +26,7 @@ PER_OUTPUT = 8.0  # what a token of an answer is worth in tokens of a prompt
 SHARPNESS = 4.0  # how fast worth falls when less time is left than the bound needs
 HOPELESS = 0.02  # chance below which a promise is taken for broken
 STEADY = 1.2  # by so much must a newcomer be worth more than one that is in the step already
-DUE, AHEAD, LEFTOVER, PLANNED, MISSED = 0.0, 1.0, 2.0, 3.0, 4.0
+PROMISED, LEFTOVER, PLANNED, MISSED = 0, 1, 2, 3
 
 Ranked = tuple[float, float, Sequence]  # worth, length, whose
 
@@ -51,8 +51,9 @@ class JustInTime(Ordered):
     deadline their stage's end. What has none of these, rows of a batch in their plan's order behind the rest, and what
     can no longer be kept, lives on what is left over.
 
-    First come those whose time is getting short, then those that are ahead; within both by worth for the time they
-    still need. Whoever is in the step keeps its place against newcomers that are hardly worth more.
+    What is promised is ordered by its worth for each second that it still needs, less the more time there is to spare:
+    so whoever is ahead waits, and nothing is spent on what will be late anyway. Whoever is in the step keeps its place
+    against newcomers that are hardly worth more.
     """
 
     def __init__(
@@ -106,36 +107,35 @@ class JustInTime(Ordered):
             due = min(due + produced * promise.gap, self._last_token(seq, now) + promise.gap)
         return due - now - own, whole, own
 
-    def judge(self, seq: Sequence, view: View) -> tuple[float, float]:
-        """(how pressing, worth for each second it still needs)."""
+    def judge(self, seq: Sequence, view: View) -> tuple[int, float]:
+        """(which group it is in, what it is worth for each second it still needs, more the less there is to spare)."""
         spare, whole, own = self.margin(seq, view)
         value = (seq.num_prompt + PER_OUTPUT * self.expected(seq, BOUND)) / whole
         if math.isinf(spare):
             index = seq.request.index
             return (LEFTOVER, value) if index < 0 else (PLANNED, -float(index))
-        time = spare + own  # until it is due
-        chance = 1.0 if spare >= 0.0 else max(time / own, 0.0) ** SHARPNESS
+        chance = 1.0 if spare >= 0.0 else max((spare + own) / own, 0.0) ** SHARPNESS
         if chance < HOPELESS:
             return MISSED, value
         if seq.number in self._chosen and not self.stands(seq):
             value *= STEADY
-        return (DUE if spare < 0.5 * own + 20 * self._step else AHEAD), value * chance
+        return PROMISED, value * chance / (1.0 + max(spare, 0.0) / whole)
 
     # -- answers -----------------------------------------------------------------------------------
 
     def choose(self, view: View) -> list[Sequence]:
-        """By pressure, then by worth; the last of those that find room next to others of their length."""
+        """By group, then by worth, with the last of those that find room next to others of their length."""
         self._look(view)
-        groups: dict[float, list[Ranked]] = {DUE: [], AHEAD: [], LEFTOVER: [], PLANNED: [], MISSED: []}
+        groups: dict[int, list[Ranked]] = {PROMISED: [], LEFTOVER: [], PLANNED: [], MISSED: []}
         for seqs in (view.running, view.waiting):
             for seq in seqs:
-                pressure, value = self.judge(seq, view)
-                groups[pressure].append((value, float(len(seq.tokens)), seq))
+                group, value = self.judge(seq, view)
+                groups[group].append((value, float(len(seq.tokens)), seq))
         found: list[Sequence] = []
-        for pressure, group in groups.items():
-            group.sort(key=lambda entry: (-entry[0], entry[2].number))
-            slack = 0.0 if pressure == PLANNED else self.slack  # rows that share a prefix stand together in their plan
-            found += like_lengths(group, self.limit.sequences - len(found), slack)
+        for group, ranked in groups.items():
+            ranked.sort(key=lambda entry: (-entry[0], entry[2].number))
+            slack = 0.0 if group == PLANNED else self.slack  # rows that share a prefix stand together in their plan
+            found += like_lengths(ranked, self.limit.sequences - len(found), slack)
         return found
 
     def retire(self, seq: Sequence, finish: Finish, view: View) -> None:

@@ -9,7 +9,6 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +45,9 @@ class LengthEstimator:
 
     def learn(self, seq: Sequence) -> None:
         """An answer has ended by itself or at its limit."""
+
+    def forget(self, seq: Sequence) -> None:
+        """An answer was given up: its length says nothing."""
 
 
 def within(seq: Sequence, length: float) -> int:
@@ -151,10 +153,11 @@ class LengthHistory(LengthEstimator):
         """The same quantiles at random places, all sequences of a group at once."""
         shares = luck.random((count, len(seqs)))
         found = np.empty((count, len(seqs)))
-        by_group = groupby(sorted((self._like(s.request.group), i) for i, s in enumerate(seqs)), key=lambda g: g[0])
-        for group, members in by_group:
-            at = np.array([i for _, i in members])
-            found[:, at] = self._draw_alike(group, [seqs[i] for i in at], shares[:, at])
+        by_group: dict[str, list[int]] = {}
+        for i, seq in enumerate(seqs):
+            by_group.setdefault(seq.request.group, []).append(i)
+        for group, members in by_group.items():
+            found[:, members] = self._draw_alike(self._like(group), [seqs[i] for i in members], shares[:, members])
         return found
 
     def _draw_alike(self, group: str, seqs: Seq[Sequence], shares: Lengths) -> Lengths:
@@ -180,8 +183,8 @@ class LengthHistory(LengthEstimator):
 
             begin = point(low)
             drawn = begin + (place - low) * (point(low + 1) - begin)
-        sure = [known(s) for s in seqs]
-        if any(length is not None for length in sure):
+        if not all(s.stop and s.request.guess is None for s in seqs):
+            sure = [known(s) for s in seqs]
             drawn = np.where([k is not None for k in sure], [float(k or 0) for k in sure], drawn)
         found: Lengths = np.minimum(most, np.maximum(produced + 1, np.rint(drawn)))
         return found

@@ -158,6 +158,11 @@ class QuantileForest(LengthEstimator):
             found = self._like[seq.number] = row, np.sort(np.concatenate(leaves)) if leaves else np.empty(0)
         return found[1]
 
+    def forget(self, seq: Sequence) -> None:
+        """Nobody asks about it any more."""
+        self._like.pop(seq.number, None)
+        self._first.pop(seq.number, None)
+
     def learn(self, seq: Sequence) -> None:
         """One more; perhaps a tree, and a word on the bound it was given."""
         row, _ = self._like.pop(seq.number, (None, None))

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from benchmarks.prove_policies import build, compare, stall, whole
-from shoal.build import BuiltEngine
+from shoal.build import BuiltEngine, make_policy
+from shoal.core.config import EngineConfig
+from shoal.core.errors import UsageError
 from shoal.core.types import Promise
 from shoal.kernels import set_threads
 from shoal.sched.cost import LinearCost
@@ -30,6 +32,12 @@ def test_the_worst_gap_falls_at_least_four_times_and_no_token_differs(built: Bui
     found = compare(built, 2)
     assert found["same_tokens"] == 1.0
     assert found["ratio"] >= 4.0, found
+
+
+def test_a_configuration_names_a_policy() -> None:
+    assert isinstance(make_policy(EngineConfig(policy="stall-free", step_tokens=512)), StallFree)
+    with pytest.raises(UsageError, match="just-in-time"):
+        make_policy(EngineConfig(policy="no-such"))
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))

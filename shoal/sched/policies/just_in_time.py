@@ -141,8 +141,8 @@ class JustInTime(Ordered):
     def retire(self, seq: Sequence, finish: Finish, view: View) -> None:
         """Learn its length, and how long its stage took."""
         super().retire(seq, finish, view)
-        self._seen.pop(seq.number, None)
-        if seq.request.program:
+        came = self._seen.pop(seq.number, None)
+        if seq.request.program and came is not None:
             self._stages.leave(seq.request.program, view.now)
 
     def hear(self, program: str, tool: str, now: float) -> None:

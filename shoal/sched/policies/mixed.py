@@ -16,7 +16,7 @@ from shoal.core.types import Finish, Promise
 from shoal.sched.admission import Admission, Foreseen
 from shoal.sched.cost import Cost
 from shoal.sched.outlook import Job, Lateness, Outlook
-from shoal.sched.policies.serving import phase
+from shoal.sched.policies.serving import DECODE, phase
 from shoal.sched.policies.stall_free import StallFree
 from shoal.sched.policy import Budget, Key, Reach, View
 
@@ -57,15 +57,17 @@ class Mixed(StallFree):
 
     def budget(self, view: View) -> Budget:
         """Counters and outlooks are brought up to date first."""
-        self._live = any(not is_batch(seq) for seq in view.running) or any(not is_batch(seq) for seq in view.waiting)
         done = dict(self._ended)
-        present = set()
+        present, batch = set(), 0
         for seq in view.running:
-            if is_batch(seq):
-                group = seq.request.group
-                done[group] = done.get(group, 0.0) + seq.computed
-                present.add(group)
-        self._follow(done, present | {seq.request.group for seq in view.waiting if is_batch(seq)})
+            request = seq.request
+            if request.promise is None:
+                batch += 1
+                done[request.group] = done.get(request.group, 0.0) + seq.computed
+                present.add(request.group)
+        waiting = {seq.request.group for seq in view.waiting if seq.request.promise is None}
+        self._live = batch < len(view.running) or any(seq.request.promise is not None for seq in view.waiting)
+        self._follow(done, present | waiting)
         for group, outlook in self._outlooks.items():
             said = outlook.look(view.now, done.get(group, 0.0))
             if said is not None:
@@ -92,12 +94,12 @@ class Mixed(StallFree):
     def rank(self, seq: Sequence, view: View) -> Key:
         """Live requests by phase; batch rows by phase, then by what their tenant has had, then by their plan."""
         now = phase(seq)
-        if not is_batch(seq):
+        request = seq.request
+        if request.promise is not None:
             return now, 0.0, 0.0
-        group = seq.request.group
-        if group in self._urgent and not now:
-            return 0.0, 1.0, float(seq.request.index)
-        return BATCH + now, self._served.get(group, 0.0), float(seq.request.index)
+        if now == DECODE and request.group in self._urgent:
+            return DECODE, 1.0, float(request.index)
+        return BATCH + now, self._served.get(request.group, 0.0), float(request.index)
 
     def admit(self, seq: Sequence, reach: Reach, view: View) -> float:
         """As memory allows; a live request also in the place of batch rows."""

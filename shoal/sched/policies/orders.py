@@ -18,6 +18,7 @@ from shoal.sched.policies.serving import phase
 from shoal.sched.policies.stall_free import StallFree
 from shoal.sched.policy import Budget, Key, Reach, View
 
+STALE = 4  # plans after which an order is made anew though all that live have a seat and nobody has come
 REFRESH = 50  # tokens after which a sequence's expected length is asked anew
 
 
@@ -37,7 +38,7 @@ class Ordered(StallFree):
         self.lengths = lengths or LengthHistory()
         super().__init__(limit or Budget(8192, 32), admission or Foreseen(), cost, promise)
         self._chosen: dict[int, float] = {}  # by number: places, the best first; empty when all are served
-        self._swapped = 0
+        self._swapped = self._plans = 0
         self._expected: dict[int, tuple[int, int]] = {}  # by number: tokens at which it is asked again, and the length
 
     def score(self, seq: Sequence, view: View) -> float:
@@ -49,15 +50,21 @@ class Ordered(StallFree):
         return sorted((*view.running, *view.waiting), key=lambda seq: (self.score(seq, view), seq.number))
 
     def budget(self, view: View) -> Budget:
-        """The choice is made once, for the whole plan."""
+        """The choice is made once, for the whole plan, and for some more where everybody has a seat."""
         self._swapped = 0
-        self._chosen = {seq.number: float(at) for at, seq in enumerate(self.choose(view))}
+        self._plans += 1
+        live = len(view.running) + len(view.waiting)
+        newest = view.waiting[-1].number if view.waiting else 0
+        if live > self.limit.sequences or newest not in self._chosen or self._plans % STALE == 0:
+            self._chosen = {seq.number: float(at) for at, seq in enumerate(self.choose(view))}
         return super().budget(view)
 
     def rank(self, seq: Sequence, view: View) -> Key:
         """Those within the limit, decodes first; then the others in their order."""
         at = self._chosen.get(seq.number, math.inf)
-        return (0.0, phase(seq), at) if at < self.limit.sequences else (1.0, 0.0, at)
+        if at >= self.limit.sequences:
+            return 1.0, 0.0, at
+        return 0.0, phase(seq), at
 
     def stands(self, seq: Sequence) -> bool:
         """Whether it has no place in this plan."""
@@ -95,8 +102,7 @@ class Ordered(StallFree):
         """Learn, and forget what was expected."""
         super().retire(seq, finish, view)
         self._expected.pop(seq.number, None)
-        if finish in (Finish.STOP, Finish.LENGTH) and seq.samples:
-            self.lengths.learn(seq)
+        (self.lengths.learn if finish in (Finish.STOP, Finish.LENGTH) and seq.samples else self.lengths.forget)(seq)
 
 
 class ShortestFirst(Ordered):

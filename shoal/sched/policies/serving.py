@@ -44,15 +44,9 @@ class Serving(Policy):
         """Tokens of the next step."""
         return self.limit.tokens
 
-    def key(self, seq: Sequence, view: View) -> float:
-        """The order within a phase; ties go to arrival."""
-        return 0.0
-
     def rank(self, seq: Sequence, view: View) -> Key:
-        """By phase, then by key."""
-        if seq.ticket < 0:
-            return WAIT, self.key(seq, view)
-        return (DECODE if len(seq.tokens) - seq.computed <= 1 else PREFILL), self.key(seq, view)
+        """By phase; ties go to arrival."""
+        return phase(seq)
 
     def admit(self, seq: Sequence, reach: Reach, view: View) -> float:
         """Now, if its prompt may have a part in this step and there will be room for it."""
@@ -62,9 +56,9 @@ class Serving(Policy):
 
     def chunk(self, seq: Sequence, room: int, view: View) -> int:
         """As much as the step has room for; nothing of a prompt too many."""
+        if len(seq.tokens) - seq.computed == 1:
+            return 1
         pending = seq.pending
-        if pending <= 1:
-            return min(pending, room)
         if self._items >= self.items:
             return 0
         self._items += 1

@@ -60,6 +60,7 @@ class TimeToLive(StallFree):
         self._pins: dict[str, _Program] = {}
         self._asked: dict[int, Node] = {}  # by writer: leaves that became idle since the last plan
         self._owner: dict[int, str] = {}  # by writer: the program of turns that have ended
+        self._since: dict[str, float] = {}  # by id of a live request: when it came
         self._changed: list[Node] = []  # pinned or unpinned since the last plan
         self._reload: dict[int, float] = {}  # seconds, by rounded tokens
         self._service = 1.0  # seconds from a start to an end: a moving mean
@@ -68,6 +69,7 @@ class TimeToLive(StallFree):
 
     def accept(self, request: Request, view: View) -> str:
         """Take down when its program came back."""
+        self._since[request.id] = view.now
         if request.program:
             if len(self._programs) >= FOLLOWED and request.program not in self._programs:
                 self._forget()
@@ -137,11 +139,11 @@ class TimeToLive(StallFree):
     # -- answers -----------------------------------------------------------------------------------
 
     def _aged(self, seq: Sequence, view: View) -> bool:
-        return view.now - seq.request.arrival > self.patience * self._service
+        return view.now - self._since.get(seq.request.id, view.now) > self.patience * self._service
 
     def _came(self, seq: Sequence) -> float:
         program = self._programs.get(seq.request.program)
-        return seq.request.arrival if program is None else program.arrival
+        return self._since.get(seq.request.id, 0.0) if program is None else program.arrival
 
     def rank(self, seq: Sequence, view: View) -> Key:
         """What runs by phase; what waits as said above."""
@@ -150,7 +152,7 @@ class TimeToLive(StallFree):
         if seq.preemptions:
             return WAIT, 0.0, self._came(seq)
         if self._aged(seq, view):
-            return WAIT, 1.0, seq.request.arrival
+            return WAIT, 1.0, self._since[seq.request.id]
         return WAIT, 2.0 if seq.request.program in self._pins else 3.0, self._came(seq)
 
     def admit(self, seq: Sequence, reach: Reach, view: View) -> float:
@@ -169,7 +171,7 @@ class TimeToLive(StallFree):
         if program is not None and seq.started is None:
             program.waiting.discard(seq.request.id)
             if program.turns and name not in self._pins:
-                self.calls.waited(view.now - seq.request.arrival)
+                self.calls.waited(view.now - self._since.get(seq.request.id, view.now))
             self._pins.pop(name, None)
         return -math.inf
 
@@ -180,6 +182,7 @@ class TimeToLive(StallFree):
     def retire(self, seq: Sequence, finish: Finish, view: View) -> None:
         """Take down where its turn left off; what its program does next will be said."""
         super().retire(seq, finish, view)
+        self._since.pop(seq.request.id, None)
         if seq.started is not None:
             self._service += 0.1 * (view.now - seq.started - self._service)
         name = seq.request.program

@@ -29,12 +29,12 @@ def test_only_durations_need_be_tried(durations, gain):
     durations = sorted(durations)
 
     def value(time: float) -> float:
-        return sum(d <= time for d in durations) / len(durations) * gain - time if time > 0 else 0.0
+        return sum(d <= time for d in durations) / len(durations) * gain - time
 
     chosen = best_time(durations, gain)
     grid = [i * 0.01 for i in range(2100)]
     assert value(chosen) >= max(map(value, grid)) - 1e-9
-    assert chosen == 0.0 or value(chosen) > 0.0
+    assert chosen == 0.0 or value(chosen) > value(0.0)
 
 
 def test_of_equals_the_shortest_time_is_taken():

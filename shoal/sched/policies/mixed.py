@@ -16,7 +16,7 @@ from shoal.core.types import Finish, Promise
 from shoal.sched.admission import Admission, Foreseen
 from shoal.sched.cost import Cost
 from shoal.sched.outlook import Job, Lateness, Outlook
-from shoal.sched.policies.serving import DECODE, phase
+from shoal.sched.policies.serving import DECODE, PREFILL, WAIT
 from shoal.sched.policies.stall_free import StallFree
 from shoal.sched.policy import Budget, Key, Reach, View
 
@@ -93,7 +93,7 @@ class Mixed(StallFree):
 
     def rank(self, seq: Sequence, view: View) -> Key:
         """Live requests by phase; batch rows by phase, then by what their tenant has had, then by their plan."""
-        now = phase(seq)
+        now = WAIT if seq.ticket < 0 else DECODE if len(seq.tokens) - seq.computed <= 1 else PREFILL
         request = seq.request
         if request.promise is not None:
             return now, 0.0, 0.0

@@ -14,11 +14,11 @@ from shoal.core.types import Finish, Promise
 from shoal.sched.admission import Admission, Foreseen
 from shoal.sched.cost import Cost
 from shoal.sched.lengths import LengthEstimator, LengthHistory
-from shoal.sched.policies.serving import phase
+from shoal.sched.policies.serving import DECODE, PREFILL, WAIT
 from shoal.sched.policies.stall_free import StallFree
 from shoal.sched.policy import Budget, Key, Reach, View
 
-STALE = 4  # plans after which an order is made anew though all that live have a seat and nobody has come
+FEW, STALE = 128, 4  # sequences above which an order is made in every fourth plan: whoever comes waits for three
 REFRESH = 50  # tokens after which a sequence's expected length is asked anew
 
 
@@ -39,6 +39,7 @@ class Ordered(StallFree):
         super().__init__(limit or Budget(8192, 32), admission or Foreseen(), cost, promise)
         self._chosen: dict[int, float] = {}  # by number: places, the best first; empty when all are served
         self._swapped = self._plans = 0
+        self._seats = self.limit.sequences  # places that have a part in the step: those of the ended go to the next
         self._expected: dict[int, tuple[int, int]] = {}  # by number: tokens at which it is asked again, and the length
 
     def score(self, seq: Sequence, view: View) -> float:
@@ -50,25 +51,24 @@ class Ordered(StallFree):
         return sorted((*view.running, *view.waiting), key=lambda seq: (self.score(seq, view), seq.number))
 
     def budget(self, view: View) -> Budget:
-        """The choice is made once, for the whole plan, and for some more where everybody has a seat."""
+        """The choice is made once, for the whole plan; of many, for the next ones as well."""
         self._swapped = 0
         self._plans += 1
-        live = len(view.running) + len(view.waiting)
-        newest = view.waiting[-1].number if view.waiting else 0
-        if live > self.limit.sequences or newest not in self._chosen or self._plans % STALE == 0:
+        if len(view.running) + len(view.waiting) <= FEW or self._plans % STALE == 0:
             self._chosen = {seq.number: float(at) for at, seq in enumerate(self.choose(view))}
+            self._seats = self.limit.sequences
         return super().budget(view)
 
     def rank(self, seq: Sequence, view: View) -> Key:
         """Those within the limit, decodes first; then the others in their order."""
         at = self._chosen.get(seq.number, math.inf)
-        if at >= self.limit.sequences:
+        if at >= self._seats:
             return 1.0, 0.0, at
-        return 0.0, phase(seq), at
+        return 0.0, (WAIT if seq.ticket < 0 else DECODE if len(seq.tokens) - seq.computed <= 1 else PREFILL), at
 
     def stands(self, seq: Sequence) -> bool:
         """Whether it has no place in this plan."""
-        return self._chosen.get(seq.number, math.inf) >= self.limit.sequences
+        return self._chosen.get(seq.number, math.inf) >= self._seats
 
     def admit(self, seq: Sequence, reach: Reach, view: View) -> float:
         """If there is room; or somebody stands in its place, and not too many have lost theirs already."""
@@ -102,6 +102,7 @@ class Ordered(StallFree):
         """Learn, and forget what was expected."""
         super().retire(seq, finish, view)
         self._expected.pop(seq.number, None)
+        self._seats += self._chosen.pop(seq.number, math.inf) < self._seats
         (self.lengths.learn if finish in (Finish.STOP, Finish.LENGTH) and seq.samples else self.lengths.forget)(seq)
 
 

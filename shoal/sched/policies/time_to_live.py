@@ -18,7 +18,7 @@ from shoal.sched.admission import Admission
 from shoal.sched.budgeting import priced
 from shoal.sched.calls import Calls
 from shoal.sched.cost import Cost, LinearCost
-from shoal.sched.policies.serving import WAIT
+from shoal.sched.policies.serving import DECODE, PREFILL, WAIT
 from shoal.sched.policies.stall_free import StallFree
 from shoal.sched.policy import Budget, Key, Reach, View
 
@@ -63,6 +63,7 @@ class TimeToLive(StallFree):
         self._since: dict[str, float] = {}  # by id of a live request: when it came
         self._changed: list[Node] = []  # pinned or unpinned since the last plan
         self._reload: dict[int, float] = {}  # seconds, by rounded tokens
+        self._started = False  # whether this plan has let anybody in
         self._service = 1.0  # seconds from a start to an end: a moving mean
 
     # -- programs ----------------------------------------------------------------------------------
@@ -134,6 +135,7 @@ class TimeToLive(StallFree):
             self._unpin(name)
         changed, self._changed = self._changed, []
         self._asked.clear()
+        self._started = False
         return changed
 
     # -- answers -----------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ class TimeToLive(StallFree):
     def rank(self, seq: Sequence, view: View) -> Key:
         """What runs by phase; what waits as said above."""
         if seq.ticket >= 0:
-            return (0.0 if len(seq.tokens) - seq.computed <= 1 else 1.0), 0.0, self._came(seq)
+            return (DECODE if len(seq.tokens) - seq.computed <= 1 else PREFILL), 0.0, 0.0
         if seq.preemptions:
             return WAIT, 0.0, self._came(seq)
         if self._aged(seq, view):
@@ -164,9 +166,10 @@ class TimeToLive(StallFree):
             kept = 0 if aged else reach.idle(pin.leaf for pin in pins if pin.leaf is not None)
             if super().admit(seq, replace(reach, reserved_blocks=reach.reserved_blocks + kept), view) <= view.now:
                 break
-            if aged or not pins or view.running:
+            if aged or not pins or view.running or self._started:
                 return math.inf
             pins.pop()  # the latest; its blocks are the first of the pinned that are forgotten
+        self._started = True
         program = self._programs.get(name)
         if program is not None and seq.started is None:
             program.waiting.discard(seq.request.id)

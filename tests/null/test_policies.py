@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 from serving import COST, mixture, serve, whole
 from test_scheduler import reference, run, workload
 
+from shoal.core.clock import SimClock
 from shoal.core.types import Finish, Promise
+from shoal.engine import Engine
 from shoal.sched.cost import LinearCost
 from shoal.sched.policies import POLICIES, find_policy
 from shoal.sched.policy import Budget, Policy
+from shoal.sched.scheduler import Scheduler
+from shoal.sim.executor import SimExecutor
 
 NAMES = sorted(POLICIES)
 PROMISE = Promise(1.0, 0.02)
@@ -89,3 +93,25 @@ def test_nothing_a_policy_sees_tells_a_length_before_it_has_come(name):
     before = [[step for when, step in served.steps if when < until] for served in (first, second)]
     assert len(before[0]) > 2
     assert before[0] == before[1]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if hasattr(find_policy(name), "steady")])
+def test_while_a_policy_says_it_is_steady_all_that_decode_have_a_token_in_every_plan(name):
+    """What a simulation may then take at once: no budget, order or admission stands in the way."""
+    requests, lengths = mixture(6, 30, 60, 1000.0)
+    clock = SimClock()
+    policy = make(name, Budget(96, 24))
+    scheduler = Scheduler(policy, 600, 16)
+    engine = Engine(scheduler, SimExecutor(clock, COST, lengths), clock)
+    for request in requests:
+        engine.add(request)
+    calm = 0
+    while engine.busy:
+        view = scheduler.view(clock.now())
+        steady = policy.steady(view) > 0 and all(seq.pending == 1 for seq in view.running)
+        running = len(view.running)
+        engine.step()
+        if steady:
+            calm += 1
+            assert len(engine.last.slices) == engine.last.num_tokens == running
+    assert calm > 5 or name == "just-in-time"

@@ -138,6 +138,10 @@ class JustInTime(Ordered):
             found += like_lengths(ranked, self.limit.sequences - len(found), slack)
         return found
 
+    def steady(self, view: View) -> int:
+        """Never: it learns how long steps take from the times of its plans."""
+        return 0
+
     def retire(self, seq: Sequence, finish: Finish, view: View) -> None:
         """Learn its length, and how long its stage took."""
         super().retire(seq, finish, view)

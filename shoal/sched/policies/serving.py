@@ -13,6 +13,7 @@ from shoal.sched.admission import Admission, Watermark
 from shoal.sched.policy import Budget, Key, Policy, Reach, View
 
 DECODE, PREFILL, WAIT = 0.0, 1.0, 2.0
+ALWAYS = 1 << 30  # plans
 
 
 def phase(seq: Sequence) -> float:
@@ -63,6 +64,11 @@ class Serving(Policy):
             return 0
         self._items += 1
         return min(pending, room)
+
+    def steady(self, view: View) -> int:
+        """For how many plans its answers lead to the same while all that runs decodes, and nothing comes or ends: a
+        simulation need not ask meanwhile. Whoever waits may be let in by any of them."""
+        return 0 if view.waiting or len(view.running) > self.limit.sequences else ALWAYS
 
     def retire(self, seq: Sequence, finish: Finish, view: View) -> None:
         """Learn from answers that have come to their own end."""

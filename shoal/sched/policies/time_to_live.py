@@ -178,6 +178,10 @@ class TimeToLive(StallFree):
             self._pins.pop(name, None)
         return -math.inf
 
+    def steady(self, view: View) -> int:
+        """As long as nothing is pinned: a pin is over at some time, and its blocks with it."""
+        return 0 if self._pins else super().steady(view)
+
     def victim(self, seq: Sequence, others: Seq[Sequence], view: View) -> Sequence | None:
         """The one of the latest program."""
         return max(others, key=lambda other: (self._came(other), other.number)) if seq.ticket >= 0 and others else None

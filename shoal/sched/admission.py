@@ -5,6 +5,7 @@ It knows blocks, limits and expected lengths; it must not know in what order seq
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -37,6 +38,14 @@ class Admission(Protocol):
 def blocks_of(tokens: int, view: View) -> int:
     """Whole blocks for so many tokens."""
     return -(-tokens // view.block_size)
+
+
+def would_make_room(givers: Iterable[Sequence], seq: Sequence, reach: Reach, view: View) -> bool:
+    """Whether a waiting sequence's prompt had room if all of `givers`, which run, lost their memory: if not, they would
+    lose it in vain."""
+    given = sum(max(len(giver.blocks) - giver.private_from, 0) for giver in givers)
+    free = view.num_blocks - view.used_blocks - reach.idle_blocks
+    return given > 0 and blocks_of(len(seq.tokens), view) - reach.blocks <= free + given
 
 
 class Watermark:

@@ -7,7 +7,7 @@ import random
 from serving import ask, serve, whole
 
 from shoal.core.sequence import Sequence
-from shoal.sched.admission import Foreseen, Reserved, Watermark
+from shoal.sched.admission import Foreseen, Reserved, Watermark, would_make_room
 from shoal.sched.lengths import LengthHistory
 from shoal.sched.policies.past_future import PastFuture
 from shoal.sched.policies.watermarks import Aggressive, Conservative
@@ -136,3 +136,20 @@ def test_history_is_what_admission_learns():
     requests, lengths = decode_heavy(80)
     serve(policy, requests, lengths, BLOCKS, BLOCK)
     assert 80 <= history.quantile(Sequence(ask("new", 5, 480), 500), 0.5) <= 160
+
+
+def test_nobody_loses_memory_that_would_not_do():
+    """A prompt of 10 blocks, 4 free: givers of 5 blocks are too few by one; shared ones give nothing."""
+    seq = Sequence(ask("c", 10 * BLOCK, 10), 99)
+
+    def held(blocks: int, shared: int = 0) -> list[Sequence]:
+        giver = running(1, BLOCK * blocks - 1, 1, 500)
+        giver.private_from = shared
+        return [giver]
+
+    def enough(givers: list[Sequence]) -> bool:
+        used = sum(len(g.blocks) for g in givers)
+        return would_make_room(givers, seq, reach(), View(0.0, 4, used, used + 4, BLOCK, givers, []))
+
+    assert not enough(held(5)) and enough(held(6)) and not enough(held(6, shared=1))
+    assert not enough([])

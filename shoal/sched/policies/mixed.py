@@ -13,7 +13,7 @@ from collections.abc import Sequence as Seq
 
 from shoal.core.sequence import Sequence
 from shoal.core.types import Finish, Promise
-from shoal.sched.admission import Admission, Foreseen
+from shoal.sched.admission import Admission, Foreseen, would_make_room
 from shoal.sched.cost import Cost
 from shoal.sched.outlook import Job, Lateness, Outlook
 from shoal.sched.policies.serving import DECODE, PREFILL, WAIT
@@ -104,8 +104,9 @@ class Mixed(StallFree):
     def admit(self, seq: Sequence, reach: Reach, view: View) -> float:
         """As memory allows; a live request also in the place of batch rows."""
         found = super().admit(seq, reach, view)
-        if found > view.now and not is_batch(seq) and any(is_batch(other) for other in view.running):
-            return -math.inf
+        if found > view.now and not is_batch(seq):
+            batch = [other for other in view.running if is_batch(other)]
+            return -math.inf if would_make_room(batch, seq, reach, view) else found
         return found
 
     def victim(self, seq: Sequence, others: Seq[Sequence], view: View) -> Sequence | None:

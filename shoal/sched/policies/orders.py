@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 
 from shoal.core.sequence import Sequence
 from shoal.core.types import Finish, Promise
-from shoal.sched.admission import Admission, Foreseen
+from shoal.sched.admission import Admission, Foreseen, would_make_room
 from shoal.sched.cost import Cost
 from shoal.sched.lengths import LengthEstimator, LengthHistory
 from shoal.sched.policies.serving import DECODE, PREFILL, WAIT
@@ -76,7 +76,10 @@ class Ordered(StallFree):
             return -math.inf
         if self.stands(seq) or self._swapped >= self.swaps:
             return math.inf
-        return -math.inf if any(self.stands(other) for other in view.running) else math.inf
+        standing = [other for other in view.running if self.stands(other) and other.yields]
+        standing.sort(key=lambda other: self._chosen.get(other.number, math.inf))
+        last = standing[self._swapped - self.swaps :]
+        return -math.inf if would_make_room(last, seq, reach, view) else math.inf
 
     def victim(self, seq: Sequence, others: Seq[Sequence], view: View) -> Sequence | None:
         """The last; for one that waits, only if it stands."""

@@ -226,3 +226,11 @@ def test_calls_side_by_side_are_one_stage():
     stages.leave("a", 2.0)
     stages.end("a")
     assert list(stages._past["kind"]) == [[(2.0, 0.0)]]
+
+
+@pytest.mark.parametrize("count", [4, 200])
+def test_a_step_s_seconds_are_learnt_however_many_live(count):
+    requests = [ask(f"r{i}", 5, 200) for i in range(count)]
+    policy = JustInTime(Budget(4096, 256), cost=COST)
+    served = serve(policy, requests, dict.fromkeys((r.id for r in requests), 150), 4000)
+    assert policy._step == pytest.approx(served.clock.now() / len(served.steps), rel=0.1)

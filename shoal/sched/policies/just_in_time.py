@@ -70,11 +70,15 @@ class JustInTime(Ordered):
 
     # -- what is known of a sequence ---------------------------------------------------------------
 
-    def _look(self, view: View) -> None:
-        """Follow the steps' duration, and take down who has come."""
+    def budget(self, view: View) -> Budget:
+        """The same, with an eye on how long steps take."""
         if self._before is not None and view.now > self._before:
             self._step += 0.1 * (min(view.now - self._before, 10 * self._step) - self._step)
         self._before = view.now if view.running else None
+        return super().budget(view)
+
+    def _look(self, view: View) -> None:
+        """Take down who has come."""
         for seq in view.waiting:
             if seq.number not in self._seen:
                 self._seen[seq.number] = 0, view.now

@@ -222,7 +222,7 @@ class Survival(LengthEstimator):
             lengths, deaths = np.unique(ended, return_counts=True)
             at_risk = len(ended) - np.searchsorted(ended, lengths, "left")
             at_risk = at_risk + len(running) - np.searchsorted(running, lengths, "left")
-            longer: Lengths = np.cumprod(1.0 - deaths / at_risk.astype(np.float64))
+            longer = np.cumprod(1.0 - deaths / at_risk).astype(np.float64)
             self._curves[group] = lengths, longer
         return self._curves[group]
 

@@ -5,7 +5,6 @@ It must not decide anything while the engine runs.
 
 from __future__ import annotations
 
-import importlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from shoal.nn.weights import KV_DTYPES, MODES, load_encoder_weights, load_weight
 from shoal.runtime.encoder_runner import EncoderRunner
 from shoal.runtime.memory import MemoryPlan, available_bytes, plan_memory, plan_weights
 from shoal.runtime.runner import ModelRunner
+from shoal.sched.policies import find_policy
 from shoal.sched.policies.batch import BatchPolicy
 from shoal.sched.policies.whole import WholePolicy
 from shoal.sched.policy import Budget, Policy
@@ -148,17 +148,14 @@ def _build_encoder(
 
 
 def make_policy(config: EngineConfig) -> Policy:
-    """The policy of a configuration; UsageError for an import path that leads to none."""
+    """The policy of a configuration; UsageError for a name or an import path that leads to none."""
     limit = Budget(config.step_tokens, config.max_sequences)
     if config.policy == "auto":
         return BatchPolicy(limit)
-    module, _, name = config.policy.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"policy {config.policy!r} cannot be imported ({error}); write it as module:Class") from error
-    if not (isinstance(found, type) and issubclass(found, Policy)):
-        raise UsageError(f"policy {config.policy!r} is not a Policy class of shoal.sched.policy")
+        found = find_policy(config.policy)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return found(limit)
 
 

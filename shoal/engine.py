@@ -47,6 +47,10 @@ class Engine:
         """End a request; None if there is none of that id."""
         return self.scheduler.cancel(id, self.clock.now())
 
+    def tell(self, program: str, tool: str) -> None:
+        """Say what a program does between its turns: the tool it calls, or "" when it has ended."""
+        self.scheduler.policy.hear(program, tool, self.clock.now())
+
     @property
     def busy(self) -> bool:
         """Whether anything is unfinished."""

@@ -40,7 +40,7 @@ class EngineConfig:
     max_sequences: int = 256  # in one step: decodes read the weights once for all of them
     overlap: bool = True  # plan a step while the one before runs
     reuse: bool = True  # compute a shared prefix once; False is the control
-    policy: str = "auto"  # import path module:Class; auto is the batch policy
+    policy: str = "auto"  # a short name, or an import path module:Class; auto is the batch policy
     seed: int = 0  # from which a row without a seed of its own gets one
     adapters: dict[str, str] = field(default_factory=dict)  # LoRA adapters' folders by the names that requests give
 

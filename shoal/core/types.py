@@ -81,6 +81,14 @@ class Constraint:
 
 
 @dataclass(frozen=True, slots=True)
+class Promise:
+    """How soon a request's tokens are wanted. Infinity promises nothing."""
+
+    first: float = math.inf  # seconds from its arrival to its first token
+    gap: float = math.inf  # seconds between one token and the next
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What a client asked for. Never changes after it is made."""
 
@@ -92,10 +100,12 @@ class Request:
     score_from: int = -1  # >= 1: log-probabilities of prompt tokens from this position on; -1: none
     score_top: int = 0  # with score_from: how many best tokens to report at each position
     arrival: float = 0.0  # seconds
-    deadline: float = math.inf  # seconds
+    deadline: float = math.inf  # seconds; of the whole answer
+    promise: Promise | None = None  # of its single tokens
     adapter: str = ""  # LoRA name; also part of the root of its own prefix tree
     salt: str = ""  # rows with different salts share nothing
     group: str = ""  # user, job or workflow: the unit of fairness and of length learning
+    program: str = ""  # the agent or graph of calls it is a turn of; "" stands alone. A unit of order, not of sharing
     guess: float | None = None  # predicted output length, a hint; never the truth
     index: int = -1  # place in plan order; -1 for requests without a plan
     future: tuple[tuple[int, int], ...] | None = None

@@ -7,7 +7,7 @@ It knows prefixes, who computes them and which plan index needs them next; it mu
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from shoal.core.sequence import Sequence
@@ -185,6 +185,21 @@ class KVCache:
         lost = last_first[:num_blocks]
         return min(lost, default=NEVER)
 
+    def count_idle(self, nodes: Iterable[Node]) -> int:
+        """Blocks of the nodes and of all above them that no sequence holds, each once."""
+        found: set[int] = set()
+        for leaf in nodes:
+            node: Node | None = leaf
+            while node is not None and node.block >= 0 and self._users[node.block] == 0 and node.block not in found:
+                found.add(node.block)
+                node = node.parent
+        return len(found)
+
+    def revalue(self, node: Node) -> None:
+        """Ask again what an idle block is worth; nothing if it is not one by now."""
+        if node.queued and self.tree.is_idle(node):
+            self._queue(node)
+
     def idle(self, match: Match) -> set[int]:
         """Blocks of the match that no sequence holds now and that it would take back into use."""
         nodes = match.path if match.source is None else (*match.path, match.source)
@@ -260,13 +275,16 @@ class KVCache:
         while node is not None and self.tree.is_idle(node):
             node.next_use = next((use for use in node.uses or () if use >= horizon), NEVER)
             if node.uses is None or node.next_use < NEVER:
-                self.tree.enqueue(node, self._worth(node))
-                if node.next_use < NEVER:
-                    heapq.heappush(self._expiring, (node.next_use, node.queued, node))
+                self._queue(node)
                 return
             parent = node.parent
             self.tree.forget(node)
             node = parent
+
+    def _queue(self, node: Node) -> None:
+        self.tree.enqueue(node, self._worth(node))
+        if node.next_use < NEVER:
+            heapq.heappush(self._expiring, (node.next_use, node.queued, node))
 
     def _seal(self, seq: Sequence, nodes: list[Node], step: int) -> None:
         """Let the blocks that outputs have filled be found again: after preemption, or by a next turn."""

@@ -138,7 +138,7 @@ class PrefixTree:
         return node.parent is not None and node.block >= 0 and not node.children and self.pool.holders[node.block] == 1
 
     def enqueue(self, node: Node, worth: float) -> None:
-        """The node has become idle. Its worth is asked once: nothing that decides it changes while it is idle."""
+        """The node has become idle, or is worth something else than it was: only its last entry counts."""
         self._version += 1
         node.queued = self._version
         heapq.heappush(self._queue, (worth, node.last_use, node.number, node.queued, node))

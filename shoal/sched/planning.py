@@ -139,7 +139,8 @@ class Planning:
         idle = self.kv.idle(match)
         kept = self.reserved | idle
         new = len(kept) - len(self.reserved)
-        reach = Reach(match.tokens, len(match.path), new, len(self.reserved), lambda n: self.kv.loss(n, kept))
+        kv = self.kv
+        reach = Reach(match.tokens, len(match.path), new, len(self.reserved), lambda n: kv.loss(n, kept), kv.count_idle)
         when = self.policy.admit(seq, reach, self.view)
         if when > self.view.now:
             self.closed = True

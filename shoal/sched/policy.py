@@ -7,7 +7,7 @@ length, the wall clock or a tensor. Override what you study and leave the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -48,6 +48,7 @@ class Reach:
     idle_blocks: int  # blocks of its reuse that no running sequence holds now, reserved ones apart
     reserved_blocks: int  # idle blocks that unstarted rows before the furthest started one, and the next, will reuse
     loss: Callable[[int], int]  # forgetting so many other idle blocks: the soonest plan index that would miss one
+    idle: Callable[[Iterable[Node]], int]  # blocks of those nodes and above them that no running sequence holds
 
 
 class Policy:
@@ -90,5 +91,12 @@ class Policy:
         """Value of an idle block; the smallest is forgotten first, ties to the longest unused."""
         return node.last_use
 
+    def revalued(self, view: View) -> Iterable[Node]:
+        """Idle blocks whose worth has changed since it was asked; it is asked again. Asked before each plan."""
+        return ()
+
     def retire(self, seq: Sequence, finish: Finish, view: View) -> None:
         """Told when a sequence ends, for policies that learn."""
+
+    def hear(self, program: str, tool: str, now: float) -> None:
+        """Told what a program does now that its turn has ended: the tool it calls, or "" when it has ended."""

@@ -129,7 +129,10 @@ class Scheduler:
     def plan(self, now: float) -> Step | Wait | None:
         """The next step; None when everything there is awaits a step in flight, or nothing is there."""
         self.kv.expire(self.horizon)
-        work = Planning(self, self.view(now))
+        view = self.view(now)
+        for node in self.policy.revalued(view):
+            self.kv.revalue(node)
+        work = Planning(self, view)
         work.hand_out()
         if not work.slices and not self.in_flight and (self.waiting or self.running):
             if not self.running and now < work.wait_until < math.inf:

@@ -90,6 +90,21 @@ class Chaos(Policy):
         return self.dice.random()
 
 
+class Restless(Policy):
+    """Changes its mind about what every block is worth in every plan, also of blocks that are long gone or in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dice, self.seen = random.Random(6), []
+
+    def worth(self, node):
+        self.seen = [*self.seen[-40:], node]
+        return self.dice.random()
+
+    def revalued(self, view):
+        return [*self.seen, *self.seen]
+
+
 class Level(Policy):
     """Whoever has produced least goes first, so that two rows overtake each other with every token."""
 
@@ -117,5 +132,5 @@ class SmallBatch(BatchPolicy):
 
 EVERY = [
     Policy, BatchPolicy, SmallBatch, Shortest, SmallChunks, Speculate, Reverse, Steal, Level, Robber, Starve,
-    RefuseAll, Chaos,
+    RefuseAll, Chaos, Restless,
 ]  # fmt: skip

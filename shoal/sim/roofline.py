@@ -113,16 +113,12 @@ class Roofline:
 
     def parts(self, load: Load) -> Parts:
         """Where the seconds go."""
-        fixed = self.hardware.efficiency
-        layers = self.shape.layers
-        return Parts(
-            layers * sum(self._products(load.tokens)),
-            layers * self._light(load.tokens),
-            layers * self._attention(load),
-            self._wires(load.tokens),
-            self.product(Product("head", self.shape.width, -(-self.shape.vocabulary // self.tensor)), load.rows),
-            layers * fixed.layer + fixed.step + fixed.row * load.rows,
-        )
+        fixed, layers = self.hardware.efficiency, self.shape.layers
+        products, light = layers * sum(self._products(load.tokens)), layers * self._light(load.tokens)
+        attention, wires = layers * self._attention(load), self._wires(load.tokens)
+        late = max(layers * fixed.layer - products - light - attention - wires, 0.0)
+        head = self.product(Product("head", self.shape.width, -(-self.shape.vocabulary // self.tensor)), load.rows)
+        return Parts(products, light, attention, wires, head, late + fixed.step + fixed.row * load.rows)
 
     def product(self, product: Product, tokens: float, times: float = 1.0) -> float:
         """Seconds of `times` products of so many tokens each."""
@@ -136,6 +132,10 @@ class Roofline:
         reading = times * moved / (machine.bandwidth * kept.memory)
         longer, shorter = max(computing, reading), min(computing, reading)
         return longer + (1 - kept.hidden) * shorter + kept.kernel
+
+    def layer_seconds(self, tokens: float) -> float:
+        """Seconds of all that a layer does to so many tokens beside its attention and its wires."""
+        return sum(self._products(tokens)) + self._light(tokens)
 
     def _products(self, tokens: float) -> list[float]:
         shape = self.shape

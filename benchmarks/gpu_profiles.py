@@ -20,16 +20,14 @@ from shoal.sim.roofline import Load, Roofline, all_reduce, send
 from shoal.sim.shapes import SHAPES
 
 FOLDER = SHARED / "data" / "traces" / "gpu_profiles"
-OPERATIONS = (
-    "input_layernorm", "attn_pre_proj", "attn_rope", "attn_post_proj", "post_attention_layernorm", "mlp_up_proj",
-    "mlp_act", "mlp_down_proj", "add",
-)  # fmt: skip
+PRODUCTS = ("attn_pre_proj", "attn_post_proj", "mlp_up_proj", "mlp_down_proj")
+LIGHT = ("input_layernorm", "attn_rope", "post_attention_layernorm", "mlp_act", "add")
 PROMPTS = ((1, 64), (1, 128), (1, 256), (1, 512), (1, 1024), (1, 2048), (2, 512), (4, 256), (8, 128), (16, 64))
 DECODES, CONTEXTS, MOST = (1, 2, 4, 8, 16, 32, 64, 94, 128, 192, 256), (128, 256, 512, 1024), 60_000
 KERNELS = {"compute": 0.7, "memory": 0.8, "hidden": 0.8, "light": 0.5, "kernel": 3e-6}  # where searches start
 ENGINE = {"compute": 0.6, "memory": 0.7, "layer": 4e-4, "step": 3e-3, "row": 1e-5}
 ATTENTION = {"attention": 0.3, "reading": 0.7}
-WIRE = {"share": 0.5, "latency": 3e-5, "soon": 1e-5, "soon_share": 0.05}
+WIRE = {"share": 0.5, "latency": 3e-5, "soon": 1e-5, "soon_share": 0.1, "small": 2e6}
 
 Key = tuple[Any, ...]
 
@@ -41,6 +39,7 @@ class Profile:
     name: str
     points: Mapping[Key, float]
     fitted: Callable[[Key], bool]
+    judged: Callable[[Key], bool]
     shipped: Hardware
     price: Callable[[Hardware, Key], float]
     start: Mapping[str, float]
@@ -64,7 +63,7 @@ def rows(name: str) -> list[dict[str, str]]:
 
 def gathered(found: Mapping[Key, list[float]]) -> dict[Key, float]:
     """Medians of what was measured several times, by key in order."""
-    return {key: median(found[key]) for key in sorted(found)}
+    return {key: median(found[key]) for key in sorted(found, key=str)}
 
 
 def efficiency(hardware: Hardware, found: Mapping[str, float]) -> Hardware:
@@ -82,15 +81,21 @@ def layer_profile(name: str, file: str, shape: str, shipped: Hardware, fits: boo
     found: dict[Key, list[float]] = defaultdict(list)
     for row in rows(file):
         key = int(row["num_tensor_parallel_workers"]), int(row["num_tokens"])
-        found[key].append(1e-3 * sum(float(row[f"time_stats.{each}.median"]) for each in OPERATIONS))
+        products = sum(float(row[f"time_stats.{each}.median"]) for each in PRODUCTS)
+        light = sum(float(row[f"time_stats.{each}.median"]) for each in LIGHT)
+        for part, seconds in (("products", products), ("light", light), ("all", products + light)):
+            found[(*key, part)].append(1e-3 * seconds)
 
     def price(hardware: Hardware, key: Key) -> float:
-        return Roofline(hardware, SHAPES[shape], key[0]).layer_seconds(key[1])
+        products, light = Roofline(hardware, SHAPES[shape], key[0]).layer_seconds(key[1])
+        return {"products": products, "light": light, "all": products + light}[key[2]]
 
     points = gathered(found)
-    places = {key: place for place, key in enumerate(points)}
-    fitted = (lambda key: key[0] in {1, 4} and places[key] % 4 == 0) if fits else (lambda key: False)
-    return Profile(name, points, fitted, shipped, price, KERNELS if fits else {}, efficiency, held)
+    some = set(sorted({key[:2] for key in points if key[0] in {1, 4}})[::4]) if fits else set()
+    return Profile(
+        name, points, lambda key: key[:2] in some and key[2] != "all",
+        lambda key: key[:2] not in some and key[2] == "all", shipped, price, KERNELS if fits else {}, efficiency, held,
+    )  # fmt: skip
 
 
 def wire_profile(name: str, file: str, kind: str, shipped: Hardware, groups: set[Key], note: str = "") -> Profile:
@@ -107,9 +112,10 @@ def wire_profile(name: str, file: str, kind: str, shipped: Hardware, groups: set
         return send(hardware.near, key[1])
 
     points = gathered(found)
-    places = {key: place for place, key in enumerate(points)}
+    some = set(list(points)[::6])
     return Profile(
-        name, points, lambda key: places[key] % 6 == 0, shipped, price, WIRE, near, "five points of six", note
+        name, points, lambda key: key in some, lambda key: key not in some, shipped, price, WIRE, near,
+        "five points of six", note,
     )  # fmt: skip
 
 
@@ -136,9 +142,11 @@ def distserve(engine: str, shipped: Efficiency, note: str) -> Profile:
                     found[*first, Load(count, count, decodes=read)] = 1e-3 * (base + position * read + row * count)
     machine = replace(A100, efficiency=shipped)
     name = f"{'DistServe engine' if engine == 'distserve' else 'vLLM 2023'}, A100, OPT 13B and 66B"
-    fitted = lambda key: key[0] == "opt-13b" and key[1] in {1, 4}  # noqa: E731
-    held = "OPT-13B on 2 devices, OPT-66B on 2, 3, 4, 8"
-    return Profile(name, found, fitted, machine, engine_price, ENGINE | ATTENTION, efficiency, held, note)
+    some = {key for key in found if key[0] == "opt-13b" and key[1] in {1, 4}}
+    return Profile(
+        name, found, lambda key: key in some, lambda key: key not in some, machine, engine_price, ENGINE | ATTENTION,
+        efficiency, "OPT-13B on 2 devices, OPT-66B on 2, 3, 4, 8", note,
+    )  # fmt: skip
 
 
 def splitwise(device: str, shipped: Hardware, note: str) -> Profile:
@@ -153,10 +161,12 @@ def splitwise(device: str, shipped: Hardware, note: str) -> Profile:
         found[model, tensor, prompt].append(1e-3 * float(row["prompt_time"]))
         token = Load(count, count, decodes=count * (length + answer / 2))
         found[model, tensor, token].append(1e-3 * float(row["token_time"]))
-    fitted = lambda key: key[0] == "llama-2-70b" and key[1] in {2, 8}  # noqa: E731
-    held = "Llama-2-70B on 4 devices, BLOOM-176B on 8"
     name = f"Splitwise engine, {device.upper()}, Llama-2-70B and BLOOM-176B"
-    return Profile(name, gathered(found), fitted, shipped, engine_price, ENGINE, efficiency, held, note)
+    some = {key for key in found if key[0] == "llama-2-70b" and key[1] in {2, 8}}
+    return Profile(
+        name, gathered(found), lambda key: key in some, lambda key: key not in some, shipped, engine_price, ENGINE,
+        efficiency, "Llama-2-70B on 4 devices, BLOOM-176B on 8", note,
+    )  # fmt: skip
 
 
 def memory_profile() -> Profile:
@@ -171,17 +181,18 @@ def memory_profile() -> Profile:
     def change(hardware: Hardware, found: Mapping[str, float]) -> Hardware:
         return replace(hardware, usable=found["usable"])
 
-    fitted = lambda key: key[0] == "opt-13b" and key[2] == 1  # noqa: E731
-    name = "tokens that fit in memory, A100, OPT 13B, 66B, 175B"
-    held = "all with a pipeline, OPT-66B, OPT-175B"
-    return Profile(name, gathered(found), fitted, A100, price, {"usable": 0.9}, change, held)
+    some = {key for key in found if key[0] == "opt-13b" and key[2] == 1}
+    return Profile(
+        "tokens that fit in memory, A100, OPT 13B, 66B, 175B", gathered(found), lambda key: key in some,
+        lambda key: key not in some, A100, price, {"usable": 0.9}, change, "all with a pipeline, OPT-66B, OPT-175B",
+    )  # fmt: skip
 
 
 def profiles() -> list[Profile]:
     """All of them."""
     inside = {(2, 2), (4, 4), (8, 8)}
     apart = replace(A100, near=A100.far)
-    bridge = replace(A100, near=Wire(300e9, 1.0, 5e-6, 4e-6, 0.09))
+    bridge = replace(A100, near=Wire(300e9, 1.0, 1.4e-6, 8e-6, 1.0, 1.9e6))
     return [
         layer_profile(
             "layer, A100, Llama-2-7B", "a100_Llama-2-7b-hf_mlp.csv.gz", "llama-2-7b", A100, True,

@@ -22,9 +22,9 @@ PROVES = ("shoal/sim", "shoal/sched", "shoal/engine.py", "shoal/kv", "shoal/core
 LIMIT = 0.15  # median error of a profile's held-out points
 
 
-def errors(profile: Profile, machine: Hardware, held: bool) -> np.ndarray:
-    """Absolute relative errors of the held-out points, or of those that may be fitted."""
-    keys = [key for key in profile.points if profile.fitted(key) != held]
+def errors(profile: Profile, machine: Hardware) -> np.ndarray:
+    """Absolute relative errors of the held-out points."""
+    keys = [key for key in profile.points if profile.judged(key)]
     return np.array([abs(profile.price(machine, key) / profile.points[key] - 1.0) for key in keys])
 
 
@@ -42,9 +42,9 @@ def judged(profile: Profile) -> dict[str, Any]:
     machines = {"fitted": fitted, "shipped": profile.shipped, "promised": profile.shipped.bare()}
     result: dict[str, Any] = {"name": profile.name, "held": profile.held, "note": profile.note, "found": found}
     for name, machine in machines.items():
-        off = errors(profile, machine, held=True)
+        off = errors(profile, machine)
         result[name] = {"median": float(np.median(off)), "p90": float(np.quantile(off, 0.9))}
-    result["fit_points"], result["held_points"] = len(keys), sum(not profile.fitted(key) for key in profile.points)
+    result["fit_points"], result["held_points"] = len(keys), sum(profile.judged(key) for key in profile.points)
     return result
 
 

@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """How one device's messages reach another. A message goes the quicker of two ways, as libraries choose by size:
-    one begins soon, the other carries much."""
+    """How one device's messages reach another: small ones begin soon, large ones have another way, as libraries choose
+    by size. Between machines that way may also be the slower one, when buffers are full."""
 
     bandwidth: float  # bytes/s in one direction, promised
     share: float = 1.0  # of it that a large message reaches
     latency: float = 10e-6  # s before a large message moves
-    soon: float = 10e-6  # s before a message moves on the way that begins soon
-    soon_share: float = 1.0  # of the bandwidth, on that way
+    soon: float = 10e-6  # s before a small message moves
+    soon_share: float = 1.0  # of the bandwidth that a small one reaches
+    small: float = 0.0  # bytes that move, at most, of a small message
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +68,10 @@ A100_KEPT = Efficiency(0.72, 0.78, 1.0, 0.62, 0.40, 0.62, 4.3e-6, 2.1e-4, 1.8e-3
 H100_KEPT = replace(A100_KEPT, compute=0.80, memory=0.96, hidden=0.52, light=0.52, kernel=3.5e-6)
 
 # Fitted: all-reduces among 2, 4 and 8 devices of one machine, by two rounds of a ring.
-_NVLINK_A100 = Wire(300e9, 0.58, 48e-6, 25e-6, 0.022)
-_NVLINK_H100 = Wire(450e9, 0.78, 28e-6, 30e-6, 0.038)
-_INFINIBAND = Wire(25e9, 0.72, 183e-6, 16e-6, 0.1)  # 200 Gbit/s to each device, as in the makers' 8-device machines
-_PCIE_4 = Wire(32e9, 0.58, 48e-6, 25e-6, 0.1)  # 16 lanes; the A100's shares, for want of a measurement
+_NVLINK_A100 = Wire(300e9, 0.58, 48e-6, 40e-6, 1.0, 1.3e6)
+_NVLINK_H100 = Wire(450e9, 0.78, 27e-6, 30e-6, 0.2, 1.2e6)
+_INFINIBAND = Wire(25e9, 0.79, 267e-6, 80e-6, 0.28, 1.8e6)  # 200 Gbit/s to each device, as in the makers' 8-device machines
+_PCIE_4 = Wire(32e9, 0.58, 48e-6, 40e-6, 1.0, 1.3e6)  # 16 lanes; the A100's shares, for want of a measurement
 
 A100 = Hardware(
     # NVIDIA A100 80GB SXM data sheet (2021): 312 and 624 T, 2,039 GB/s, NVLink 600 GB/s, both ways together.

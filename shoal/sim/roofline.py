@@ -72,8 +72,9 @@ def all_reduce(wire: Wire, devices: int, size: float) -> float:
 
 def send(wire: Wire, size: float) -> float:
     """Seconds until `size` bytes have reached the next device."""
-    much = wire.latency + size / (wire.bandwidth * wire.share)
-    return min(much, wire.soon + size / (wire.bandwidth * wire.soon_share))
+    if size <= wire.small:
+        return wire.soon + size / (wire.bandwidth * wire.soon_share)
+    return wire.latency + size / (wire.bandwidth * wire.share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ class Roofline:
     def parts(self, load: Load) -> Parts:
         """Where the seconds go."""
         fixed, layers = self.hardware.efficiency, self.shape.layers
-        products, light = layers * sum(self._products(load.tokens)), layers * self._light(load.tokens)
+        products, light = (layers * each for each in self.layer_seconds(load.tokens))
         attention, wires = layers * self._attention(load), self._wires(load.tokens)
         late = max(layers * fixed.layer - products - light - attention - wires, 0.0)
         head = self.product(Product("head", self.shape.width, -(-self.shape.vocabulary // self.tensor)), load.rows)
@@ -133,9 +134,9 @@ class Roofline:
         longer, shorter = max(computing, reading), min(computing, reading)
         return longer + (1 - kept.hidden) * shorter + kept.kernel
 
-    def layer_seconds(self, tokens: float) -> float:
-        """Seconds of all that a layer does to so many tokens beside its attention and its wires."""
-        return sum(self._products(tokens)) + self._light(tokens)
+    def layer_seconds(self, tokens: float) -> tuple[float, float]:
+        """Seconds of a layer's products with so many tokens, and of all else but its attention and its wires."""
+        return sum(self._products(tokens)), self._light(tokens)
 
     def _products(self, tokens: float) -> list[float]:
         shape = self.shape

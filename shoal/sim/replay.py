@@ -1,0 +1,121 @@
+"""Requests that arrive when they will, and a run written down as it happens, to be run again from that.
+
+It knows the engine's doors; it must not know what is behind them: a model, a pretence, or a record of either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from shoal.core.clock import Clock
+from shoal.core.types import Output, Request, Step, StepResult
+from shoal.engine import Engine, Executor, Pending
+from shoal.sim.fit import Timed, timed
+
+
+def open_loop(
+    engine: Engine, requests: Sequence[Request], idle: Callable[[float], None]
+) -> list[tuple[float, Output]]:  # fmt: skip
+    """Add each request at its arrival, run until all have ended, and say when there was news of what. `requests` come
+    in order of arrival; `idle` lets the clock get on to a moment at which there is something to do."""
+    news: list[tuple[float, Output]] = []
+    place = 0
+    while place < len(requests) or engine.busy:
+        now = engine.clock.now()
+        while place < len(requests) and requests[place].arrival <= now:
+            refused = engine.add(requests[place])
+            news += [(now, refused)] if refused else []
+            place += 1
+        ahead = [request.arrival for request in requests[place : place + 1]]
+        if engine.busy:
+            found = engine.step()
+            when = engine.clock.now() if found else now
+            news += [(when, output) for output in found]
+            ahead += [engine.wait_until] if engine.wait_until is not None else []
+        if ahead and (not engine.busy or engine.wait_until is not None):
+            idle(min(ahead))
+    return news
+
+
+@dataclass(slots=True)
+class Record:
+    """What an engine was told, and what it planned. Plans are every field of a step, written out."""
+
+    times: list[float] = field(default_factory=list)  # all that its clock said, in order
+    results: list[StepResult] = field(default_factory=list)  # in the order of the steps
+    plans: list[bytes] = field(default_factory=list)
+    steps: list[Timed] = field(default_factory=list)
+
+
+class Recorder:
+    """Stands before an engine's clock and executor, as both, and writes down what they say."""
+
+    def __init__(self, clock: Clock, executor: Executor) -> None:
+        self.record = Record()
+        self._clock, self._executor = clock, executor
+        self._free = -float("inf")  # when the last step was seen to have ended
+
+    def now(self) -> float:
+        """The clock's time."""
+        self.record.times.append(self._clock.now())
+        return self.record.times[-1]
+
+    def submit(self, step: Step) -> Pending:
+        """Hand the step on."""
+        self.record.plans.append(written(step))
+        return _Seen(self, step, self._executor.submit(step), self._clock.now())
+
+    def ended(self, step: Step, submitted: float, result: StepResult) -> None:
+        """A step has ended: it took the time since it was handed in, or since the one before ended."""
+        end = self._clock.now()
+        self.record.steps.append(timed(step, end - max(submitted, self._free)))
+        self.record.results.append(result)
+        self._free = end
+
+
+@dataclass(slots=True)
+class _Seen:
+    recorder: Recorder
+    step: Step
+    pending: Pending
+    submitted: float
+
+    def wait(self) -> StepResult:
+        result = self.pending.wait()
+        self.recorder.ended(self.step, self.submitted, result)
+        return result
+
+
+def written(step: Step) -> bytes:
+    """Every field of the step, as bytes; equal steps have equal ones."""
+    return repr(step).encode()
+
+
+class Replay:
+    """A clock and an executor that say again what was recorded, in order, and note what they are asked to run."""
+
+    def __init__(self, record: Record) -> None:
+        self.plans: list[bytes] = []
+        self._times, self._results = iter(record.times), iter(record.results)
+
+    def now(self) -> float:
+        """The next recorded time; ValueError where the record has ended, for this run is then another one."""
+        for when in self._times:
+            return when
+        raise ValueError("the run that is repeated looks at its clock more often than the recorded one")
+
+    def submit(self, step: Step) -> Pending:
+        """Note the step; its result is the next recorded one."""
+        self.plans.append(written(step))
+        return _Again(self._results)
+
+
+@dataclass(slots=True)
+class _Again:
+    results: Iterator[StepResult]
+
+    def wait(self) -> StepResult:
+        for result in self.results:
+            return result
+        raise ValueError("the run that is repeated has more steps than the recorded one")

@@ -93,7 +93,7 @@ def layer_profile(name: str, file: str, shape: str, shipped: Hardware, fits: boo
     points = gathered(found)
     some = set(sorted({key[:2] for key in points if key[0] in {1, 4}})[::4]) if fits else set()
     return Profile(
-        name, points, lambda key: key[:2] in some and key[2] != "all",
+        name, points, lambda key: key[:2] in some,
         lambda key: key[:2] not in some and key[2] == "all", shipped, price, KERNELS if fits else {}, efficiency, held,
     )  # fmt: skip
 

@@ -70,7 +70,7 @@ H100_KEPT = replace(A100_KEPT, compute=0.80, memory=0.96, hidden=0.52, light=0.5
 # Fitted: all-reduces among 2, 4 and 8 devices of one machine, by two rounds of a ring.
 _NVLINK_A100 = Wire(300e9, 0.58, 48e-6, 40e-6, 1.0, 1.3e6)
 _NVLINK_H100 = Wire(450e9, 0.78, 27e-6, 30e-6, 0.2, 1.2e6)
-_INFINIBAND = Wire(25e9, 0.79, 267e-6, 80e-6, 0.28, 1.8e6)  # 200 Gbit/s to each device, as in the makers' 8-device machines
+_INFINIBAND = Wire(25e9, 0.79, 267e-6, 80e-6, 0.28, 1.8e6)  # 200 Gbit/s a device; eight devices in two machines
 _PCIE_4 = Wire(32e9, 0.58, 48e-6, 40e-6, 1.0, 1.3e6)  # 16 lanes; the A100's shares, for want of a measurement
 
 A100 = Hardware(

@@ -180,7 +180,7 @@ class Roofline:
         found = 2 * self.shape.layers * all_reduce(machine.near, self.tensor, size)
         if self.pipeline > 1:
             wire = machine.near if self.tensor * self.pipeline <= machine.devices else machine.far
-            found += self.pipeline * send(wire, size)  # the last sends what was sampled back; so little is a message too
+            found += self.pipeline * send(wire, size)  # what was sampled goes back to the first
         return found
 
     @property

@@ -1,0 +1,35 @@
+"""A real run and its simulation are two schedulers of one class: told the same, they plan the same, byte for byte."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.live import pretended, real, repeated, traffic
+from shoal.build import build_engine
+from shoal.core.config import EngineConfig
+from shoal.sim.fit import fit_cost
+
+
+@pytest.fixture(scope="module")
+def built():
+    made = build_engine(EngineConfig(memory_bytes=8 << 20))
+    yield made
+    made.close()
+
+
+def test_a_real_run_is_planned_again_from_its_record(built):
+    asked = traffic(1, 24, 60.0, built.facts.vocab_size)
+    run, placed = real(built, asked)
+    assert len(run.record.plans) > 10
+    assert repeated(built, placed, run.record) == run.record.plans
+    late = [*placed]
+    late[5] = traffic(2, 6, 60.0, built.facts.vocab_size)[5]  # other tokens in one prompt: the plans must show it
+    assert repeated(built, late, run.record) != run.record.plans
+
+
+def test_what_is_learnt_from_a_run_predicts_its_own_course(built):
+    asked = traffic(3, 24, 200.0, built.facts.vocab_size)
+    run, _ = real(built, asked)
+    guess = pretended(built, asked, fit_cost(run.record.steps))
+    assert 0.5 < guess.makespan / run.makespan < 2.0
+    assert all(seconds > 0 for seconds in guess.first)

@@ -14,14 +14,17 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from benchmarks.common import RESULTS, write_result
 from benchmarks.gpu_profiles import FOLDER, Profile, profiles
-from shoal.sim.fit import search
-from shoal.sim.hardware import Hardware
+from shoal.sim.fit import Timed, fit_cost, fit_linear, search
+from shoal.sim.hardware import CPU, Hardware
+from shoal.sim.roofline import Load, Roofline
+from shoal.sim.shapes import SHAPES
 
 PROVES = (
     "shoal/sim", "shoal/sched", "shoal/engine.py", "shoal/kv", "shoal/core", "shoal/runtime", "shoal/kernels",
@@ -30,6 +33,7 @@ PROVES = (
 LIMIT = 0.15  # median error of a profile's held-out points
 MODELS = ("minnow", "llama130m")
 SECONDS, LOAD, REPEATS = 10.0, 0.6, 5  # of a run; of what the machine can do; real runs of what was predicted
+ON_CPU = {"compute": 0.7, "memory": 0.7, "attention": 0.3, "reading": 0.5, "kernel": 1e-5, "step": 5e-4, "row": 1e-5}
 LIMITS = {"makespan": 0.10, "first p50": 0.10, "first p99": 0.20}
 SHARES = ("compute", "memory", "hidden", "light", "attention", "reading", "share", "soon_share", "usable")
 
@@ -75,6 +79,23 @@ def gpu() -> dict[str, Any]:
     return {"table": found, "shown": all(each["fitted"]["median"] <= LIMIT for each in found)}
 
 
+def cpu_roofline(steps: list[Timed], name: str) -> Roofline:
+    """This machine with shares that come close to the steps of a run."""
+    shape = SHAPES[{"llama130m": "llama-130m"}.get(name, name)]
+    known = [(Load(each.tokens, each.rows, each.pairs, each.read), each.seconds) for each in steps]
+    known = known[:: max(1, len(known) // 200)]
+
+    def cost(found: Mapping[str, float]) -> Roofline:
+        return Roofline(replace(CPU, efficiency=replace(CPU.efficiency, **found)), shape, block=32)
+
+    def loss(found: Mapping[str, float]) -> float:
+        priced = cost(found)
+        off = [sum(priced.stage_seconds(load)) / seconds - 1.0 for load, seconds in known]
+        return float(np.mean(np.minimum(1.0, np.abs(off))))
+
+    return cost(search(loss, ON_CPU, dict.fromkeys(SHARES, 1.0)))
+
+
 def cpu(name: str) -> dict[str, Any]:
     """Learn from one real run, predict another, and run that five times."""
     from benchmarks.live import pretended, real, repeated, scheduler, traffic  # the only part that needs torch
@@ -82,7 +103,6 @@ def cpu(name: str) -> dict[str, Any]:
     from shoal.build import build_engine
     from shoal.core.config import EngineConfig
     from shoal.host import settle_interpreter
-    from shoal.sim.fit import fit_cost, fit_linear
 
     config = EngineConfig(model="" if name == "minnow" else str(model(name)))
     built = build_engine(config, useful_tokens=65_536)
@@ -95,12 +115,13 @@ def cpu(name: str) -> dict[str, Any]:
     learnt, _ = real(built, traffic(1, count, rate, vocabulary))
     asked = traffic(2, count, rate, vocabulary)
     runs = [real(built, asked) for _ in range(REPEATS)]
-    costs = {"fitted": fit_cost(learnt.record.steps), "linear": fit_linear(learnt.record.steps)}
+    steps = learnt.record.steps
+    costs = {"fitted": fit_cost(steps), "linear": fit_linear(steps), "roofline": cpu_roofline(steps, name)}
     same = [repeated(built, placed, run.record) == run.record.plans for run, placed in runs]
     result: dict[str, Any] = {
         "rate": rate, "requests": count, "steps": [len(run.record.plans) for run, _ in runs], "same_plans": same,
         "scheduler": type(scheduler(built)).__name__,
-        "cost": {each: getattr(costs["fitted"], each) for each in costs["fitted"].__slots__},
+        "cost": asdict(costs["fitted"]), "shares": asdict(costs["roofline"].hardware.efficiency),
     }  # fmt: skip
     built.close()
     measures = {

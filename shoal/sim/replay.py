@@ -32,9 +32,10 @@ def open_loop(
             found = engine.step()
             when = engine.clock.now() if found else now
             news += [(when, output) for output in found]
-            ahead += [engine.wait_until] if engine.wait_until is not None else []
-        if ahead and (not engine.busy or engine.wait_until is not None):
-            idle(min(ahead))
+            if engine.wait_until is not None:  # then nothing ran, and it is still as late as it was
+                idle(min([engine.wait_until, *ahead]))
+        elif ahead:
+            idle(ahead[0])
     return news
 
 

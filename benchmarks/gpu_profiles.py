@@ -46,6 +46,7 @@ class Profile:
     change: Callable[[Hardware, Mapping[str, float]], Hardware]
     held: str  # what is held out, in words
     note: str = ""
+    parts: tuple[str, ...] = ()  # of what is judged: the last of a key, for a look inside
 
     def fit_points(self) -> list[Key]:
         """At most about 300 of those to fit, evenly."""
@@ -91,10 +92,11 @@ def layer_profile(name: str, file: str, shape: str, shipped: Hardware, fits: boo
         return {"products": products, "light": light, "all": products + light}[key[2]]
 
     points = gathered(found)
-    some = set(sorted({key[:2] for key in points if key[0] in {1, 4}})[::4]) if fits else set()
+    some = set(sorted({key[:2] for key in points})[::8]) if fits else set()
     return Profile(
-        name, points, lambda key: key[:2] in some,
+        name, points, lambda key: key[:2] in some and key[2] == "all",
         lambda key: key[:2] not in some and key[2] == "all", shipped, price, KERNELS if fits else {}, efficiency, held,
+        parts=("products", "light"),
     )  # fmt: skip
 
 
@@ -196,14 +198,14 @@ def profiles() -> list[Profile]:
     return [
         layer_profile(
             "layer, A100, Llama-2-7B", "a100_Llama-2-7b-hf_mlp.csv.gz", "llama-2-7b", A100, True,
-            "2 and 8 devices; three points of four on 1 and 4",
+            "seven points of eight",
         ),
         layer_profile(
             "layer, A100, Llama-3-8B", "a100_Meta-Llama-3-8B_mlp.csv.gz", "llama-3-8b", A100, False, "all of it"
         ),
         layer_profile(
             "layer, H100, Llama-2-7B", "h100_Llama-2-7b-hf_mlp.csv.gz", "llama-2-7b", H100, True,
-            "2 and 8 devices; three points of four on 1 and 4",
+            "seven points of eight",
         ),
         wire_profile("all-reduce, A100, one machine", "a100_dgx_all_reduce.csv.gz", "all_reduce", A100, inside),
         wire_profile("all-reduce, H100, one machine", "h100_dgx_all_reduce.csv", "all_reduce", H100, inside),

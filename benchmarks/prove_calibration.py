@@ -46,11 +46,11 @@ def errors(profile: Profile, machine: Hardware) -> np.ndarray:
 
 def judged(profile: Profile) -> dict[str, Any]:
     """Fit, and say how far off the rest is."""
-    keys = profile.fit_points()
+    points = profile.fit_points()
 
     def loss(found: Mapping[str, float]) -> float:
         machine = profile.change(profile.shipped, found)
-        return float(np.mean([min(1.0, abs(profile.price(machine, k) / profile.points[k] - 1.0)) for k in keys]))
+        return float(np.mean([min(1.0, abs(profile.price(machine, k) / profile.points[k] - 1.0)) for k in points]))
 
     found = search(loss, profile.start, dict.fromkeys(SHARES, 1.0)) if profile.start else {}
     fitted = profile.change(profile.shipped, found) if found else profile.shipped
@@ -59,7 +59,11 @@ def judged(profile: Profile) -> dict[str, Any]:
     for name, machine in machines.items():
         off = errors(profile, machine)
         result[name] = {"median": float(np.median(off)), "p90": float(np.quantile(off, 0.9))}
-    result["fit_points"], result["held_points"] = len(keys), sum(profile.judged(key) for key in profile.points)
+    for part in profile.parts:
+        keys = [key for key in profile.points if key[-1] == part]
+        off = [abs(profile.price(profile.shipped, key) / profile.points[key] - 1.0) for key in keys]
+        result["shipped"][part] = float(np.median(off))
+    result["fit_points"], result["held_points"] = len(points), sum(profile.judged(key) for key in profile.points)
     return result
 
 

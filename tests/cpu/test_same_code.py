@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.live import pretended, real, repeated, traffic
@@ -22,9 +24,11 @@ def test_a_real_run_is_planned_again_from_its_record(built):
     run, placed = real(built, asked)
     assert len(run.record.plans) > 10
     assert repeated(built, placed, run.record) == run.record.plans
-    late = [*placed]
-    late[5] = traffic(2, 6, 60.0, built.facts.vocab_size)[5]  # other tokens in one prompt: the plans must show it
-    assert repeated(built, late, run.record) != run.record.plans
+    prompt = placed[5].prompt[:]
+    prompt[-1] ^= 1  # one token of one prompt: the plans must show it
+    changed = [replace(request, prompt=prompt) if request.index == 5 else request for request in placed]
+    again = repeated(built, changed, run.record)
+    assert again != run.record.plans and len(again) == len(run.record.plans)
 
 
 def test_what_is_learnt_from_a_run_predicts_its_own_course(built):

@@ -16,8 +16,9 @@ import numpy as np
 
 from shoal.build import BuiltEngine, WallClock
 from shoal.core.clock import SimClock
-from shoal.core.types import TOKEN, Finish, Output, Request, Sampling
+from shoal.core.types import TOKEN, Finish, Output, Request, Sampling, Step
 from shoal.engine import Engine
+from shoal.host import settle_interpreter
 from shoal.sched.cost import Cost
 from shoal.sched.policy import Budget, Policy
 from shoal.sched.scheduler import Scheduler
@@ -78,6 +79,7 @@ def times(requests: Sequence[Request], news: Sequence[tuple[float, Output]], rec
 def real(built: BuiltEngine, requests: Sequence[Request]) -> tuple[Times, list[Request]]:
     """Run them on the model, by the wall clock, and record it. Also the requests with the arrivals they had."""
     clock = WallClock()
+    settle_interpreter()  # as the engine process does
     recorder = Recorder(clock, built.runner)
     begin = clock.now() + 0.05
     placed = [replace(request, arrival=begin + request.arrival) for request in requests]
@@ -93,7 +95,7 @@ def pretended(built: BuiltEngine, requests: Sequence[Request], cost: Cost) -> Ti
     return times(requests, open_loop(engine, requests, clock.advance_to))
 
 
-def repeated(built: BuiltEngine, placed: Sequence[Request], record: Record) -> list[bytes]:
+def repeated(built: BuiltEngine, placed: Sequence[Request], record: Record) -> list[Step]:
     """The plans of another scheduler of the same class that is told what the recorded one was."""
     replay = Replay(record)
     open_loop(Engine(scheduler(built), replay, replay, ahead=1), placed, lambda until: None)

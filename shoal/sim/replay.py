@@ -41,11 +41,11 @@ def open_loop(
 
 @dataclass(slots=True)
 class Record:
-    """What an engine was told, and what it planned. Plans are every field of a step, written out."""
+    """What an engine was told, and what it planned."""
 
     times: list[float] = field(default_factory=list)  # all that its clock said, in order
     results: list[StepResult] = field(default_factory=list)  # in the order of the steps
-    plans: list[bytes] = field(default_factory=list)
+    plans: list[Step] = field(default_factory=list)
     steps: list[Timed] = field(default_factory=list)
 
 
@@ -64,7 +64,7 @@ class Recorder:
 
     def submit(self, step: Step) -> Pending:
         """Hand the step on."""
-        self.record.plans.append(written(step))
+        self.record.plans.append(step)  # written out only afterwards: that takes as long as planning
         return _Seen(self, step, self._executor.submit(step), self._clock.now())
 
     def ended(self, step: Step, submitted: float, result: StepResult) -> None:
@@ -88,16 +88,16 @@ class _Seen:
         return result
 
 
-def written(step: Step) -> bytes:
-    """Every field of the step, as bytes; equal steps have equal ones."""
-    return repr(step).encode()
+def written(plans: Sequence[Step]) -> list[bytes]:
+    """Every field of each step, as bytes; equal steps have equal ones, and no others."""
+    return [repr(step).encode() for step in plans]
 
 
 class Replay:
     """A clock and an executor that say again what was recorded, in order, and note what they are asked to run."""
 
     def __init__(self, record: Record) -> None:
-        self.plans: list[bytes] = []
+        self.plans: list[Step] = []
         self._times, self._results = iter(record.times), iter(record.results)
 
     def now(self) -> float:
@@ -108,7 +108,7 @@ class Replay:
 
     def submit(self, step: Step) -> Pending:
         """Note the step; its result is the next recorded one."""
-        self.plans.append(written(step))
+        self.plans.append(step)
         return _Again(self._results)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -117,15 +118,19 @@ def cpu(name: str) -> dict[str, Any]:
     count = round(rate * SECONDS)
     learnt, _ = real(built, traffic(1, count, rate, vocabulary))
     asked = traffic(2, count, rate, vocabulary)
-    runs, same = [], []
+    runs, same, own = [], [], []
+    load = os.getloadavg()[0]
     for _ in range(REPEATS):
         run, placed = real(built, asked)
         same.append(written(repeated(built, placed, run.record)) == written(run.record.plans))
+        own.append(
+            pretended(built, asked, fit_cost(run.record.steps))
+        )  # a control: the model without the machine's moods
         runs.append(replace(run, record=None))  # millions of objects that the next run would have beside it
     steps = learnt.record.steps
     costs = {"fitted": fit_cost(steps), "linear": fit_linear(steps), "roofline": cpu_roofline(steps, name)}
     result: dict[str, Any] = {
-        "rate": rate, "requests": count, "steps": len(steps), "same_plans": same,
+        "rate": rate, "requests": count, "steps": len(steps), "same_plans": same, "load_before": load,
         "scheduler": type(scheduler(built)).__name__,
         "cost": asdict(costs["fitted"]), "shares": asdict(costs["roofline"].hardware.efficiency),
     }  # fmt: skip
@@ -142,9 +147,11 @@ def cpu(name: str) -> dict[str, Any]:
         middle, spread = measured[REPEATS // 2], (measured[-1] - measured[0]) / measured[REPEATS // 2]
         allowed = max(LIMITS[measure], spread) if measure == "first p99" else LIMITS[measure]
         off = {each: of(run) / middle - 1.0 for each, run in predicted.items()}
+        off["own"] = float(np.median([of(guess) / of(run) - 1.0 for guess, run in zip(own, runs, strict=True)]))
         holds = holds and abs(off["fitted"]) <= allowed
         result[measure] = {"measured": measured, "spread": spread, "allowed": allowed, "off": off}
         said = ", ".join(f"{each} {1e3 * of(run):.1f} ms ({off[each]:+.1%})" for each, run in predicted.items())
+        said += f", each run from itself {off['own']:+.1%}"
         print(f"  {measure:10s} real {1e3 * middle:.1f} ms, spread {spread:.1%}; {said}; allowed {allowed:.0%}")
     return result | {"shown": holds}
 

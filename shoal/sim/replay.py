@@ -65,12 +65,13 @@ class Recorder:
     def submit(self, step: Step) -> Pending:
         """Hand the step on."""
         self.record.plans.append(step)  # written out only afterwards: that takes as long as planning
-        return _Seen(self, step, self._executor.submit(step), self._clock.now())
+        began = self.record.times[-2]  # the engine looks when it begins to plan, and when it has planned
+        return _Seen(self, step, self._executor.submit(step), began)
 
-    def ended(self, step: Step, submitted: float, result: StepResult) -> None:
-        """A step has ended: it took the time since it was handed in, or since the one before ended."""
+    def ended(self, step: Step, began: float, result: StepResult) -> None:
+        """A step has ended: it took the time since its planning began, or since the one before ended."""
         end = self._clock.now()
-        self.record.steps.append(timed(step, end - max(submitted, self._free)))
+        self.record.steps.append(timed(step, end - max(began, self._free)))
         self.record.results.append(result)
         self._free = end
 
@@ -80,11 +81,11 @@ class _Seen:
     recorder: Recorder
     step: Step
     pending: Pending
-    submitted: float
+    began: float
 
     def wait(self) -> StepResult:
         result = self.pending.wait()
-        self.recorder.ended(self.step, self.submitted, result)
+        self.recorder.ended(self.step, self.began, result)
         return result
 
 

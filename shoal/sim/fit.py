@@ -96,7 +96,8 @@ def nonnegative(amounts: Vector, seconds: Vector) -> Vector:
             reach = float((weights[below] / (weights[below] - found[below])).min())
             weights = weights + reach * (found - weights)
             free &= weights > 1e-15
-    return weights / scale
+    found = weights / scale
+    return np.asarray(found)
 
 
 def search(

@@ -54,7 +54,7 @@ class Shape:
         """Experts that some token of so many chose, expected where each token chooses evenly."""
         if self.experts == 1:
             return 1.0
-        return self.experts * (1.0 - (1.0 - self.chosen / self.experts) ** tokens)
+        return self.experts * (1.0 - math.pow(1.0 - self.chosen / self.experts, tokens))
 
     @property
     def layer_parameters(self) -> int:

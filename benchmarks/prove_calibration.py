@@ -1,0 +1,176 @@
+"""Proof: predicted times against measured ones, of profiles of GPUs and of real runs on this CPU.
+
+`profiles`: a few parameters are fitted to a part of each measured profile and judged on the rest, beside what is in
+`shoal/sim/hardware.py` and beside the makers' promises alone, as a control. A model's name: a cost is learnt from one
+real run with requests that arrive at random, and predicts other arrivals, which are then run five times for real; and a
+scheduler that is told what such a run was told makes the same plans.
+
+    python -m benchmarks.prove_calibration [profiles] [minnow] [llama130m]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import RESULTS, write_result
+from benchmarks.gpu_profiles import FOLDER, Profile, profiles
+from shoal.sim.fit import Timed, fit_cost, fit_linear, search
+from shoal.sim.hardware import CPU, Hardware
+from shoal.sim.roofline import Load, Roofline
+from shoal.sim.shapes import SHAPES
+
+PROVES = (
+    "shoal/sim", "shoal/sched", "shoal/engine.py", "shoal/kv", "shoal/core", "shoal/runtime", "shoal/kernels",
+    "benchmarks/gpu_profiles.py", "benchmarks/live.py",
+)  # fmt: skip
+LIMIT = 0.15  # median error of a profile's held-out points
+MODELS = ("minnow", "llama130m")
+SECONDS, LOAD, REPEATS = 9.0, 0.5, 5  # of a run; of what the machine can do; real runs of what was predicted
+ON_CPU = {"compute": 0.7, "memory": 0.7, "attention": 0.3, "reading": 0.5, "kernel": 1e-5, "step": 5e-4, "row": 1e-5}
+LIMITS = {"makespan": 0.10, "first p50": 0.10, "first p99": 0.20}
+SHARES = ("compute", "memory", "hidden", "light", "attention", "reading", "share", "soon_share", "usable")
+
+
+def errors(profile: Profile, machine: Hardware) -> np.ndarray:
+    """Absolute relative errors of the held-out points."""
+    keys = [key for key in profile.points if profile.judged(key)]
+    return np.array([abs(profile.price(machine, key) / profile.points[key] - 1.0) for key in keys])
+
+
+def judged(profile: Profile) -> dict[str, Any]:
+    """Fit, and say how far off the rest is."""
+    points = profile.fit_points()
+
+    def loss(found: Mapping[str, float]) -> float:
+        machine = profile.change(profile.shipped, found)
+        return float(np.mean([min(1.0, abs(profile.price(machine, k) / profile.points[k] - 1.0)) for k in points]))
+
+    found = search(loss, profile.start, dict.fromkeys(SHARES, 1.0)) if profile.start else {}
+    fitted = profile.change(profile.shipped, found) if found else profile.shipped
+    machines = {"fitted": fitted, "shipped": profile.shipped, "promised": profile.shipped.bare()}
+    result: dict[str, Any] = {"name": profile.name, "held": profile.held, "note": profile.note, "found": found}
+    for name, machine in machines.items():
+        off = errors(profile, machine)
+        result[name] = {"median": float(np.median(off)), "p90": float(np.quantile(off, 0.9))}
+    for part in profile.parts:
+        keys = [key for key in profile.points if key[-1] == part]
+        off = [abs(profile.price(profile.shipped, key) / profile.points[key] - 1.0) for key in keys]
+        result["shipped"][part] = float(np.median(off))
+    result["fit_points"], result["held_points"] = len(points), sum(profile.judged(key) for key in profile.points)
+    return result
+
+
+def line(result: dict[str, Any]) -> str:
+    """A row of the table."""
+    cells = [f"{result[name]['median']:6.1%} {result[name]['p90']:7.1%}" for name in ("fitted", "shipped", "promised")]
+    return f"{result['name']:58s} {result['fit_points']:4d} {result['held_points']:5d}  {'   '.join(cells)}"
+
+
+def gpu() -> dict[str, Any]:
+    """The table of profiles."""
+    print(f"{'profile':58s}  fit  held  median and p90 error on what was held out: fitted, shipped, promised alone")
+    found = []
+    for profile in profiles():
+        found.append(judged(profile))
+        print(line(found[-1]), flush=True)
+    return {"table": found, "shown": all(each["fitted"]["median"] <= LIMIT for each in found)}
+
+
+def cpu_roofline(steps: list[Timed], name: str) -> Roofline:
+    """This machine with shares that come close to the steps of a run."""
+    shape = SHAPES[{"llama130m": "llama-130m"}.get(name, name)]
+    known = [(Load(each.tokens, each.rows, each.pairs, each.read), each.seconds) for each in steps]
+    known = known[:: max(1, len(known) // 200)]
+
+    def cost(found: Mapping[str, float]) -> Roofline:
+        return Roofline(replace(CPU, efficiency=replace(CPU.efficiency, **found)), shape, block=32)
+
+    def loss(found: Mapping[str, float]) -> float:
+        priced = cost(found)
+        off = [sum(priced.stage_seconds(load)) / seconds - 1.0 for load, seconds in known]
+        return float(np.mean(np.minimum(1.0, np.abs(off))))
+
+    return cost(search(loss, ON_CPU, dict.fromkeys(SHARES, 1.0)))
+
+
+def cpu(name: str) -> dict[str, Any]:
+    """Learn from one real run, predict another, and run that five times."""
+    from benchmarks.live import pretended, real, repeated, scheduler, traffic  # the only part that needs torch
+    from benchmarks.prove_planning import model
+    from shoal.build import build_engine
+    from shoal.core.config import EngineConfig
+    from shoal.sim.replay import written
+
+    config = EngineConfig(model="" if name == "minnow" else str(model(name)))
+    built = build_engine(config, useful_tokens=65_536)
+    vocabulary = built.facts.vocab_size
+    real(built, traffic(9, 20, math.inf, vocabulary))  # whatever is slow once
+    whole, _ = real(built, traffic(0, 100, math.inf, vocabulary))
+    rate = LOAD * 100 / whole.makespan
+    count = round(rate * SECONDS)
+    learnt, _ = real(built, traffic(1, count, rate, vocabulary))
+    asked = traffic(2, count, rate, vocabulary)
+    runs, same, own = [], [], []
+    load = os.getloadavg()[0]
+    for _ in range(REPEATS):
+        run, placed = real(built, asked)
+        same.append(written(repeated(built, placed, run.record)) == written(run.record.plans))
+        own.append(
+            pretended(built, asked, fit_cost(run.record.steps))
+        )  # a control: the model without the machine's moods
+        runs.append(replace(run, record=None))  # millions of objects that the next run would have beside it
+    steps = learnt.record.steps
+    costs = {"fitted": fit_cost(steps), "linear": fit_linear(steps), "roofline": cpu_roofline(steps, name)}
+    result: dict[str, Any] = {
+        "rate": rate, "requests": count, "steps": len(steps), "same_plans": same, "load_before": load,
+        "scheduler": type(scheduler(built)).__name__,
+        "cost": asdict(costs["fitted"]), "shares": asdict(costs["roofline"].hardware.efficiency),
+    }  # fmt: skip
+    built.close()
+    measures = {
+        "makespan": lambda run: run.makespan, "first p50": lambda run: run.at(0.5),
+        "first p99": lambda run: run.at(0.99),
+    }  # fmt: skip
+    predicted = {each: pretended(built, asked, cost) for each, cost in costs.items()}
+    holds = all(same)
+    print(f"{name}: {count} requests at {rate:.1f}/s, {len(steps)} steps; the same plans again: {same}")
+    for measure, of in measures.items():
+        measured = sorted(of(run) for run in runs)
+        middle, spread = measured[REPEATS // 2], (measured[-1] - measured[0]) / measured[REPEATS // 2]
+        allowed = max(LIMITS[measure], spread) if measure == "first p99" else LIMITS[measure]
+        off = {each: of(run) / middle - 1.0 for each, run in predicted.items()}
+        off["own"] = float(np.median([of(guess) / of(run) - 1.0 for guess, run in zip(own, runs, strict=True)]))
+        holds = holds and abs(off["fitted"]) <= allowed
+        result[measure] = {"measured": measured, "spread": spread, "allowed": allowed, "off": off}
+        said = ", ".join(f"{each} {1e3 * of(run):.1f} ms ({off[each]:+.1%})" for each, run in predicted.items())
+        said += f", each run from itself {off['own']:+.1%}"
+        print(f"  {measure:10s} real {1e3 * middle:.1f} ms, spread {spread:.1%}; {said}; allowed {allowed:.0%}")
+    return result | {"shown": holds}
+
+
+def main() -> int:
+    """Calibrate, print, and say whether the claims hold. Parts that are not asked for stay as they were."""
+    wanted = sys.argv[1:] or ["profiles", *MODELS]
+    if not FOLDER.is_dir():
+        print(f"{FOLDER} is not there: the measured profiles come with ../shared")
+        return 1
+    path = RESULTS / "calibration.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    parts = {name: before[name] for name in ("profiles", *MODELS) if name in before}
+    for name in wanted:
+        parts[name] = gpu() if name == "profiles" else cpu(name)
+    shown = len(parts) == 1 + len(MODELS) and all(part["shown"] for part in parts.values())
+    write_result("calibration", parts | {"shown": shown})
+    return 0 if all(parts[name]["shown"] for name in wanted) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -69,6 +69,11 @@ class Engine:
         self._flying.append((step, pending))
         return pending
 
+    def skip(self, step: Step, pending: Pending) -> None:
+        """Put a later step in the place of the only one in flight: a simulation runs the last of many alike."""
+        assert len(self._flying) == 1, "there is one step in flight, or nothing can be skipped"
+        self._flying[0], self.last = (step, pending), step
+
     def finish(self) -> list[Output]:
         """Wait for the oldest step in flight and commit it."""
         step, pending = self._flying[0]

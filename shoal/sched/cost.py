@@ -31,7 +31,15 @@ class LinearCost:
 
     def seconds(self, step: Step) -> float:
         """Predicted duration of the step."""
-        return sum(weight * x for weight, x in zip(self.weights, shape(step), strict=True))
+        return self._price(shape(step))
+
+    def repeated(self, step: Step, count: int) -> list[float]:
+        """Durations of the decode-only step and of those after it, each with every sequence a token further on."""
+        one, tokens, read, pairs = shape(step)  # whole numbers all of them: sums of steps are exact
+        return [self._price((one, tokens, read + k * tokens, pairs + k * tokens)) for k in range(count)]
+
+    def _price(self, amounts: Shape) -> float:
+        return sum(weight * x for weight, x in zip(self.weights, amounts, strict=True))
 
 
 class Cost(Protocol):

@@ -67,6 +67,10 @@ class BatchPolicy(Policy):
             pace = max(pace, tokens / (left - _left(seq) + 1))
         return min(most, max(decodes + math.ceil(pace), STEP_COST))
 
+    def steady(self, view: View) -> int:
+        """With nobody waiting there is nothing to decide while all decode."""
+        return 0 if view.waiting else NEVER
+
     def rank(self, seq: Sequence, view: View) -> Key:
         """Decodes, then prefills under way, then the plan's order. Rows without a plan come in order of arrival."""
         if seq.ticket < 0:

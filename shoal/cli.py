@@ -5,6 +5,7 @@ It must not know how a job is run, and never loads torch.
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -255,6 +256,51 @@ def lint(
 
 
 @app.command()
+def sim(
+    ctx: typer.Context,
+    workload: Annotated[str, typer.Argument(metavar="[LAW|TRACE]", help=flags.WORKLOAD)] = "",
+    input: Annotated[Path | None, typer.Option("--input", "-i", help="A job's rows, in place of a law.")] = None,
+    from_: Annotated[Path | None, typer.Option("--from", metavar="OUT", help="A job that has run, again.")] = None,
+    policy: Annotated[str, typer.Option(help="Name, or module:Class; name:setting=2 sets it.")] = "first-come",
+    compare: Annotated[str, typer.Option(help="Policies on the same requests: first-come,batch.")] = "",
+    hardware: Annotated[str, typer.Option(help="a100, h100, h200, a40, a6000, cpu.")] = "h100",
+    model: Annotated[str, typer.Option(help="A known shape as llama-3-8b, or a folder with config.json.")] = "llama-3-8b",
+    tensor: Annotated[int, typer.Option(help="Devices that share each layer.")] = 1,
+    pipeline: Annotated[int, typer.Option(help="Such groups that follow each other.")] = 1,
+    instances: Annotated[int, typer.Option(help="Engines beside each other.")] = 1,
+    place: Annotated[str, typer.Option(help="Where requests go: round-robin, shortest-queue, ...")] = "least-work",
+    arrivals: Annotated[str | None, typer.Option(help="poisson:2, gamma:2:4, closed:64, trace, trace:2, once.")] = None,
+    requests: Annotated[int | None, typer.Option(help="How many; all of a trace without it.")] = None,
+    kv_tokens: Annotated[int | None, typer.Option(help="Memory of an engine, in place of what has room.")] = None,
+    step_tokens: Annotated[int, typer.Option(help="Most tokens in one step of the model.")] = 2048,
+    first: Annotated[float, typer.Option(help="Seconds promised to the first token.")] = math.inf,
+    gap: Annotated[float, typer.Option(help="Seconds promised between tokens.")] = math.inf,
+    deadline: Annotated[float, typer.Option(help="Seconds promised for whole answers.")] = math.inf,
+    capacity: Annotated[bool, typer.Option("--capacity", help="Find the highest rate that keeps the gap.")] = False,
+    seeds: Annotated[int, typer.Option(help="Runs with other draws, for means and intervals.")] = 1,
+    seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
+    html: flags.Html = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    config: flags.Config = None,
+) -> None:
+    """Say how a law, a trace or a job would fare on machines that need not be here, by the scheduler that serves."""
+    from shoal.jobs.look import output_of  # here, so that --help stays quick
+    from shoal.what_if.command import run_sim
+    from shoal.what_if.options import SimOptions
+
+    with exit_codes():
+        if (workload or from_) and not typed(ctx, "input"):
+            input = None  # the environment's is of other commands
+        job = None if input is None else JobOptions(input=input, output=Path(os.devnull))
+        options = SimOptions(
+            workload, job, None if from_ is None else output_of(from_),
+            tuple(filter(None, (compare or policy).split(","))), hardware, model, tensor, pipeline, instances, place,
+            arrivals, requests, kv_tokens, step_tokens, first, gap, deadline, seeds, seed, capacity, html,
+        )  # fmt: skip
+        run_sim(options, json, Console())
+
+
+@app.command()
 def cache(
     folder: Annotated[Path, typer.Argument(help="The folder that was given to --cache.")],
     keep: Annotated[str | None, typer.Option(help="Remove what was not used for longest, down to 5GB, 200MiB.")] = None,
@@ -327,7 +373,7 @@ def build_command() -> TyperGroup:
     for command in group.commands.values():
         for parameter in command.params:
             if isinstance(parameter, TyperOption) and parameter.name:
-                parameter.envvar = PREFIX + parameter.name.upper()
+                parameter.envvar = PREFIX + parameter.name.upper().rstrip("_")
                 parameter.show_envvar = False
     return group
 

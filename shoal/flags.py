@@ -89,6 +89,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warn
 Config = Annotated[
     Path | None, typer.Option(is_eager=True, callback=read_config, help="YAML file with flag_name: value.")
 ]
+WORKLOAD = "d1, d2, d3, sharegpt, fixed:PROMPT:ANSWER, ...; or a trace: Azure, Mooncake, Vidur, ServeGen, tau-bench."
 Rows = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Rows, as run takes them; - is standard input.")]
 RowsFlag = Annotated[Path | None, typer.Option("--input", "-i", help="The same, as run has it.")]
 Html = Annotated[Path | None, typer.Option(help="Write a page with pictures here.")]

@@ -18,7 +18,7 @@ from shoal.core.types import TOKEN, Output, Request, Sampling, Tokens
 from shoal.sched.place import Load, Placement, RoundRobin
 from shoal.sim.executor import END, OTHER
 from shoal.sim.instance import Instance
-from shoal.sim.program import Program, Turn, spell
+from shoal.sim.program import Given, Program, Turn, spell
 from shoal.sim.record import Record
 
 ENDS, COMES, WAKES = 0, 1, 2  # what happens at one moment happens in this order; then instances plan
@@ -119,7 +119,8 @@ class Cluster:
         return instance
 
     def _request(self, talk: Talk, turn: Turn) -> Request:
-        program, now, prompt = talk.program, self.clock.now(), spell(turn.pieces)
+        program, now, given = talk.program, self.clock.now(), turn.given or Given(spell(turn.pieces))
+        prompt = given.tokens
         talk.number += 1
         if talk.several and program.keeps:
             talk.said += prompt
@@ -129,7 +130,8 @@ class Cluster:
             id=f"{program.id}.{talk.number}" if talk.several else program.id, prompt=prompt,
             sampling=Sampling(max_tokens=turn.limit, stop=frozenset({END})), arrival=now,
             deadline=begun + program.deadline, promise=program.promise, group=program.group,
-            program=program.id if talk.several and program.keeps else "",
+            program=program.id if talk.several and program.keeps else "", salt=given.salt, index=given.index,
+            future=given.future,
         )  # fmt: skip
 
     # -- news --------------------------------------------------------------------------------------
@@ -161,13 +163,12 @@ class Cluster:
         record.end, record.finish, record.error = self.clock.now(), output.finish, output.error
         record.start = timing.get("start", math.nan)
         record.cached, record.preemptions = int(timing.get("cached", 0)), int(timing.get("preemptions", 0))
-        if talk.several and talk.program.keeps and record.times:
+        goes_on = record.answered or not talk.program.keeps  # nobody goes on with what was not answered
+        if record.program and goes_on:
             talk.said.extend([OTHER] * (len(record.times) - 1))
             talk.said.append(output.tokens[-1])
-        goes_on = record.answered or not talk.program.keeps  # nobody goes on with what was not answered
-        if record.program:
-            tool = turn.tool if goes_on else ""
-            if tool or talk.number == talk.several or not goes_on:
-                self.instances[record.instance].engine.tell(record.program, tool)
+        tool = turn.tool if goes_on and talk.number < talk.several else ""
+        if record.program and (tool or not goes_on or talk.number == talk.several):
+            self.instances[record.instance].engine.tell(record.program, tool)
         if goes_on:
             self._go_on(talk)

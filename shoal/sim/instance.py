@@ -89,6 +89,16 @@ class Instance:
             del self.executor.lengths[request.id]
         return refused
 
+    @property
+    def staged(self) -> bool:
+        """Whether its model is in several stages."""
+        return self._stages is not None
+
+    @property
+    def idle(self) -> float:
+        """Seconds that stages have waited though steps were under way."""
+        return self._stages.idle if self._stages is not None else 0.0
+
     # -- steps -------------------------------------------------------------------------------------
 
     def pump(self, now: float) -> None:

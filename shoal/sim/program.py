@@ -21,6 +21,16 @@ LEAST, MOST = 3, (1 << 31) - 1  # token ids of pieces: none is one that an answe
 
 
 @dataclass(frozen=True, slots=True)
+class Given:
+    """A prompt whose tokens are known, and what a plan knows of it."""
+
+    tokens: Tokens
+    salt: str = ""
+    index: int = -1
+    future: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One request of a program."""
 
@@ -29,10 +39,11 @@ class Turn:
     limit: int  # the most it may have, which is no secret
     pause: float = 0.0  # seconds from the end of the turn before, or from the program's beginning
     tool: str = ""  # what is called when this turn has ended
+    given: Given | None = None  # in place of pieces
 
     @property
     def num_tokens(self) -> int:
-        return sum(count for _, count in self.pieces)
+        return len(self.given.tokens) if self.given is not None else sum(count for _, count in self.pieces)
 
 
 @dataclass(frozen=True, slots=True)

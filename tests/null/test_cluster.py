@@ -203,13 +203,16 @@ def test_a_sequence_is_in_at_most_one_step_in_flight_and_every_stage_takes_one_a
 
 def test_even_steps_leave_no_bubbles_and_uneven_ones_do():
     """Four stages: with steps that all take as long no stage waits once the first step has come through."""
-    idle = {}
-    for name, seconds in (("even", lambda step: 0.01), ("uneven", lambda step: 0.01 + 1e-3 * step.num_tokens)):
-        done = staged(Policy(Budget(64, 8)), 4, lambda step, seconds=seconds: [seconds(step)] * 4)
-        done.run([alone(i, 0.0, 30 + 40 * (i % 3), 60) for i in range(32)])
+
+    def idle(seconds):
+        done = staged(Policy(Budget(512, 8)), 4, lambda step: [seconds(step)] * 4)
+        done.run([alone(i, 0.0, 30 + 200 * (i % 3), 60) for i in range(32)])
         executor = done.instances[0].executor
-        idle[name] = executor.idle / executor.busy
-    assert idle["even"] < 0.1 < idle["uneven"]
+        assert sum(executor.bubbles.values()) >= executor.idle
+        return executor.idle / (executor.idle + executor.busy)
+
+    even, uneven = idle(lambda step: 0.01), idle(lambda step: 0.002 + 1e-3 * step.num_tokens)
+    assert even < 0.1 and uneven > 4 * even, (even, uneven)
 
 
 def test_stages_beside_each_other_are_faster_than_one_after_the_other():

@@ -37,9 +37,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": EVERYTHING | {"build", "client", "host", "jobs"},
     "show": {"core", "text", "jobs"},
     "preview": {"core", "client", "sched", "engine", "sim", "runtime", "text", "jobs", "show"},
+    "what_if": {"core", "sched", "engine", "sim", "jobs", "preview", "show"},
     "call": {"core", "jobs", "preview"},
     "flags": {"core", "jobs"},
-    "cli": {"core", "flags", "models", "jobs", "bench", "preview", "show"},
+    "cli": {"core", "flags", "models", "jobs", "bench", "preview", "show", "what_if"},
     "__main__": {"cli"},
     "__init__": {"core", "call", "jobs", "llm", "preview"},
 }
@@ -65,6 +66,7 @@ OUTSIDE: dict[str, set[str]] = {
     "bench": {"torch", "numpy"},
     "show": {"numpy", "msgspec", "rich"},
     "preview": {"numpy", "msgspec", "rich"},
+    "what_if": {"numpy", "rich"},
     "call": set(),
     "flags": {"typer", "yaml"},
     "cli": {"typer", "rich"},
@@ -198,7 +200,7 @@ def without_torch(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-TORCH_FREE_FOLDERS = ("core", "kv", "sched", "sim", "jobs", "text", "show", "preview", "remote")
+TORCH_FREE_FOLDERS = ("core", "kv", "sched", "sim", "jobs", "text", "show", "preview", "remote", "what_if")
 
 
 @pytest.mark.parametrize("folder", TORCH_FREE_FOLDERS)

@@ -264,7 +264,9 @@ def sim(
     policy: Annotated[str, typer.Option(help="Name, or module:Class; name:setting=2 sets it.")] = "first-come",
     compare: Annotated[str, typer.Option(help="Policies on the same requests: first-come,batch.")] = "",
     hardware: Annotated[str, typer.Option(help="a100, h100, h200, a40, a6000, cpu.")] = "h100",
-    model: Annotated[str, typer.Option(help="A known shape as llama-3-8b, or a folder with config.json.")] = "llama-3-8b",
+    model: Annotated[
+        str, typer.Option(help="A known shape as llama-3-8b, or a folder with config.json.")
+    ] = "llama-3-8b",
     tensor: Annotated[int, typer.Option(help="Devices that share each layer.")] = 1,
     pipeline: Annotated[int, typer.Option(help="Such groups that follow each other.")] = 1,
     instances: Annotated[int, typer.Option(help="Engines beside each other.")] = 1,

@@ -22,7 +22,7 @@ from shoal.sim.executor import OTHER, SimExecutor
 from shoal.sim.stages import Staged, StagedExecutor
 
 ENDS, WAKES = 0, 2  # see cluster
-LEAP = 1 << 12  # steps at most that are taken at once: prices of all of them are asked for at its start
+LEAP = 256  # steps at most that are taken at once: they are priced when the first begins, and cut when somebody comes
 
 At = Callable[[float, int, Callable[[], "Instance | None"]], None]
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import inspect
 import json
-from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from shoal.core.clock import SimClock
 from shoal.core.errors import UsageError
@@ -24,6 +25,7 @@ from shoal.sim.cluster import Cluster
 from shoal.sim.executor import SimExecutor
 from shoal.sim.hardware import HARDWARE
 from shoal.sim.instance import Instance
+from shoal.sim.oracle import Oracle
 from shoal.sim.roofline import Roofline
 from shoal.sim.shapes import SHAPES, Shape, shape_of
 from shoal.sim.stages import PerStage, Staged, StagedExecutor
@@ -31,11 +33,16 @@ from shoal.sim.stages import PerStage, Staged, StagedExecutor
 BLOCK = 32  # tokens, as the product's
 
 Number = int | float
-MakePolicy = Callable[[], Policy]
+MakePolicy = Callable[[Mapping[str, int]], Policy]  # true lengths of what has come, which only an oracle looks at
+
+ORACLE = "oracle"  # of true lengths, for upper bounds: "oracle" is Past-Future with one, "oracle@NAME" any policy
 
 
 class Repeating:
-    """A roofline that also prices many decode steps alike at once, each as it would alone."""
+    """A roofline that also prices many decode steps alike at once, each to the last bit as it would alone.
+
+    In them nothing differs but what attention reads, and the time in which the host is the slower one.
+    """
 
     def __init__(self, roofline: Roofline) -> None:
         self.roofline = roofline
@@ -46,14 +53,30 @@ class Repeating:
 
     def repeated(self, step: Step, count: int) -> list[float]:
         """Durations of the decode-only step and of those after it, each with every sequence a token further on."""
-        roofline, window = self.roofline, self.roofline.shape.window
-        load = roofline.load(step)
-        left = sorted(window - part.start - 1 for part in step.slices) if window else []  # until no more are seen
-        found, seen = [], load.decodes
-        for later in range(count):
-            found.append(sum(roofline.stage_seconds(load._replace(decodes=seen))))
-            seen += len(left) - bisect_right(left, later) if window else len(step.slices)
-        return found
+        roofline, shape, machine = self.roofline, self.roofline.shape, self.roofline.hardware
+        load, kept = roofline.load(step), machine.efficiency
+        parts = roofline.parts(load)
+        seen = load.decodes + self._growth(step, count)
+        operations = 4 * shape.heads * shape.head_dim / roofline.tensor
+        position = shape.kv_numbers(roofline.tensor) * roofline.kv_bytes
+        peak, bandwidth = machine.peak[roofline.arithmetic] * kept.attention, machine.bandwidth * kept.reading
+        attention = shape.layers * (np.maximum(seen * operations / peak, seen * position / bandwidth) + kept.kernel)
+        device = shape.layers * kept.layer - parts.products - parts.light
+        fixed = np.maximum(device - attention - parts.wires, 0.0) + kept.step + kept.row * load.rows
+        return [
+            sum((parts.products, parts.light, reading, parts.wires, parts.head, late))
+            for reading, late in zip(attention.tolist(), fixed.tolist(), strict=True)
+        ]
+
+    def _growth(self, step: Step, count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """Positions that all sequences together see more than in the first step; none more than its window."""
+        later = np.arange(count)
+        window = self.roofline.shape.window
+        if not window:
+            return later * float(len(step.slices))
+        left = np.sort([window - part.start - 1 for part in step.slices])  # tokens until a sequence sees no more
+        growing = len(left) - np.searchsorted(left, later, side="right")
+        return np.concatenate([np.zeros(1), np.cumsum(growing[:-1], dtype=float)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +130,9 @@ def machine_of(
 def policy_maker(text: str, cost: Cost, limit: Budget | None, promise: Promise | None) -> MakePolicy:
     """How to make a policy from "name" or "name:setting=number:…", with what else its constructor asks for: a limit of
     steps, what steps cost, and what was promised."""
+    knows, _, inner = text.partition("@")
+    if knows == ORACLE:
+        text = inner or "past-future:reserve=0"
     name, settings = _settings(text)
     try:
         kind = find_policy(name)
@@ -117,10 +143,13 @@ def policy_maker(text: str, cost: Cost, limit: Budget | None, promise: Promise |
         raise UsageError(f"policy {name!r} has no setting {', '.join(sorted(unknown))}: it has {', '.join(asks)}")
     given: dict[str, object] = {"limit": limit, "cost": cost, "promise": promise}
     more = {key: value for key, value in given.items() if key in asks and value is not None}
+    if knows == ORACLE and "lengths" not in asks:
+        raise UsageError(f"policy {name!r} expects no lengths, so an oracle tells it nothing")
 
-    def make() -> Policy:
+    def make(lengths: Mapping[str, int]) -> Policy:
+        told = {"lengths": Oracle(lengths)} if knows == ORACLE else {}
         try:
-            return kind(**more, **settings)
+            return kind(**more, **told, **settings)
         except TypeError as error:
             raise UsageError(f"policy {text!r} cannot be made: {error}") from error
 
@@ -150,12 +179,13 @@ def cluster_of(
     clock = SimClock()
     made = []
     for _ in range(instances):
-        policy = make()
+        lengths: dict[str, int] = {}
+        policy = make(lengths)
         if machine.per_stage is not None:
             scheduler = Scheduler(Staged(policy, machine.stages), machine.blocks, machine.block_size)
-            executor: SimExecutor = StagedExecutor(clock, machine.cost, machine.per_stage, machine.stages)
+            executor: SimExecutor = StagedExecutor(clock, machine.cost, machine.per_stage, machine.stages, lengths)
             made.append(Instance(clock, scheduler, executor, machine.stages - 1, leaps))
         else:
             scheduler = Scheduler(policy, machine.blocks, machine.block_size)
-            made.append(Instance(clock, scheduler, SimExecutor(clock, machine.cost), machine.ahead, leaps))
+            made.append(Instance(clock, scheduler, SimExecutor(clock, machine.cost, lengths), machine.ahead, leaps))
     return Cluster(clock, made, PLACEMENTS[place]())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -134,10 +134,6 @@ class Summary:
     worst_gap: Spread
     e2e: Spread
     delay: Spread
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
 
 
 def settled(records: Sequence[Record], share: float = 0.1) -> list[Record]:
@@ -266,15 +262,9 @@ def _rate(good: Sequence[Record], records: Sequence[Record]) -> Rate:
     return Rate(len(good) / seconds, tokens / seconds, len(good) / len(records) if records else 1.0)
 
 
-@dataclass(slots=True)
-class Jobs:
-    """Seconds that whole programs took, from their first arrival to their last end; infinity where one has not ended."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-def jobs(records: Sequence[Record]) -> Jobs:
-    """Job completion times, by program (Continuum's measure)."""
+def jobs(records: Sequence[Record]) -> dict[str, float]:
+    """Seconds that whole programs took, from their first arrival to their last end; infinity where one has not ended:
+    Continuum's job completion times."""
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     for record in records:
@@ -282,4 +272,4 @@ def jobs(records: Sequence[Record]) -> Jobs:
             first[record.program] = min(first.get(record.program, math.inf), record.arrival)
             end = record.end if record.answered else math.inf
             last[record.program] = max(last.get(record.program, -math.inf), end)
-    return Jobs({name: last[name] - first[name] for name in first})
+    return {name: last[name] - first[name] for name in first}

@@ -6,7 +6,7 @@ It knows what a step takes in each stage; it must not know why a step holds what
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
 from shoal.core.clock import SimClock
@@ -111,6 +111,10 @@ class Staged(Policy):
     def worth(self, node: Node) -> float:
         """As the policy says."""
         return self.policy.worth(node)
+
+    def revalued(self, view: View) -> Iterable[Node]:
+        """As the policy says."""
+        return self.policy.revalued(view)
 
     def retire(self, seq: Sequence, finish: Finish, view: View) -> None:
         """As the policy says."""

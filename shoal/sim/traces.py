@@ -74,8 +74,8 @@ def read_trace(path: Path) -> list[Row] | Mapping[str, Any] | list[dict[str, Any
     except (OSError, ValueError, KeyError, TypeError) as error:  # gzip has OSError for a file that is cut
         raise UsageError(
             f"{path} is no trace that is known ({type(error).__name__}: {error}): give a CSV of Azure "
-            "(TIMESTAMP,ContextTokens,GeneratedTokens) or Vidur (num_prefill_tokens,num_decode_tokens), JSONL of Mooncake, "
-            "JSON of ServeGen, or JSON histories of tau-bench or SWE-agent"
+            "(TIMESTAMP,ContextTokens,GeneratedTokens) or Vidur (num_prefill_tokens,num_decode_tokens), JSONL of "
+            "Mooncake, JSON of ServeGen, or JSON histories of tau-bench or SWE-agent"
         ) from error
 
 

@@ -73,7 +73,9 @@ class Arrivals:
         if self.kind in ("once", "closed"):
             return [0.0] * count
         assert self.rate is not None
-        return bursts(count, self.rate, self.variation, seed) if self.kind == "gamma" else poisson(count, self.rate, seed)
+        return (
+            bursts(count, self.rate, self.variation, seed) if self.kind == "gamma" else poisson(count, self.rate, seed)
+        )
 
 
 def find_source(name: str) -> Source:

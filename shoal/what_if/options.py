@@ -60,7 +60,9 @@ class SimOptions:
             raise UsageError("--capacity is the highest rate that keeps a gap between tokens: give --gap SECONDS")
         came = self.came
         if self.capacity and (asked[0] != "workload" or came is not None and came.rate is None):
-            raise UsageError("--capacity needs a law or a trace whose arrivals have a rate: poisson:1, gamma:1:2, trace:1")
+            raise UsageError(
+                "--capacity needs a law or a trace whose arrivals have a rate: poisson:1, gamma:1:2, trace:1"
+            )
 
     @property
     def came(self) -> Arrivals | None:

@@ -17,7 +17,6 @@ import numpy as np
 from shoal.core.errors import StateError
 from shoal.core.types import TOKEN
 from shoal.jobs import plan_store as store
-from shoal.jobs.arena import Arena
 from shoal.jobs.feed import WINDOW
 from shoal.jobs.look import View
 from shoal.jobs.options import JobOptions

@@ -124,7 +124,7 @@ def _run(
     cluster = cluster_of(machine, make, options.instances, options.place)
     records = cluster.run(requests)
     promise = options.promise
-    ended = [seconds for seconds in jobs(records).seconds.values() if math.isfinite(seconds)]
+    ended = [seconds for seconds in jobs(records).values() if math.isfinite(seconds)]
     errors: dict[str, int] = {}
     for record in records:
         if record.error:
@@ -171,4 +171,3 @@ def course(records: Sequence[Record]) -> Course:
     came = np.searchsorted(np.sort([record.arrival for record in records]), edges[1:], side="right")
     gone = np.searchsorted(np.sort(ends), edges[:-1], side="right")
     return Course(width, tokens.tolist(), (came - gone).astype(float).tolist())
-

@@ -128,7 +128,9 @@ def test_the_published_traces_are_read_whole():
     assert round(1 - len(set(blocks)) / len(blocks), 3) == 0.366
     arxiv = read_trace(TRACES / "vidur" / "arxiv_summarization_stats_llama2_tokenizer_filtered_v2.csv.gz")
     assert len(arxiv) == 28257
-    tau = programs(read_trace(TRACES / "agents" / "taubench_gpt-4o-airline.json.gz"), Arrivals.parse("poisson:1"), None, 0)
+    tau = programs(
+        read_trace(TRACES / "agents" / "taubench_gpt-4o-airline.json.gz"), Arrivals.parse("poisson:1"), None, 0
+    )
     assert len(tau) == 200 and all(program.turns for program in tau)
     swe = histories(read_trace(TRACES / "agents" / "continuum_swe_agent_messages.json.gz"), 1024, 0)
     assert [len(program.turns) for program in swe] == [24, 21, 32, 24, 24]

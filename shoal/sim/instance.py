@@ -108,8 +108,13 @@ class Instance:
             if self._stages is not None and self._stages.takes_from > now:
                 self._at(self._stages.takes_from, WAKES, lambda: self)
                 return
+            before = engine.scheduler.counters.preemptions
             pending = engine.start()
-            self._tell(engine.scheduler.take_ended())
+            ended = engine.scheduler.take_ended()
+            self._tell(ended)
+            if pending is None and engine.busy and not engine.scheduler.in_flight and engine.wait_until is None:
+                assert ended or engine.scheduler.counters.preemptions > before, "a plan of nothing that changes nothing"
+                continue  # who failed, or lost its memory to nobody, has made room for another plan
             if pending is None:
                 if engine.wait_until is not None:
                     self._at(max(engine.wait_until, now), WAKES, lambda: self)

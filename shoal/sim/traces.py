@@ -12,7 +12,6 @@ import gzip
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
@@ -71,7 +70,7 @@ def read_trace(path: Path) -> list[Row] | Mapping[str, Any] | list[dict[str, Any
     try:
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
         return _parsed(text)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # gzip has OSError for a file that is cut
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{path} is no trace that is known ({type(error).__name__}: {error}): give a CSV of Azure "
             "(TIMESTAMP,ContextTokens,GeneratedTokens) or Vidur (num_prefill_tokens,num_decode_tokens), JSONL of "
@@ -83,11 +82,11 @@ def _parsed(text: str) -> list[Row] | Mapping[str, Any] | list[dict[str, Any]]:
     head = text[: text.find("\n")]
     if head.startswith("TIMESTAMP,"):
         rows = list(csv.DictReader(io.StringIO(text)))
-        times = [datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp() for row in rows]
-        first = min(times)
+        times = np.array([row["TIMESTAMP"][:26] for row in rows], dtype="datetime64[us]")
+        seconds = (times - times.min()) / np.timedelta64(1, "s")
         found = [
-            Row(at - first, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
-            for at, row in zip(times, rows, strict=True)
+            Row(at, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+            for at, row in zip(seconds.tolist(), rows, strict=True)
         ]
         return [row for row in found if row.prompt > 0 and row.answer > 0]
     if "num_prefill_tokens" in head:

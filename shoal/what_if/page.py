@@ -6,7 +6,7 @@ from shoal.jobs.units import count
 from shoal.show.page import caption, legend, paragraphs, section, table, tiles, whole
 from shoal.show.pictures import curves, histogram
 from shoal.what_if.study import Run, Study
-from shoal.what_if.words import capacity_words, names, remarks, rows, seconds, spread_words
+from shoal.what_if.words import capacity_words, remarks, rows, seconds, spread_words
 
 
 def page(found: Study) -> str:
@@ -20,7 +20,7 @@ def page(found: Study) -> str:
         below,
         [
             tiles(_tiles(found, first)),
-            section("Policies on the same requests", table((*names(found), ""), [(*row, "") for row in rows(found)]),
+            section("Policies on the same requests", table(("", *found.runs, ""), [(*row, "") for row in rows(found)]),
                     paragraphs([many] if many else [], soft=True), paragraphs(remarks(found))),
             section("Requests a second that keep the gap", _capacities(found)),
             section("While it ran", *(_course(found, runs[0]) for runs in found.runs.values())),

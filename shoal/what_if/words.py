@@ -16,7 +16,7 @@ from shoal.sim.capacity import Capacity
 from shoal.sim.metrics import Spread, interval
 from shoal.what_if.study import Run, Study
 
-Column = tuple[str, Callable[[Run], float], Callable[[float], str]]
+Line = tuple[str, Callable[[Run], float], Callable[[float], str]]
 
 
 def seconds(value: float) -> str:
@@ -33,10 +33,10 @@ def share(value: float) -> str:
     return percent(value, 1.0)
 
 
-def columns(found: Study) -> list[Column]:
+def lines(found: Study) -> list[Line]:
     """What is said of every policy."""
     runs = [run for some in found.runs.values() for run in some]
-    said: list[Column] = [
+    said: list[Line] = [
         ("answered", lambda run: run.summary.answered, count),
         ("seconds", lambda run: run.summary.seconds, seconds),
         ("tokens/s", lambda run: run.summary.tokens_per_second, count),
@@ -58,19 +58,15 @@ def columns(found: Study) -> list[Column]:
 
 
 def rows(found: Study) -> Iterator[tuple[str, ...]]:
-    """A line for each policy: means over seeds, with the half of the 95 % interval where there are several."""
-    for policy in found.runs:
-        cells = [policy]
-        for _, of, written in columns(found):
+    """A line for each number: what it is, then by policy its mean over seeds, with the half of the 95 % interval where
+    there are several."""
+    for name, of, written in lines(found):
+        cells = [name]
+        for policy in found.runs:
             mean = interval(found.values(policy, of))
             more = f" ± {written(mean.half)}" if math.isfinite(mean.half) and mean.half else ""
             cells.append(written(mean.mean) + more)
         yield tuple(cells)
-
-
-def names(found: Study) -> tuple[str, ...]:
-    """Of the columns."""
-    return ("policy", *(name for name, _, _ in columns(found)))
 
 
 def remarks(found: Study) -> list[str]:
@@ -104,8 +100,9 @@ def print_study(found: Study, console: Console) -> None:
         f"{found.name} with {found.machine}: {count(found.positions)} tokens of memory", markup=False, highlight=False
     )
     table = Table(box=None, pad_edge=False)
-    for place, name in enumerate(names(found)):
-        table.add_column(name, justify="left" if place == 0 else "right", overflow="fold")
+    table.add_column("")
+    for policy in found.runs:
+        table.add_column(policy, justify="right", overflow="fold")
     for row in rows(found):
         table.add_row(*row)
     console.print(table)

@@ -102,7 +102,7 @@ def test_capacity_is_found_to_its_tolerance(true, guess):
 
 
 def test_a_rate_that_fails_by_bad_luck_below_the_answer_is_seen():
-    found = capacity(lambda rate: rate <= 10.0 and not 7.0 < rate < 9.0, 1.0)
+    found = capacity(lambda rate: rate <= 10.0 and not 7.0 < rate < 9.0, 10.0)
     assert not found.monotone and found.rate <= 7.0
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from shoal.core.errors import UsageError
+from shoal.core.types import Promise
+from shoal.sim.classes import three_classes
 from shoal.sim.laws import LAWS, bursts, find_law, poisson, scaled
 from shoal.sim.program import spell
 from shoal.sim.traces import Row, clients, histories, pieces_of, read_trace
@@ -115,6 +118,22 @@ def test_a_program_that_comes_again_has_other_words_after_what_all_begin_with():
     one, two = (program.turns[0].pieces for program in found)
     assert one[0] == two[0] and one[1] != two[1] and one[1][1] == two[1][1]
     assert len({program.id for program in found}) == 2
+
+
+def test_three_classes_are_as_many_of_each_and_the_same_at_every_rate():
+    def mix(rate, seed=1):
+        return three_classes(LAWS["sharegpt"], Arrivals("poisson", rate), 90, seed, Promise(2.0, 0.1), 20.0)
+
+    slow, quick = mix(1.0), mix(3.0)
+    assert [p.turns for p in slow] == [p.turns for p in quick] != [p.turns for p in mix(1.0, 2)]
+    kinds = [p.group for p in slow]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"live": 30, "deadline": 30, "compound": 30}
+    for program in slow:
+        assert (program.promise is not None) == (program.group == "live")
+        assert math.isfinite(program.deadline) == (program.group != "live")
+        if program.group == "compound":
+            assert 2 <= len(program.turns) <= 4 and program.deadline == 20.0 * len(program.turns)
+            assert [turn.tool for turn in program.turns] == ["tool"] * (len(program.turns) - 1) + [""]
 
 
 @needs_traces

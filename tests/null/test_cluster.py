@@ -47,7 +47,7 @@ class Restless(Policy):
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 10**6), policy=st.sampled_from([Policy, BatchPolicy, Few, Restless]),
-    blocks=st.integers(12, 200), rate=st.floats(0.5, 200.0), number=st.integers(1, 3),
+    blocks=st.integers(40, 200), rate=st.floats(0.5, 200.0), number=st.integers(1, 3),
     place=st.sampled_from(sorted(PLACEMENTS)), size=st.sampled_from([1, 16]),
 )  # fmt: skip
 def test_many_steps_at_once_are_the_same_as_one_by_one(seed, policy, blocks, rate, number, place, size):

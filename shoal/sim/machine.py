@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,7 @@ from shoal.sim.stages import PerStage, Staged, StagedExecutor
 BLOCK = 32  # tokens, as the product's
 
 Number = int | float
+Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 MakePolicy = Callable[[Mapping[str, int]], Policy]  # true lengths of what has come, which only an oracle looks at
 
 ORACLE = "oracle"  # of true lengths, for upper bounds: "oracle" is Past-Future with one, "oracle@NAME" any policy
@@ -68,15 +70,17 @@ class Repeating:
             for reading, late in zip(attention.tolist(), fixed.tolist(), strict=True)
         ]
 
-    def _growth(self, step: Step, count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def _growth(self, step: Step, count: int) -> Floats:
         """Positions that all sequences together see more than in the first step; none more than its window."""
-        later = np.arange(count)
+        later: Floats = np.arange(count, dtype=np.float64)
         window = self.roofline.shape.window
         if not window:
-            return later * float(len(step.slices))
+            return later * len(step.slices)
         left = np.sort([window - part.start - 1 for part in step.slices])  # tokens until a sequence sees no more
         growing = len(left) - np.searchsorted(left, later, side="right")
-        return np.concatenate([np.zeros(1), np.cumsum(growing[:-1], dtype=float)])
+        grown: Floats = np.zeros(count)
+        grown[1:] = np.cumsum(growing[:-1])
+        return grown
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +151,11 @@ def policy_maker(text: str, cost: Cost, limit: Budget | None, promise: Promise |
         raise UsageError(f"policy {name!r} expects no lengths, so an oracle tells it nothing")
 
     def make(lengths: Mapping[str, int]) -> Policy:
-        told = {"lengths": Oracle(lengths)} if knows == ORACLE else {}
+        told: dict[str, Any] = {**more, **settings}
+        if knows == ORACLE:
+            told["lengths"] = Oracle(lengths)
         try:
-            return kind(**more, **told, **settings)
+            return kind(**told)
         except TypeError as error:
             raise UsageError(f"policy {text!r} cannot be made: {error}") from error
 

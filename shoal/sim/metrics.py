@@ -107,9 +107,10 @@ class Spread:
 def spread(values: Sequence[float] | Floats) -> Spread:
     """Mean, percentiles and the largest."""
     if not len(values):
-        return Spread(*([math.nan] * 5))
+        return Spread(math.nan, math.nan, math.nan, math.nan, math.nan)
     array = np.asarray(values, dtype=float)
-    return Spread(float(array.mean()), *(percentile(array, p) for p in (50, 90, 99)), float(array.max()))
+    p50, p90, p99 = (percentile(array, percent) for percent in (50, 90, 99))
+    return Spread(float(array.mean()), p50, p90, p99, float(array.max()))
 
 
 @dataclass(frozen=True, slots=True)

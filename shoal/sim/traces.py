@@ -11,7 +11,7 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
@@ -115,21 +115,33 @@ def clients(data: Mapping[str, Any], seconds: float, seed: int, begin: float = 0
     rows: list[Row] = []
     for name in sorted(data):
         luck = np.random.default_rng([seed, int.from_bytes(blake2b(name.encode(), digest_size=4).digest(), "big")])
-        windows = [line.split(",") for line in data[name]["trace_csv"].splitlines()]
-        times = [
-            at
-            for start, rate, _, law, *more in windows
-            if float(rate) > 0 and begin - WINDOW < float(start) < begin + seconds
-            for at in _gaps(float(start), float(rate), law, [float(each) for each in more], luck)
-        ]
-        times = [at for at in times if begin <= at < begin + seconds]
-        for period, some in groupby(times, key=lambda at: int(at // PERIOD) * PERIOD):
-            inside = list(some)
-            lengths = data[name]["dataset"].get(str(period)) or next(iter(data[name]["dataset"].values()))
-            given = lengths.get("input_tokens") or lengths["text_tokens"]
-            prompts, answers = _drawn(given, len(inside), luck), _drawn(lengths["output_tokens"], len(inside), luck)
-            rows += [Row(at - begin, p, a, (), name) for at, p, a in zip(inside, prompts, answers, strict=True)]
+        try:
+            rows += _client(name, data[name], begin, begin + seconds, luck)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise UsageError(
+                f"client {name!r} cannot be read ({type(error).__name__}: {error}): it needs a trace_csv of "
+                "time,rate,cv,law,parameters and a dataset of token counts"
+            ) from error
     return sorted(rows)
+
+
+def _client(name: str, client: Mapping[str, Any], begin: float, end: float, luck: np.random.Generator) -> list[Row]:
+    rows: list[Row] = []
+    windows = [line.split(",") for line in client["trace_csv"].splitlines()]
+    times = [
+        at
+        for start, rate, _, law, *more in windows
+        if float(rate) > 0 and begin - WINDOW < float(start) < end
+        for at in _gaps(float(start), float(rate), law, [float(each) for each in more], luck)
+    ]
+    times = [at for at in times if begin <= at < end]
+    for period, some in groupby(times, key=lambda at: int(at // PERIOD) * PERIOD):
+        inside = list(some)
+        lengths = client["dataset"].get(str(period)) or next(iter(client["dataset"].values()))
+        given = lengths.get("input_tokens") or lengths["text_tokens"]
+        prompts, answers = _drawn(given, len(inside), luck), _drawn(lengths["output_tokens"], len(inside), luck)
+        rows += [Row(at - begin, p, a, (), name) for at, p, a in zip(inside, prompts, answers, strict=True)]
+    return rows
 
 
 def _gaps(start: float, rate: float, law: str, parameters: list[float], luck: np.random.Generator) -> Iterator[float]:
@@ -166,27 +178,33 @@ def histories(entries: list[dict[str, Any]], limit: int, seed: int) -> list[Prog
     found = []
     for number, entry in enumerate(entries):
         luck = np.random.default_rng([seed, number])
-        messages = entry.get("traj") or entry["messages"]
-        if isinstance(messages, str):
-            messages = json.loads(messages)
-        turns = tuple(_turns(messages, limit, lambda law, luck=luck: float(luck.lognormal(np.log(law[0]), law[1]))))
+        try:
+            messages = entry.get("traj") or entry["messages"]
+            messages = json.loads(messages) if isinstance(messages, str) else messages
+            turns = tuple(_turns(messages, limit, luck))
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise UsageError(
+                f"history {number + 1} cannot be read ({type(error).__name__}: {error}): it needs a list of messages, "
+                "each with a role and a content"
+            ) from error
         if turns:
             found.append(Program(f"p{number}", 0.0, turns, group="agents"))
     return found
 
 
-def _turns(messages: list[dict[str, Any]], limit: int, draw: Callable[[tuple[float, float]], float]) -> Iterator[Turn]:
+def _turns(messages: list[dict[str, Any]], limit: int, luck: np.random.Generator) -> Iterator[Turn]:
     heard: list[str] = []
-    pause, before = 0.0, ""  # of what comes after the last message of the assistant
-    for message, later in zip(messages, [*messages[1:], None], strict=True):
+    pause = 0.0  # before the next message of the assistant
+    for message in messages:
         if message["role"] != "assistant":
             heard.append(_text(message))
             continue
         pieces = tuple((_name(text), tokens(text)) for text in heard)
         tool = _tool(message)
-        yield Turn(pieces, min(tokens(_text(message)), limit), limit, pause if before or heard else 0.0, tool)
-        heard, before = [], tool
-        pause = draw(law_of(tool)) if tool else draw(THINKS) if later is not None else 0.0
+        yield Turn(pieces, min(tokens(_text(message)), limit), limit, pause, tool)
+        heard = []
+        median, sigma = law_of(tool) if tool else THINKS
+        pause = float(luck.lognormal(np.log(median), sigma))
 
 
 def law_of(tool: str) -> tuple[float, float]:

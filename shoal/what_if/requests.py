@@ -62,7 +62,8 @@ def of_output(output: Path, count: int | None) -> Rows:
     plan = Plan(folder, summary, store.load_arrays(folder))
     lengths = _lengths(output)
     units = plan.units
-    lines, per_row = plan.lines, defaultdict(int)
+    lines = plan.lines
+    per_row: defaultdict[int, int] = defaultdict(int)
     for row, samples in zip(units["row"].tolist(), units["samples"].tolist(), strict=True):
         per_row[row] += samples
     answers = np.array(

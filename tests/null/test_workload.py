@@ -113,6 +113,17 @@ def test_a_history_is_a_program_of_turns_with_tools_between():
     assert as_text == [program]
 
 
+@pytest.mark.parametrize("entry", [{"messages": "{"}, {"messages": [{"content": "x"}]}, {"traj": 3}, {"messages": [1]}])
+def test_a_history_that_cannot_be_read_says_which(entry):
+    with pytest.raises(UsageError, match="history 2 cannot be read"):
+        histories([{"traj": history()}, entry], 100, 0)
+
+
+def test_a_client_that_cannot_be_read_says_which():
+    with pytest.raises(UsageError, match="client 'b'"):
+        clients({"b": {"trace_csv": "43200,1.0,1.0,Gamma", "dataset": {}}}, 600.0, 0, 43200.0)
+
+
 def test_a_program_that_comes_again_has_other_words_after_what_all_begin_with():
     found = programs([{"traj": history()}], Arrivals.parse("poisson:1"), 2, 0)
     one, two = (program.turns[0].pieces for program in found)

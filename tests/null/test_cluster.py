@@ -11,11 +11,19 @@ from hypothesis import strategies as st
 from pretend import alone, cluster, programs, staged, story
 
 from shoal.core.clock import SimClock
-from shoal.core.types import Finish, Request, Sampling
+from shoal.core.types import Finish, Promise, Request, Sampling
 from shoal.engine import Engine
 from shoal.sched.cost import LinearCost
 from shoal.sched.place import PLACEMENTS, Load, SameProgram
 from shoal.sched.policies.batch import BatchPolicy
+from shoal.sched.policies.decode_maximal import DecodeMaximal
+from shoal.sched.policies.just_in_time import JustInTime
+from shoal.sched.policies.mixed import Mixed
+from shoal.sched.policies.past_future import PastFuture
+from shoal.sched.policies.stall_free import StallFree
+from shoal.sched.policies.time_to_live import TimeToLive
+from shoal.sched.policies.watermarks import Aggressive, Conservative
+from shoal.sched.policies.whole_prompts import Hybrid, PrefillFirst, RequestLevel
 from shoal.sched.policy import Budget, Policy
 from shoal.sched.scheduler import Scheduler
 from shoal.sim.executor import END, SimExecutor
@@ -32,6 +40,13 @@ class Few(Policy):
         return float(len(seq.tokens))
 
 
+class Promised(StallFree):
+    """Stall-free, with steps that its promise cuts."""
+
+    def __init__(self):
+        super().__init__(Budget(512, 64), cost=LinearCost(), promise=Promise(gap=0.01))
+
+
 class Restless(Policy):
     """Its steps grow with every plan: what is planned depends on how often it was asked."""
 
@@ -44,9 +59,15 @@ class Restless(Policy):
         return Budget(8 + self.asked % 50, 64)
 
 
-@settings(max_examples=150, deadline=None)
+EVERY = [
+    Policy, BatchPolicy, Few, Promised, Restless, PastFuture, Aggressive, Conservative, PrefillFirst, Hybrid,
+    RequestLevel, TimeToLive, JustInTime, DecodeMaximal, Mixed,
+]  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
 @given(
-    seed=st.integers(0, 10**6), policy=st.sampled_from([Policy, BatchPolicy, Few, Restless]),
+    seed=st.integers(0, 10**6), policy=st.sampled_from(EVERY),
     blocks=st.integers(40, 200), rate=st.floats(0.5, 200.0), number=st.integers(1, 3),
     place=st.sampled_from(sorted(PLACEMENTS)), size=st.sampled_from([1, 16]),
 )  # fmt: skip

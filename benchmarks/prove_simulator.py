@@ -1,8 +1,8 @@
 """Proof: how fast real traces simulate, what a plan of a thousand costs, and Past-Future's table of lengths.
 
 The simulator is the engine: every step is planned and committed by the product's own scheduler. Needs the traces of
-../shared. Usage: python -m benchmarks.prove_simulator [PART ...] [--share S] [--policies a,b]; parts are azure,
-mooncake, plan and past-future.
+../shared. Usage: python -m benchmarks.prove_simulator [PART ...] [--share S] [--laws d1] [--policies a,b]; parts are
+azure, mooncake, plan and past-future.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ PROVES = ("shoal/core", "shoal/kv", "shoal/sched", "shoal/engine.py", "shoal/sim
 TRACES = SHARED / "data" / "traces"
 AZURE, MOONCAKE = "azure2023/AzureLLMInferenceTrace_conv.csv.gz", "mooncake/conversation_trace.jsonl.gz"
 SPEED = {"azure", "mooncake", "plan"}
-PAST_FUTURE = ("aggressive", "conservative", "past-future", "oracle")
+PAST_FUTURE = (
+    "aggressive", "conservative", "past-future:every=10", "past-future:every=10:condition=0",
+    "oracle@past-future:every=10:reserve=0",
+)  # fmt: skip
+LENGTHS = ("d1", "d2", "d3")
 
 
 def simulated(name: str, model: str, tensor: int, instances: int, count: int | None) -> dict[str, Any]:
@@ -89,12 +93,12 @@ def plan(running: int = 1000, steps: int = 200) -> dict[str, float]:
     }  # fmt: skip
 
 
-def past_future(policies: list[str], share: float) -> dict[str, dict[str, Any]]:
+def past_future(policies: list[str], laws: list[str], share: float) -> dict[str, dict[str, Any]]:
     """Steps, memory in use and evicted requests of Past-Future's three length laws (arXiv 2507.10150): 120,000 tokens
     of memory, 3,000 requests, so many clients that somebody always waits. Prompts take steps too here, and what is
     computed again costs its time."""
     found: dict[str, dict[str, Any]] = {}
-    for law in ("d1", "d2", "d3"):
+    for law in laws:
         for name in policies:
             machine = Machine(LinearCost(), 120_000 // 16, 16)
             cluster = cluster_of(machine, policy_maker(name, machine.cost, Budget(32768, 4096), None))
@@ -117,6 +121,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("parts", nargs="*", choices=["azure", "mooncake", "plan", "past-future", []])
     parser.add_argument("--share", type=float, default=1.0, help="of Past-Future's requests")
+    parser.add_argument("--laws", default=",".join(LENGTHS), help="of its three")
     parser.add_argument("--policies", default=",".join(PAST_FUTURE), help="for Past-Future's table")
     wanted = parser.parse_args()
     parts = wanted.parts or ["azure", "mooncake", "plan", "past-future"]
@@ -134,8 +139,13 @@ def main() -> int:
             result[name] = plan()
             shown = shown and result[name]["median_ms"] < 5
         else:
-            table = past_future(wanted.policies.split(","), wanted.share)
-            write_result("past_future_table", {"share": wanted.share, "table": table}, seed=0)
+            laws = wanted.laws.split(",")
+            table = past_future(wanted.policies.split(","), laws, wanted.share)
+            write_result(
+                "_".join(["past_future_table", *(laws if laws != list(LENGTHS) else [])]),
+                {"share": wanted.share, "table": table},
+                seed=0,
+            )
             continue
         print(f"{name}:", {key: round(x, 4) if isinstance(x, float) else x for key, x in result[name].items()})
     if SPEED <= result.keys():

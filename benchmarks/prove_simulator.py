@@ -141,11 +141,8 @@ def main() -> int:
         else:
             laws = wanted.laws.split(",")
             table = past_future(wanted.policies.split(","), laws, wanted.share)
-            write_result(
-                "_".join(["past_future_table", *(laws if laws != list(LENGTHS) else [])]),
-                {"share": wanted.share, "table": table},
-                seed=0,
-            )
+            name = "_".join(["past_future_table", *(laws if laws != list(LENGTHS) else ())])
+            write_result(name, {"share": wanted.share, "table": table}, seed=0)
             continue
         print(f"{name}:", {key: round(x, 4) if isinstance(x, float) else x for key, x in result[name].items()})
     if SPEED <= result.keys():

@@ -124,8 +124,16 @@ class Planning:
                 match = self.kv.match(seq, self.index)
                 if match is not None:
                     self.serve(seq, match)
+                if match is not None and match.source is not None and not self.slices and seq.ticket < 0:
+                    self._start_without_copy(seq, match)
             if self.slices:
                 return
+
+    def _start_without_copy(self, seq: Sequence, match: Match) -> None:
+        """The block that a copy is made from is held beside all that the sequence needs. Where memory has not one block
+        more than that, what it would have copied is computed again."""
+        if seq.number in self.scheduler.waiting:
+            self.serve(seq, Match(match.path, None, 0, len(match.path) * self.kv.block_size, False))
 
     def start(self, seq: Sequence) -> None:
         """Let a waiting sequence in, if its prefix is not just being computed and the policy agrees."""

@@ -27,7 +27,7 @@ from shoal.sched.policies.whole_prompts import Hybrid, PrefillFirst, RequestLeve
 from shoal.sched.policy import Budget, Policy
 from shoal.sched.scheduler import Scheduler
 from shoal.sim.executor import END, SimExecutor
-from shoal.sim.program import LEAST, spell
+from shoal.sim.program import LEAST, Program, Turn, spell
 
 
 class Few(Policy):
@@ -68,7 +68,7 @@ EVERY = [
 @settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 10**6), policy=st.sampled_from(EVERY),
-    blocks=st.integers(40, 200), rate=st.floats(0.5, 200.0), number=st.integers(1, 3),
+    blocks=st.integers(12, 200), rate=st.floats(0.5, 200.0), number=st.integers(1, 3),
     place=st.sampled_from(sorted(PLACEMENTS)), size=st.sampled_from([1, 16]),
 )  # fmt: skip
 def test_many_steps_at_once_are_the_same_as_one_by_one(seed, policy, blocks, rate, number, place, size):
@@ -150,8 +150,6 @@ def test_programs_tell_the_policy_of_their_tools_and_of_their_end():
     class Listening(Policy):
         def hear(self, program, tool, now):
             heard.append((program, tool))
-
-    from shoal.sim.program import Program, Turn
 
     turns = (Turn(((1, 5),), 3, 9, tool="search"), Turn(((2, 5),), 3, 9, 1.0, "shell"), Turn(((3, 5),), 3, 9))
     cluster([Listening()], 50).run([Program("p", 0.0, turns), alone(1, 0.0, 5, 3)])
@@ -243,3 +241,10 @@ def test_stages_beside_each_other_are_faster_than_one_after_the_other():
         return done.clock.now()
 
     assert run(4, 0.01) < 0.5 * run(1, 0.04)
+
+
+def test_a_prompt_that_fills_memory_starts_although_what_it_shares_ends_inside_a_block():
+    """The block that it would copy from is one block too many: it is computed again instead."""
+    done = cluster([Policy()], 12)
+    shared = [Program(f"p{k}", 10.0 * k, (Turn(((1, 135), (2 + k, 45)), 3, 3),)) for k in range(2)]
+    assert [record.finish for record in done.run(shared)] == [Finish.STOP] * 2

@@ -45,6 +45,15 @@ class Steady(Protocol):
         ...
 
 
+@runtime_checkable
+class Counting(Protocol):
+    """A policy that counts plans."""
+
+    def skipped(self, plans: int) -> None:
+        """So many were made without it."""
+        ...
+
+
 def stays(policy: Policy, view: View) -> int:
     """For how many plans a policy's answers lead to the same while all that runs decodes, and nothing comes or ends."""
     if isinstance(policy, Steady):
@@ -189,6 +198,8 @@ class Instance:
         self.held += (before + kv.in_use) / 2 * count  # as if blocks were taken evenly
         self.looked += count
         self.leapt += count
+        if isinstance(scheduler.policy, Counting):
+            scheduler.policy.skipped(count)
         ends = self._ends[count]
         self.engine.skip(step, executor.skip(step, ends, ends - self._ends[0]))
         for name in names:

@@ -39,6 +39,14 @@ class PastFuture(StallFree):
         self._plans += 1
         return super().budget(view)
 
+    def steady(self, view: View) -> int:
+        """Until candidates are asked about again."""
+        return self.every - 1 - self._plans % self.every if view.waiting else super().steady(view)
+
+    def skipped(self, plans: int) -> None:
+        """They count too."""
+        self._plans += plans
+
     def admit(self, seq: Sequence, reach: Reach, view: View) -> float:
         """When its turn to be asked about has come, and the peak leaves room."""
         if view.running and self._plans % self.every:

@@ -9,7 +9,7 @@ import math
 
 from shoal.core.sequence import Sequence
 from shoal.core.types import Finish
-from shoal.sched.admission import Admission, Watermark
+from shoal.sched.admission import Admission, Reserved, Watermark
 from shoal.sched.policy import Budget, Key, Policy, Reach, View
 
 DECODE, PREFILL, WAIT = 0.0, 1.0, 2.0
@@ -32,12 +32,13 @@ class Serving(Policy):
         super().__init__(limit)
         self.admission = admission or Watermark()
         self._items = 0  # prompts that have a part in this plan's step
+        self._refused = False  # somebody, for want of memory
         self._tokens = self.limit.tokens  # of this plan's step
 
     def budget(self, view: View) -> Budget:
         """`tokens` of the step, and as many sequences as ever."""
         self.admission.look(view)
-        self._items = 0
+        self._items, self._refused = 0, False
         self._tokens = self.tokens(view)
         return Budget(self._tokens, self.limit.sequences)
 
@@ -51,9 +52,10 @@ class Serving(Policy):
 
     def admit(self, seq: Sequence, reach: Reach, view: View) -> float:
         """Now, if its prompt may have a part in this step and there will be room for it."""
-        if self._items >= self.items or not self.admission.fits(seq, reach, view):
+        if self._items >= self.items:
             return math.inf
-        return -math.inf
+        self._refused = not self.admission.fits(seq, reach, view)
+        return math.inf if self._refused else -math.inf
 
     def chunk(self, seq: Sequence, room: int, view: View) -> int:
         """As much as the step has room for; nothing of a prompt too many."""
@@ -67,8 +69,13 @@ class Serving(Policy):
 
     def steady(self, view: View) -> int:
         """For how many plans its answers lead to the same while all that runs decodes, and nothing comes or ends: a
-        simulation need not ask meanwhile. Whoever waits may be let in by any of them."""
-        return 0 if view.waiting or len(view.running) > self.limit.sequences else ALWAYS
+        simulation need not ask meanwhile. Whoever waits may be let in by any of them; but where chance has no say and
+        nobody has a place of another, what all hold only grows, and who was refused stays refused."""
+        if len(view.running) > self.limit.sequences:
+            return 0
+        first = type(self).admit is Serving.admit and type(self).victim is Policy.victim
+        certain = first and self._refused and isinstance(self.admission, Watermark | Reserved)
+        return ALWAYS if not view.waiting or certain else 0
 
     def retire(self, seq: Sequence, finish: Finish, view: View) -> None:
         """Learn from answers that have come to their own end."""

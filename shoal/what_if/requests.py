@@ -17,12 +17,12 @@ import numpy as np
 from shoal.core.errors import StateError
 from shoal.core.types import TOKEN
 from shoal.jobs import plan_store as store
-from shoal.jobs.feed import WINDOW
 from shoal.jobs.look import View
 from shoal.jobs.options import JobOptions
 from shoal.jobs.plan import Plan
 from shoal.jobs.plan_sort import Ints
 from shoal.jobs.state import folder_of
+from shoal.jobs.supply import WINDOW
 from shoal.jobs.tally import look_report
 from shoal.preview.look import look
 from shoal.sim.program import Given, Program, Turn

@@ -27,6 +27,7 @@ class Followed(Protocol):
     problem: str  # why it cannot go on, or ''
     bits: Bits | None  # int32 [W]: the tokens that may come next; None when none is expected, or it is open
     open: bool  # what may come next has not been made out: it can be asked about one token
+    quick: bool  # it will need no mask to go on: that is not worth a thread
     forced: list[int]  # tokens that have to come before those, and have been followed; whoever uses them empties it
 
 
@@ -34,15 +35,16 @@ class Follower(Protocol):
     """Whoever makes masks of constraints."""
 
     def begin(
-        self, constraint: Constraint, stop: frozenset[int], limit: int, produced: Sequence[int], jumps: bool, tries: bool
-    ) -> Followed:
-        """A row that has produced those tokens. One that jumps goes on by itself where only one token may come; one that
-        tries is open where it can be."""
+        self, constraint: Constraint, stop: frozenset[int], limit: int, produced: Sequence[int], jumps: bool,
+        tries: bool,
+    ) -> Followed:  # fmt: skip
+        """A row that has produced those tokens. One that jumps goes on by itself where only one token may come; one
+        that tries is open where it can be."""
         ...
 
     def accept(self, rows: Sequence[tuple[Any, int]]) -> list[bool]:
-        """Whether each row, which is open, may take that token. One that may has taken it, and needs no advance if it is
-        open again; one that may not has bits."""
+        """Whether each row, which is open, may take that token. One that may has produced it; one that may not has
+        bits."""
         ...
 
     def advance(self, rows: Sequence[tuple[Any, int]]) -> None:
@@ -57,6 +59,7 @@ class _Unfollowed:
     problem: str
     bits: Bits | None = None
     open: bool = False
+    quick: bool = True
     forced: list[int] = field(default_factory=list)
 
 
@@ -93,17 +96,21 @@ class Masks:
         return [self._rows[ticket] for ticket in tickets]
 
     def refused(self, tokens: dict[int, int]) -> dict[int, Followed]:
-        """These tickets, whose rows have been taken and are open, would take those tokens. Gives the rows that may not."""
+        """These tickets, whose rows have been taken and are open, produce those tokens. Gives the rows that may not."""
         assert self._follower is not None
         rows = [(self._rows[ticket], token) for ticket, token in tokens.items()]
         may = self._follower.accept(rows)
         return {ticket: row for ticket, (row, _), yes in zip(tokens, rows, may, strict=True) if not yes}
 
     def give(self, tokens: dict[int, int]) -> None:
-        """These tickets, whose rows have been taken, have produced a token each. Open rows know."""
-        rows = [(row, token) for ticket, token in tokens.items() if not (row := self._rows[ticket]).open]
-        if rows:
-            self._advance = self._following.submit(self._go_on, rows, self._advance)
+        """These tickets, whose rows have been taken and are not open, have produced a token each."""
+        assert self._follower is not None
+        rows = [(self._rows[ticket], token) for ticket, token in tokens.items()]
+        quick, slow = [each for each in rows if each[0].quick], [each for each in rows if not each[0].quick]
+        if quick:
+            self._follower.advance(quick)
+        if slow:
+            self._advance = self._following.submit(self._go_on, slow, self._advance)
 
     def close(self) -> None:
         """End the threads. No ticket may follow."""

@@ -119,8 +119,7 @@ class Sampler:
         changes = [(logits_RV[i], *_edit(logits_RV[i], rows[i])) for i in special if rows[i].edits]
         try:
             tokens, values = self._choose(logits_RV, rows, special)
-            if free:
-                self._settle(logits_RV, tickets, rows, free, tokens, values)
+            followed = self._settle(logits_RV, tickets, rows, free, tokens, values) if free else set()
         finally:
             for row_V, where, before in changes:
                 row_V[where] = before
@@ -138,7 +137,7 @@ class Sampler:
             if run and len(run) > 1:
                 result.forced[ticket] = run[1:]
         if constrained and self._masks is not None:
-            named = [tickets[i] for i in constrained if tickets[i] not in runs]
+            named = [tickets[i] for i in constrained if tickets[i] not in runs and tickets[i] not in followed]
             self._masks.give({ticket: result.tokens[ticket] for ticket in named if ticket in result.tokens})
         if special:
             self._score(logits_RV, tickets, rows, result)
@@ -147,8 +146,8 @@ class Sampler:
     def _forbid(
         self, logits_RV: torch.Tensor, tickets: Sequence[int], rows: list[_Row], constrained: list[int]
     ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], dict[int, list[int]], list[int]]:
-        """Forbid in place what the rows' constraints do. Gives rows that are to be as before and how they were, by ticket
-        the tokens of those that have no choice, and those whose best token is first asked about."""
+        """Forbid in place what the rows' constraints do. Gives rows that are to be as before and how they were, by
+        ticket the tokens of those that have no choice, and the rows whose best token is asked about first."""
         if self._masks is None:
             for i in constrained:
                 rows[i].problem = "this engine keeps no constraints"
@@ -178,8 +177,9 @@ class Sampler:
     def _settle(
         self, logits_RV: torch.Tensor, tickets: Sequence[int], rows: list[_Row], free: list[int], tokens: list[int],
         values: list[float],
-    ) -> None:  # fmt: skip
+    ) -> set[int]:  # fmt: skip
         """Keep to the constraints of rows whose best token was found without: where it may not come, the best that may.
+        Gives the tickets whose rows have produced theirs.
 
         Of equals the first is the best, with a mask and without, so a best token that may come is the one a mask would
         have left. A logit that is no finite number may belong to a token that may not come: it is for the mask to say.
@@ -189,14 +189,21 @@ class Sampler:
         best = {ticket: tokens[i] if isfinite(values[i]) else -1 for ticket, i in place.items()}
         again: list[int] = []
         bits: list[Bits] = []
-        for ticket, followed in self._masks.refused(best).items():
+        refused = self._masks.refused(best)
+        for ticket, followed in refused.items():
             if followed.bits is None:
                 rows[place[ticket]].problem = CONSTRAINT + followed.problem
             else:
                 again.append(place[ticket])
                 bits.append(followed.bits)
-        if not again:
-            return
+        if again:
+            self._best_of(logits_RV, again, bits, tokens, values)
+        return place.keys() - refused.keys()
+
+    def _best_of(
+        self, logits_RV: torch.Tensor, again: list[int], bits: list[Bits], tokens: list[int], values: list[float]
+    ) -> None:
+        """The best tokens of these rows that their masks leave, and their logits."""
         logits_KV = logits_RV[_ids(again, logits_RV.device)]
         bits_KW = torch.from_numpy(np.concatenate(bits).reshape(len(bits), -1)).to(logits_RV.device)
         self._kernels.forbid(logits_KV, torch.arange(len(again), device=logits_RV.device), bits_KW)

@@ -31,12 +31,14 @@ KEPT_TEXT = 1 << 20  # characters of those together: what is compiled grows with
 ASKED = 4096  # texts whose tokens are remembered
 
 Bits = npt.NDArray[np.int32]
+_Room = tuple[Bits, int]  # memory for a mask, and where it begins
 
 
 JSON_KINDS = frozenset(("json", "calls"))  # constraints on texts that are mostly JSON
 MARGIN = 16  # tokens kept for what may still be opened between two looks at how far the end is
 WAY = 4096  # tokens to an end that is looked for: further ones are not found
-PATIENCE = 15  # masks made at most before a row whose tokens were refused is tried again
+PATIENCE = 15  # a row whose tokens are refused again and again has fewer masks than that between two trials
+LARGE = 1 << 15  # tokens of a vocabulary whose masks are worth a thread: those of a smaller one cost less than that
 
 
 @dataclass(slots=True)
@@ -63,7 +65,12 @@ class Matching:
     escaped: bool = False  # behind a backslash
     ending: list[int] | None = None  # the tokens it has to take to its end, the next one last
     refused: int = 0  # grows with every token that was tried in vain since one was not
-    masked: int = 0  # masks it makes before a token is tried again
+    masked: int = 0  # masks it makes before a token is tried again, so that they are made beside the model
+
+    @property
+    def quick(self) -> bool:
+        """Whether it will need no mask to know what may come next."""
+        return self.tries and not self.masked
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +102,7 @@ class Grammars:
         self._of_begin, self._of_advance = Closer(vocabulary), Closer(vocabulary)
         self._end = vocabulary.bits(vocabulary.ends)
         silent = vocabulary.special.union(vocabulary.ends)
+        self._patience = PATIENCE if vocab_size >= LARGE else 1
         self._spelled = [bool(word) and i not in silent for i, word in enumerate(vocabulary.tokens)]
 
     def begin(
@@ -117,8 +125,7 @@ class Grammars:
         self._look(row, row.way)
         for token in produced:
             self._take(row, token, self._of_begin)
-        room_W = np.empty_like(self._end)
-        self._go_on(row, room_W, room_W.ctypes.data, self._of_begin)
+        self._go_on(row, None, self._of_begin)
         return row
 
     def advance(self, rows: Sequence[tuple[Matching, int]]) -> None:
@@ -129,38 +136,37 @@ class Grammars:
         room_KW = np.empty((len(rows), len(self._end)), dtype=np.int32)
         address, size = room_KW.ctypes.data, self._end.nbytes
         for k, (row, token) in enumerate(rows):
-            if (row.bits is None and not row.taken) or row.problem:
+            if row.bits is None or row.problem:
                 continue
             self._take(row, token, self._of_advance)
-            self._go_on(row, room_KW[k], address + k * size, self._of_advance)
+            self._go_on(row, (room_KW[k], address + k * size), self._of_advance)
 
     def accept(self, rows: Sequence[tuple[Matching, int]]) -> list[bool]:
-        """Whether each row, which is open, may take that token, as its mask would say.
+        """Whether each row, which is open, may take that token, as its mask would say. One that may has produced it;
+        one that may not has bits.
 
-        One that may has taken it, and is open again where that is all there is to do: else it is to be advanced. One that
-        may not has bits now. Tokens that stand for no text are left to masks: the end is not the
-        matcher's alone.
+        Tokens that stand for no text are left to masks: the end is not the matcher's alone.
         """
-        spelled, found = self._spelled, list[bool]()
+        found = []
         for row, token in rows:
-            matcher, tokens = row.matcher, row.tokens
+            matcher = row.matcher
             assert matcher is not None
-            if token >= 0 and spelled[token] and token not in row.stop and matcher.try_consume_tokens([token]):
+            if token >= 0 and self._spelled[token] and token not in row.stop and matcher.try_consume_tokens([token]):
                 found.append(True)
                 row.refused = 0
-                length = len(tokens) + 1
+                length = len(row.tokens) + 1
                 if length < row.look_at and length < row.limit and not matcher.is_stopped():
                     if not matcher.compute_ff_tokens():
-                        tokens.append(token)
+                        row.tokens.append(token)  # it is open again: so for nine of ten tokens
                         continue
-                row.open, row.taken = False, True
-                continue
-            found.append(False)
-            # Trying in vain keeps all rows waiting for a mask that could have been made beside the forward.
-            row.open, row.masked = False, min(2 * row.refused + 1, PATIENCE)
-            row.refused = row.masked
-            room_W = np.empty_like(self._end)
-            self._mask(row, room_W, room_W.ctypes.data)
+                row.taken = True
+                self._take(row, token, self._of_advance)
+                self._go_on(row, None, self._of_advance)
+            else:
+                found.append(False)
+                row.open, row.refused = False, min(2 * row.refused + 1, self._patience)
+                row.masked = row.refused - 1
+                self._mask(row, None)
         return found
 
     def _compile(self, constraint: Constraint) -> _Compiled:
@@ -203,10 +209,10 @@ class Grammars:
         row.inside, row.escaped, quotes = follow(text, row.inside, row.escaped)
         return row.json and row.way is not None and not quotes and (before or text.isspace())
 
-    def _go_on(self, row: Matching, room_W: Bits, address: int, closer: Closer) -> None:
+    def _go_on(self, row: Matching, room: _Room | None, closer: Closer) -> None:
         """Find out what may come next; a row that jumps first takes the tokens it has no choice about."""
         row.taken = False
-        while (token := self._fill(row, room_W, address)) >= 0 and row.jumps:
+        while (token := self._fill(row, room)) >= 0 and row.jumps:
             row.forced.append(token)
             self._take(row, token, closer)
 
@@ -224,9 +230,11 @@ class Grammars:
             row.ending = way[::-1]
         row.look_at = len(row.tokens) + spare // 5
 
-    def _fill(self, row: Matching, room_W: Bits, address: int) -> int:
-        """Open the row or make the bits of its next token, in that memory, which begins at that address, where they are
-        its own. Gives the token that alone may come, if it is known to: -1 if not. A row that jumps has no bits for it."""
+    def _fill(self, row: Matching, room: _Room | None) -> int:
+        """Open the row or make the bits of its next token, in that memory where they are its own.
+
+        Gives the token that alone may come, if that is known, and -1 else. A row that jumps has no bits for such a one.
+        """
         row.bits, row.open = None, False
         if len(row.tokens) >= row.limit or (row.tokens and row.tokens[-1] in row.stop):
             return -1
@@ -243,12 +251,17 @@ class Grammars:
                     row.open = True
                     return -1
             row.masked = max(0, row.masked - 1)
-            self._mask(row, room_W, address)
+            self._mask(row, room)
         return _only(row.bits) if row.jumps and row.bits is not None else -1
 
-    def _mask(self, row: Matching, room_W: Bits, address: int) -> None:
+    def _mask(self, row: Matching, room: _Room | None) -> None:
         """What the matcher lets come next, as bits in that memory."""
         assert row.matcher is not None
+        if room is None:
+            room_W = np.empty_like(self._end)
+            address = room_W.ctypes.data
+        else:
+            room_W, address = room
         row.matcher.unsafe_compute_mask_ptr(address, self._end.nbytes)
         if row.matcher.is_error():
             row.problem = f"the answer cannot be kept to its constraint: {_first_line(row.matcher.get_error())}"

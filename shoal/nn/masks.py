@@ -27,8 +27,12 @@ class Followed(Protocol):
     problem: str  # why it cannot go on, or ''
     bits: Bits | None  # int32 [W]: the tokens that may come next; None when none is expected, or it is open
     open: bool  # what may come next has not been made out: it can be asked about one token
-    quick: bool  # it will need no mask to go on: that is not worth a thread
     forced: list[int]  # tokens that have to come before those, and have been followed; whoever uses them empties it
+
+    @property
+    def quick(self) -> bool:
+        """Whether it will need no mask to go on: that is not worth a thread."""
+        ...
 
 
 class Follower(Protocol):
@@ -104,6 +108,8 @@ class Masks:
 
     def give(self, tokens: dict[int, int]) -> None:
         """These tickets, whose rows have been taken and are not open, have produced a token each."""
+        if not tokens:
+            return  # perhaps there is nobody to follow rows
         assert self._follower is not None
         rows = [(self._rows[ticket], token) for ticket, token in tokens.items()]
         quick, slow = [each for each in rows if each[0].quick], [each for each in rows if not each[0].quick]

@@ -25,17 +25,30 @@ class Followed(Protocol):
     """A row under its constraint, as far as it has come."""
 
     problem: str  # why it cannot go on, or ''
-    bits: Bits | None  # int32 [W]: the tokens that may come next; None when none is expected
+    bits: Bits | None  # int32 [W]: the tokens that may come next; None when none is expected, or it is open
+    open: bool  # what may come next has not been made out: it can be asked about one token
     forced: list[int]  # tokens that have to come before those, and have been followed; whoever uses them empties it
+
+    @property
+    def quick(self) -> bool:
+        """Whether it will need no mask to go on: that is not worth a thread."""
+        ...
 
 
 class Follower(Protocol):
     """Whoever makes masks of constraints."""
 
     def begin(
-        self, constraint: Constraint, stop: frozenset[int], limit: int, produced: Sequence[int], jumps: bool
-    ) -> Followed:
-        """A row that has produced those tokens. One that jumps goes on by itself where only one token may come."""
+        self, constraint: Constraint, stop: frozenset[int], limit: int, produced: Sequence[int], jumps: bool,
+        tries: bool,
+    ) -> Followed:  # fmt: skip
+        """A row that has produced those tokens. One that jumps goes on by itself where only one token may come; one
+        that tries is open where it can be."""
+        ...
+
+    def accept(self, rows: Sequence[tuple[Any, int]]) -> list[bool]:
+        """Whether each row, which is open, may take that token. One that may has produced it; one that may not has
+        bits."""
         ...
 
     def advance(self, rows: Sequence[tuple[Any, int]]) -> None:
@@ -49,6 +62,8 @@ class _Unfollowed:
 
     problem: str
     bits: Bits | None = None
+    open: bool = False
+    quick: bool = True
     forced: list[int] = field(default_factory=list)
 
 
@@ -84,11 +99,24 @@ class Masks:
                 self._rows[ticket] = self._begun[ticket].result()
         return [self._rows[ticket] for ticket in tickets]
 
-    def give(self, tokens: dict[int, int]) -> None:
-        """These tickets, whose rows have been taken, have produced a token each."""
+    def refused(self, tokens: dict[int, int]) -> dict[int, Followed]:
+        """These tickets, whose rows have been taken and are open, produce those tokens. Gives the rows that may not."""
+        assert self._follower is not None
         rows = [(self._rows[ticket], token) for ticket, token in tokens.items()]
-        before = self._advance
-        self._advance = self._following.submit(self._go_on, rows, before)
+        may = self._follower.accept(rows)
+        return {ticket: row for ticket, (row, _), yes in zip(tokens, rows, may, strict=True) if not yes}
+
+    def give(self, tokens: dict[int, int]) -> None:
+        """These tickets, whose rows have been taken and are not open, have produced a token each."""
+        if not tokens:
+            return  # perhaps there is nobody to follow rows
+        assert self._follower is not None
+        rows = [(self._rows[ticket], token) for ticket, token in tokens.items()]
+        quick, slow = [each for each in rows if each[0].quick], [each for each in rows if not each[0].quick]
+        if quick:
+            self._follower.advance(quick)
+        if slow:
+            self._advance = self._following.submit(self._go_on, slow, self._advance)
 
     def close(self) -> None:
         """End the threads. No ticket may follow."""
@@ -105,7 +133,8 @@ class Masks:
                 return _Unfollowed(f"constraints cannot be kept: {error}")
         sampling = start.request.sampling
         jumps = _has_no_say(sampling)
-        return self._follower.begin(constraint, sampling.stop, sampling.max_tokens, start.produced, jumps)
+        tries = jumps and sampling.greedy  # the best of all tokens is the best of those that may come, if it may
+        return self._follower.begin(constraint, sampling.stop, sampling.max_tokens, start.produced, jumps, tries)
 
     def _go_on(self, rows: Sequence[tuple[Followed, int]], before: Future[None] | None) -> None:
         if before is not None:

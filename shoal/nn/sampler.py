@@ -115,10 +115,11 @@ class Sampler:
         rows = [self._rows[ticket] for ticket in tickets]
         special = [i for i, row in enumerate(rows) if not row.plain]
         constrained = [i for i, row in enumerate(rows) if row.constrained]
-        unmasked, runs = self._forbid(logits_RV, tickets, rows, constrained) if constrained else ([], {})
+        unmasked, runs, free = self._forbid(logits_RV, tickets, rows, constrained) if constrained else ([], {}, [])
         changes = [(logits_RV[i], *_edit(logits_RV[i], rows[i])) for i in special if rows[i].edits]
         try:
             tokens, values = self._choose(logits_RV, rows, special)
+            followed = self._settle(logits_RV, tickets, rows, free, tokens, values) if free else set()
         finally:
             for row_V, where, before in changes:
                 row_V[where] = before
@@ -136,7 +137,7 @@ class Sampler:
             if run and len(run) > 1:
                 result.forced[ticket] = run[1:]
         if constrained and self._masks is not None:
-            named = [tickets[i] for i in constrained if tickets[i] not in runs]
+            named = [tickets[i] for i in constrained if tickets[i] not in runs and tickets[i] not in followed]
             self._masks.give({ticket: result.tokens[ticket] for ticket in named if ticket in result.tokens})
         if special:
             self._score(logits_RV, tickets, rows, result)
@@ -144,31 +145,71 @@ class Sampler:
 
     def _forbid(
         self, logits_RV: torch.Tensor, tickets: Sequence[int], rows: list[_Row], constrained: list[int]
-    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], dict[int, list[int]]]:
-        """Forbid in place what the rows' constraints do. Gives rows that are to be as before and how they were, and by
-        ticket the tokens of those that have no choice."""
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], dict[int, list[int]], list[int]]:
+        """Forbid in place what the rows' constraints do. Gives rows that are to be as before and how they were, by
+        ticket the tokens of those that have no choice, and the rows whose best token is asked about first."""
         if self._masks is None:
             for i in constrained:
                 rows[i].problem = "this engine keeps no constraints"
-            return [], {}
+            return [], {}, []
         masked: list[int] = []
         runs: dict[int, list[int]] = {}
+        free: list[int] = []
         bits: list[Bits] = []
         for i, followed in zip(constrained, self._masks.take([tickets[i] for i in constrained]), strict=True):
             if followed.problem:
                 rows[i].problem = CONSTRAINT + followed.problem
             elif followed.forced:
                 runs[tickets[i]], followed.forced = followed.forced, []
+            elif followed.open:
+                free.append(i)
             elif followed.bits is not None:
                 masked.append(i)
                 early = len(rows[i].outputs) < rows[i].sampling.min_tokens
                 bits.append(_not_yet(followed.bits, rows[i].sampling.stop) if early else followed.bits)
         if not masked:
-            return [], runs
+            return [], runs, free
         unmasked = [(logits_RV[i], logits_RV[i].clone()) for i in masked if rows[i].sampling.logprobs >= 0]
         bits_KW = torch.from_numpy(np.concatenate(bits).reshape(len(bits), -1)).to(logits_RV.device)
         self._kernels.forbid(logits_RV, torch.tensor(masked, device=logits_RV.device), bits_KW)
-        return unmasked, runs
+        return unmasked, runs, free
+
+    def _settle(
+        self, logits_RV: torch.Tensor, tickets: Sequence[int], rows: list[_Row], free: list[int], tokens: list[int],
+        values: list[float],
+    ) -> set[int]:  # fmt: skip
+        """Keep to the constraints of rows whose best token was found without: where it may not come, the best that may.
+        Gives the tickets whose rows have produced theirs.
+
+        Of equals the first is the best, with a mask and without, so a best token that may come is the one a mask would
+        have left. A logit that is no finite number may belong to a token that may not come: it is for the mask to say.
+        """
+        assert self._masks is not None
+        place = {tickets[i]: i for i in free}
+        best = {ticket: tokens[i] if isfinite(values[i]) else -1 for ticket, i in place.items()}
+        again: list[int] = []
+        bits: list[Bits] = []
+        refused = self._masks.refused(best)
+        for ticket, followed in refused.items():
+            if followed.bits is None:
+                rows[place[ticket]].problem = CONSTRAINT + followed.problem
+            else:
+                again.append(place[ticket])
+                bits.append(followed.bits)
+        if again:
+            self._best_of(logits_RV, again, bits, tokens, values)
+        return place.keys() - refused.keys()
+
+    def _best_of(
+        self, logits_RV: torch.Tensor, again: list[int], bits: list[Bits], tokens: list[int], values: list[float]
+    ) -> None:
+        """The best tokens of these rows that their masks leave, and their logits."""
+        logits_KV = logits_RV[_ids(again, logits_RV.device)]
+        bits_KW = torch.from_numpy(np.concatenate(bits).reshape(len(bits), -1)).to(logits_RV.device)
+        self._kernels.forbid(logits_KV, torch.arange(len(again), device=logits_RV.device), bits_KW)
+        best_K, value_K = self._kernels.largest(logits_KV)
+        for i, token, value in zip(again, best_K.tolist(), value_K.tolist(), strict=True):
+            tokens[i], values[i] = token, value
 
     def _choose(self, logits_RV: torch.Tensor, rows: list[_Row], special: list[int]) -> tuple[list[int], list[float]]:
         """A token for each row, drawn where it asks for that and else the best; and the largest logit of each."""

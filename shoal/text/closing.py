@@ -106,11 +106,9 @@ class Closer:
         """As much of a way found earlier as leads to an end from here: all of it in the same string, its last part
         when what it began with has been written since. None when nothing does. It costs a tenth of finding a way."""
         for first in range(len(way) + 1):
-            ahead, rest = matcher.deep_copy(), way[first:]
-            if ahead.try_consume_tokens(rest) == len(rest):
-                ahead.unsafe_compute_mask_ptr(self._address, self._mask.nbytes)
-                if not ahead.is_error() and self._may_end():
-                    return rest
+            ahead = [*way[first:], self._vocabulary.ends[0]]
+            if matcher.validate_tokens(ahead) == len(ahead):
+                return way[first:]
         return None
 
     def _allowed(self, token: int) -> bool:

@@ -31,11 +31,14 @@ KEPT_TEXT = 1 << 20  # characters of those together: what is compiled grows with
 ASKED = 4096  # texts whose tokens are remembered
 
 Bits = npt.NDArray[np.int32]
+_Room = tuple[Bits, int]  # memory for a mask, and where it begins
 
 
 JSON_KINDS = frozenset(("json", "calls"))  # constraints on texts that are mostly JSON
 MARGIN = 16  # tokens kept for what may still be opened between two looks at how far the end is
 WAY = 4096  # tokens to an end that is looked for: further ones are not found
+PATIENCE = 15  # a row whose tokens are refused again and again has fewer masks than that between two trials
+LARGE = 1 << 15  # tokens of a vocabulary whose masks are worth a thread: those of a smaller one cost less than that
 
 
 @dataclass(slots=True)
@@ -47,9 +50,12 @@ class Matching:
     json: bool
     endless: bool  # it ignores the end
     jumps: bool = False  # it takes tokens that alone may come by itself
+    tries: bool = False  # it is asked whether a token may come, before it makes a mask
     matcher: LLMatcher | None = None
     problem: str = ""  # why it cannot go on
-    bits: Bits | None = None  # int32 [W], tokens that may come next by bit; None when nothing will
+    bits: Bits | None = None  # int32 [W], tokens that may come next by bit; None when nothing will, or it is open
+    open: bool = False  # a token may come next, and which ones has not been made out
+    taken: bool = False  # the matcher has taken the next token already
     forced: list[int] = field(default_factory=list)  # tokens it has taken by itself, for the caller to use and forget
     tokens: list[int] = field(default_factory=list)
     look_at: int = 0  # when it has so many tokens, see how far the end is
@@ -58,6 +64,13 @@ class Matching:
     inside: bool = False  # in a string of JSON then, and
     escaped: bool = False  # behind a backslash
     ending: list[int] | None = None  # the tokens it has to take to its end, the next one last
+    refused: int = 0  # grows with every token that was tried in vain since one was not
+    masked: int = 0  # masks it makes before a token is tried again, so that they are made beside the model
+
+    @property
+    def quick(self) -> bool:
+        """Whether it will need no mask to know what may come next."""
+        return self.tries and not self.masked
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +101,21 @@ class Grammars:
         self._compiled: OrderedDict[Constraint, _Compiled] = OrderedDict()
         self._of_begin, self._of_advance = Closer(vocabulary), Closer(vocabulary)
         self._end = vocabulary.bits(vocabulary.ends)
+        silent = vocabulary.special.union(vocabulary.ends)
+        self._patience = PATIENCE if vocab_size >= LARGE else 1
+        self._spelled = [bool(word) and i not in silent for i, word in enumerate(vocabulary.tokens)]
 
     def begin(
-        self, constraint: Constraint, stop: frozenset[int], limit: int, produced: Sequence[int], jumps: bool = False
-    ) -> Matching:
+        self, constraint: Constraint, stop: frozenset[int], limit: int, produced: Sequence[int], jumps: bool = False,
+        tries: bool = False,
+    ) -> Matching:  # fmt: skip
         """A row that has produced those tokens. One that cannot be followed has a problem, and never a mask.
 
         One that jumps goes on by itself as long as a mask has one token: what it takes is what it would have been
-        given, a token at a time.
+        given, a token at a time. One that tries is open where it can be: it has a mask after `accept` said no.
         """
         endless = stop.isdisjoint(self.vocabulary.ends)
-        row = Matching(limit, stop, constraint.kind in JSON_KINDS, endless, jumps)
+        row = Matching(limit, stop, constraint.kind in JSON_KINDS, endless, jumps, tries)
         try:
             compiled = self._compile(constraint)
         except RowError as error:
@@ -108,8 +125,7 @@ class Grammars:
         self._look(row, row.way)
         for token in produced:
             self._take(row, token, self._of_begin)
-        room_W = np.empty_like(self._end)
-        self._go_on(row, room_W, room_W.ctypes.data, self._of_begin)
+        self._go_on(row, None, self._of_begin)
         return row
 
     def advance(self, rows: Sequence[tuple[Matching, int]]) -> None:
@@ -123,7 +139,35 @@ class Grammars:
             if row.bits is None or row.problem:
                 continue
             self._take(row, token, self._of_advance)
-            self._go_on(row, room_KW[k], address + k * size, self._of_advance)
+            self._go_on(row, (room_KW[k], address + k * size), self._of_advance)
+
+    def accept(self, rows: Sequence[tuple[Matching, int]]) -> list[bool]:
+        """Whether each row, which is open, may take that token, as its mask would say. One that may has produced it;
+        one that may not has bits.
+
+        Tokens that stand for no text are left to masks: the end is not the matcher's alone.
+        """
+        found = []
+        for row, token in rows:
+            matcher = row.matcher
+            assert matcher is not None
+            if token >= 0 and self._spelled[token] and token not in row.stop and matcher.try_consume_tokens([token]):
+                found.append(True)
+                row.refused = 0
+                length = len(row.tokens) + 1
+                if length < row.look_at and length < row.limit and not matcher.is_stopped():
+                    if not matcher.compute_ff_tokens():
+                        row.tokens.append(token)  # it is open again: so for nine of ten tokens
+                        continue
+                row.taken = True
+                self._take(row, token, self._of_advance)
+                self._go_on(row, None, self._of_advance)
+            else:
+                found.append(False)
+                row.open, row.refused = False, min(2 * row.refused + 1, self._patience)
+                row.masked = row.refused - 1
+                self._mask(row, None)
+        return found
 
     def _compile(self, constraint: Constraint) -> _Compiled:
         from llguidance import LLMatcher
@@ -148,7 +192,8 @@ class Grammars:
             row.ending = row.ending[:-1]
         elif token not in row.stop:
             assert row.matcher is not None
-            row.matcher.consume_token(token)
+            if not row.taken:
+                row.matcher.consume_token(token)
             if len(row.tokens) >= row.look_at:
                 if not self._stays(row) or _spare(row, row.way or []) < _hurry(row):
                     most = min(WAY, row.limit - len(row.tokens))
@@ -164,13 +209,12 @@ class Grammars:
         row.inside, row.escaped, quotes = follow(text, row.inside, row.escaped)
         return row.json and row.way is not None and not quotes and (before or text.isspace())
 
-    def _go_on(self, row: Matching, room_W: Bits, address: int, closer: Closer) -> None:
-        """Fill the bits of the row's next token; a row that jumps first takes those it has no choice about."""
-        self._fill(row, room_W, address)
-        while row.jumps and row.bits is not None and (token := _only(row.bits)) >= 0:
+    def _go_on(self, row: Matching, room: _Room | None, closer: Closer) -> None:
+        """Find out what may come next; a row that jumps first takes the tokens it has no choice about."""
+        row.taken = False
+        while (token := self._fill(row, room)) >= 0 and row.jumps:
             row.forced.append(token)
             self._take(row, token, closer)
-            self._fill(row, room_W, address)
 
     def _look(self, row: Matching, way: list[int] | None) -> None:
         """Lead the row to its end when there is just room for it; else say when to look again.
@@ -186,20 +230,44 @@ class Grammars:
             row.ending = way[::-1]
         row.look_at = len(row.tokens) + spare // 5
 
-    def _fill(self, row: Matching, room_W: Bits, address: int) -> None:
-        """The bits of the row's next token, in that memory, which begins at that address, where they are its own."""
+    def _fill(self, row: Matching, room: _Room | None) -> int:
+        """Open the row or make the bits of its next token, in that memory where they are its own.
+
+        Gives the token that alone may come, if that is known, and -1 else. A row that jumps has no bits for such a one.
+        """
+        row.bits, row.open = None, False
         if len(row.tokens) >= row.limit or (row.tokens and row.tokens[-1] in row.stop):
-            row.bits = None
-        elif row.ending is not None:
+            return -1
+        if row.ending is not None:
             row.bits = self.vocabulary.bits(row.ending[-1:]) if row.ending else self._end
         else:
             assert row.matcher is not None
-            row.matcher.unsafe_compute_mask_ptr(address, self._end.nbytes)
-            if row.matcher.is_error():
-                row.problem = f"the answer cannot be kept to its constraint: {_first_line(row.matcher.get_error())}"
-                row.bits = None
-            else:
-                row.bits = self._without_end(room_W) if row.endless else room_W
+            if not row.matcher.is_stopped():
+                forced = row.matcher.compute_ff_tokens()
+                if forced:  # a mask would have the first of them alone
+                    row.bits = None if row.jumps else self.vocabulary.bits(forced[:1])
+                    return int(forced[0])
+                if row.tries and not row.masked:
+                    row.open = True
+                    return -1
+            row.masked = max(0, row.masked - 1)
+            self._mask(row, room)
+        return _only(row.bits) if row.jumps and row.bits is not None else -1
+
+    def _mask(self, row: Matching, room: _Room | None) -> None:
+        """What the matcher lets come next, as bits in that memory."""
+        assert row.matcher is not None
+        if room is None:
+            room_W = np.empty_like(self._end)
+            address = room_W.ctypes.data
+        else:
+            room_W, address = room
+        row.matcher.unsafe_compute_mask_ptr(address, self._end.nbytes)
+        if row.matcher.is_error():
+            row.problem = f"the answer cannot be kept to its constraint: {_first_line(row.matcher.get_error())}"
+            row.bits = None
+        else:
+            row.bits = self._without_end(room_W) if row.endless else room_W
 
     def _without_end(self, bits_W: Bits) -> Bits:
         """For a row that ignores the end: it comes only where nothing else can, and then again and again."""

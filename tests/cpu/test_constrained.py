@@ -29,7 +29,7 @@ from shoal.runtime.runner import ModelRunner
 from shoal.sched.policies.batch import BatchPolicy
 from shoal.sched.policy import Budget, Policy
 from shoal.sched.scheduler import Scheduler
-from shoal.text import constraint
+from shoal.text import constraint, grammar
 from shoal.text.checkpoint import EMBEDDED
 from shoal.text.grammar import Grammars
 from shoal.text.tokenizer import Tokenizer
@@ -104,6 +104,29 @@ def test_without_masks_a_constraint_is_an_error_and_its_neighbour_is_not() -> No
     assert set(result.errors) == {0} and set(result.tokens) == {1}
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_token_of_its_own_is_the_one_a_mask_leaves_also_among_equals_and_beside_what_is_no_number(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, stories, begin = random.Random(seed), list[list[int]](), Grammars.begin
+    wanted = draw.choice((JSON, constraint.regex("[ab]{3,9}"), constraint.json_schema({"type": "array"})))
+    for tries in (True, False):
+        monkeypatch.setattr(Grammars, "begin", lambda self, *rest, tries=tries: begin(self, *rest[:5], tries))
+        sampler, tokens = sampler_of(wanted, max_tokens=30), list[int]()
+        while len(tokens) < 30 and not (tokens and tokens[-1] in STOP):
+            logits = torch.round(noise(seed=100 * seed + len(tokens)) / 3)
+            odd = random.Random(1000 * seed + len(tokens)).choices(range(TOKENIZER.vocab_size), k=2)
+            logits[0, odd] = torch.tensor([float("nan"), float("inf")])
+            result = sampler.sample(logits, [0])
+            if 0 in result.errors:
+                tokens.append(-1)
+                break
+            tokens += [result.tokens[0], *result.forced.get(0, ())]
+        sampler.close()
+        stories.append(tokens)
+    assert stories[0] == stories[1]
+
+
 def test_a_constraint_that_cannot_be_kept_is_its_rows_error_with_the_keyword() -> None:
     sampler = sampler_of(constraint.json_schema({"type": "array", "uniqueItems": True}))
     result = sampler.sample(noise(), [0])
@@ -160,6 +183,9 @@ class Slow:
     def begin(self, *arguments: Any) -> Any:
         return self.inner.begin(*arguments)
 
+    def accept(self, rows: Any) -> list[bool]:
+        return self.inner.accept(rows)
+
     def advance(self, rows: Any) -> None:
         self.may.wait(30)
         self.inner.advance(rows)
@@ -168,7 +194,7 @@ class Slow:
 def test_masks_are_waited_for_when_they_are_needed_and_not_before() -> None:
     slow = Slow()
     made = Masks(lambda: slow)
-    request = Request("0", array(TOKEN, [5]), Sampling(stop=STOP), constraint=JSON)
+    request = Request("0", array(TOKEN, [5]), Sampling(stop=STOP, temperature=1.0), constraint=JSON)
     made.start(Start(0, request, array(TOKEN)))
     first = made.take([0])[0].bits
     assert first is not None
@@ -267,6 +293,45 @@ def test_tokens_that_have_no_choice_take_fewer_steps_and_no_answer_changes(
     slow = [run(decoder, BatchPolicy, 64, 512, 64, ahead, asked) for ahead in (0, 1)]
     assert all(answers == slow[0][0] for answers, *_ in (*fast, *slow))
     assert all(few < 0.8 * many for (*_, few), (*_, many) in zip(fast, slow, strict=True))
+
+
+@pytest.mark.parametrize("patience", [1, grammar.PATIENCE])
+def test_rows_that_try_their_own_tokens_answer_as_those_that_are_masked(
+    decoder: Any, monkeypatch: pytest.MonkeyPatch, patience: int
+) -> None:
+    draw = random.Random(patience)
+    wanted = [
+        JSON, constraint.regex(r"[0-9]{2}( [a-z]+)*"), constraint.json_schema(True), constraint.choice(["yes", "no"]),
+        constraint.json_schema({"type": "array", "items": {"type": "number"}, "minItems": 2}, compact=True),
+        constraint.json_schema({"type": "object", "additionalProperties": {"type": "boolean"}}),
+    ]  # fmt: skip
+    wishes: list[dict[str, Any]] = [{}, {}, {}, {"logprobs": 1}, {"repetition_penalty": 1.3}, {"min_tokens": 9}]
+    wishes += [{"temperature": 0.8}, {"banned": ((7,),)}, {"logit_bias": ((9, 4.0),)}, {"stop": frozenset()}]
+
+    def asked() -> list[Request]:
+        draw.seed(patience)
+        return [
+            replace(each, constraint=draw.choice(wanted), sampling=Sampling(**{
+                "max_tokens": draw.randrange(1, 60), "stop": STOP, "seed": i, **draw.choice(wishes),
+            }))
+            for i, each in enumerate([*requests(), *(replace(each, id=f"again {each.id}") for each in requests())])
+        ]  # fmt: skip
+
+    made, begin, tried = grammar.Grammars, grammar.Grammars.begin, list[bool]()
+
+    def patient(*arguments: Any) -> Grammars:
+        found, accept = made(*arguments), made.accept
+        monkeypatch.setattr(found, "_patience", patience)
+        monkeypatch.setattr(found, "accept", lambda rows: tried.extend(more := accept(found, rows)) or more)
+        return found
+
+    monkeypatch.setitem(globals(), "Grammars", patient)
+    quick = [run(decoder, BatchPolicy, *setting, asked)[0] for setting in ((96, 512, 64, 0), (96, 64, 64, 1))]
+    assert any(tried) and not all(tried)
+    tried.clear()
+    monkeypatch.setattr(made, "begin", lambda self, *arguments: begin(self, *arguments[:5], False))
+    slow = run(decoder, BatchPolicy, 96, 512, 64, 1, asked)[0]
+    assert not tried and all(each == slow for each in quick)
 
 
 def test_llm_takes_structured_outputs_under_both_names(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ SCHEMAS = ROOT.parent / "shared" / "data" / "json_schema"
 TOKENIZER = Tokenizer.load(EMBEDDED)
 GRAMMARS = Grammars(TOKENIZER, TOKENIZER.vocab_size)
 STOP = TOKENIZER.eos
+SILENT = TOKENIZER.special_ids | STOP | {i for i in range(TOKENIZER.vocab_size) if not TOKENIZER.token_bytes(i)}
 
 PERSON = {
     "type": "object",
@@ -173,6 +174,42 @@ def test_a_row_that_jumps_takes_the_tokens_that_it_would_have_been_given(which: 
         assert allowed(slow) == [token]
         GRAMMARS.advance([(slow, token)])
     assert slow.bits is None and fast.tokens == slow.tokens
+
+
+@given(
+    which=st.integers(0, len(SMALL) - 1),
+    seed=st.integers(0, 10**6),
+    limit=st.integers(8, 120),
+    patience=st.sampled_from((1, grammar.PATIENCE)),
+    ends=st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_row_may_take_by_trial_what_its_mask_would_let_it_take(
+    which: int, seed: int, limit: int, patience: int, ends: bool
+) -> None:
+    GRAMMARS._patience = patience
+    wanted, stop, draw = constraint.json_schema(SMALL[which]), STOP if ends else frozenset[int](), random.Random(seed)
+    masked = begin(wanted, limit, stop=stop)
+    tried = GRAMMARS.begin(wanted, stop, limit, (), True, True)
+    while masked.bits is not None:
+        for token in tried.forced:
+            assert allowed(masked) == [token]
+            GRAMMARS.advance([(masked, token)])
+        tried.forced = []
+        if masked.bits is None:
+            break
+        may = allowed(masked)
+        if tried.open:
+            wish = draw.choice(may) if draw.random() < 0.8 else draw.randrange(-1, TOKENIZER.vocab_size)
+            (took,) = GRAMMARS.accept([(tried, wish)])
+            assert took is (wish in may and wish not in SILENT), (wish, text_of(masked))
+            if took:
+                GRAMMARS.advance([(masked, wish)])
+                continue
+        assert allowed(tried) == may
+        token = draw.choice(may)
+        GRAMMARS.advance([(masked, token), (tried, token)])
+    assert tried.bits is None and not tried.open and tried.tokens == masked.tokens
 
 
 def test_names_and_values_that_have_no_choice_come_at_once() -> None:

@@ -20,7 +20,7 @@ _PART_OF = {  # the others: rest
     "attention": "attention",
 }  # fmt: skip
 _NOT_OF_A_STEP = ("new_kv", "kv_bytes", "pack", "pack_gated", "pack_deltas", "prepare_heads", "prepare_layer")
-_WHOLE = "layer"  # many parts in one call
+_WHOLE = "layers"  # many parts in one call
 
 
 @dataclass(slots=True)

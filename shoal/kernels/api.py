@@ -260,11 +260,14 @@ class Kernels(Protocol):
         ...
 
     def prepare_layer(self, parts: LayerParts) -> object | None:
-        """Take over a whole layer for `layer`; None: there is no better way than one call after the other."""
+        """Take over a whole layer for `layers`; None: there is no better way than one call after the other."""
         ...
 
-    def layer(self, x_TD: Tensor, prepared: object, kv: KV, layer: int, batch: Batch, plan: object) -> Tensor | None:
-        """Return the stream after a layer, the bits that its parts would give; None: call the parts this time.
+    def layers(
+        self, x_TD: Tensor, prepared: Sequence[object], kv: KV, first: int, batch: Batch, plan: object
+    ) -> Tensor | None:
+        """Return the stream after layers `first`, first + 1, …, as many as are given, the bits that their parts would
+        give; None: call the parts this time.
 
         The memory of x may be used for the result, and is as it was where there is none.
         """

@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,12 +74,11 @@ def _aligned(size: int) -> Tensor:
 
 @dataclass(slots=True)
 class SharedPlan:
-    """What the extension found in a step's page tables, and memory for what runs and parts of a layer hand on."""
+    """What the extension found in a step's page tables, and memory for what runs hand on."""
 
     plan: _cpu.Plan
     num_tokens: int
     states: Tensor | None = field(default=None)
-    memory: Tensor | None = field(default=None)
 
     def states_for(self, num_heads: int, width: int) -> int:
         """The address of the states of runs, of so many heads of that width."""
@@ -218,7 +218,11 @@ class CpuKernels:
         return out_RV
 
     def embedding(self, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
-        return weight_VD.index_select(0, ids_T)
+        # By numpy: torch would wake threads of its own to copy a few rows, which takes longer than a layer's norms.
+        out_TD = torch.empty((len(ids_T), weight_VD.shape[1]), dtype=weight_VD.dtype)
+        rows, out = (each.view(torch.uint8).numpy() for each in (weight_VD, out_TD))
+        np.take(rows, ids_T.numpy(), axis=0, out=out, mode="clip")  # any other mode copies once more
+        return out_TD
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         columns = x_TD.shape[-1]
@@ -301,17 +305,20 @@ class CpuKernels:
     def prepare_layer(self, parts: LayerParts) -> PreparedLayer:
         return prepare_layer(self._table, parts)
 
-    def layer(self, x_TD: Tensor, prepared: object, kv: KV, layer: int, batch: Batch, plan: object) -> Tensor:
-        assert isinstance(prepared, PreparedLayer) and isinstance(kv, UnitKV) and isinstance(plan, SharedPlan)
-        tokens, heads = len(x_TD), prepared.about.about
-        assert x_TD.shape == (plan.num_tokens, prepared.width) and x_TD.is_contiguous(), (x_TD.shape, prepared)
+    def layers(
+        self, x_TD: Tensor, prepared: Sequence[object], kv: KV, first: int, batch: Batch, plan: object
+    ) -> Tensor:
+        assert isinstance(kv, UnitKV) and isinstance(plan, SharedPlan)
+        whole, tokens = [each for each in prepared if isinstance(each, PreparedLayer)], len(x_TD)
+        pages, heads = kv.pages[first : first + len(whole)], whole[0].about.about
+        assert len(whole) == len(prepared) == len(pages), (len(prepared), first, len(kv.pages))
+        assert x_TD.shape == (plan.num_tokens, whole[0].width) and x_TD.is_contiguous(), (x_TD.shape, whole[0])
         assert x_TD.dtype == kv.activations, (x_TD.dtype, kv.activations)
-        needed = prepared.layer.memory(tokens)  # layers may differ in width inside
-        if plan.memory is None or plan.memory.numel() < needed:
-            plan.memory = torch.empty(needed, dtype=torch.uint8)
-        prepared.layer(
-            plan.plan, kv.pages[layer], x_TD.data_ptr(), tokens, batch.pos_T.data_ptr(), batch.slot_T.data_ptr(),
-            plan.memory.data_ptr(), plan.states_for(heads.num_heads, heads.head_dim),
+        layers = [each.layer for each in whole]
+        memory = torch.empty(max(each.memory(tokens) for each in layers), dtype=torch.uint8)  # of the widest
+        _cpu.run_layers(
+            layers, plan.plan, pages, x_TD.data_ptr(), tokens, batch.pos_T.data_ptr(), batch.slot_T.data_ptr(),
+            memory.data_ptr(), plan.states_for(heads.num_heads, heads.head_dim),
         )  # fmt: skip
         return x_TD
 

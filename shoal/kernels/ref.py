@@ -218,7 +218,7 @@ class RefKernels:
     def prepare_layer(self, parts: LayerParts) -> None:
         return None
 
-    def layer(self, x_TD: Tensor, prepared: object, kv: KV, layer: int, batch: Batch, plan: object) -> None:
+    def layers(self, x_TD: Tensor, prepared: Sequence[object], kv: KV, first: int, batch: Batch, plan: object) -> None:
         return None
 
     def plan(self, batch: Batch, kv: KV) -> TilePlan:

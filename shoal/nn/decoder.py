@@ -5,7 +5,7 @@ It knows how a step's tokens become hidden states and logits, and must not know 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,29 +56,33 @@ class Decoder:
             config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, self.kv_dtype
         )
 
-    def forward(self, batch: Batch, kv: KV) -> Tensor:
+    def forward(self, batch: Batch, kv: KV, begun: Callable[[], None] = lambda: None) -> Tensor:
         """Write the step's keys and values; return the wanted positions' hidden states as [R, D], after the norm.
 
-        Of the last layer the other positions leave keys and values, and nothing else is computed of them.
+        Of the last layer the other positions leave keys and values, and nothing else is computed of them. `begun` is
+        called when all is laid out and nothing but the kernels' work is left.
         """
         x_TD = embed(self.kernels, self.config, self.embedding_VD, batch.ids_T)
         adapted = None if batch.adapter_T is None else self.deltas.of(batch.adapter_T)
         step = StepState(batch, kv, self.kernels.plan(batch, kv), adapted=adapted)
-        for index in range(len(self.layers) - 1):
-            x_TD = self._layer(index, x_TD, step)
+        begun()
         if batch.wanted is None:
-            return self.norm(self._layer(-1, x_TD, step).index_select(0, batch.out_R))
+            x_TD = self._through(len(self.layers), x_TD, step)
+            return self.norm(x_TD if len(batch.out_R) == len(x_TD) else x_TD.index_select(0, batch.out_R))
+        x_TD = self._through(len(self.layers) - 1, x_TD, step)
         plan = self.kernels.plan(batch.wanted, kv) if len(batch.out_R) else None
         return self.norm(self.layers[-1](x_TD, StepState(batch, kv, plan, batch.out_R, adapted)))
 
-    def _layer(self, index: int, x_TD: Tensor, step: StepState) -> Tensor:
-        """The stream after a layer: by one call if the kernels have one for it and no row has an adapter."""
-        whole, number = self.whole[index], self.layers[index].attention.index
-        if whole is not None and step.adapted is None:
-            done = self.kernels.layer(x_TD, whole, step.kv, number, step.batch, step.plan)
+    def _through(self, count: int, x_TD: Tensor, step: StepState) -> Tensor:
+        """The stream after the first layers: by one call if the kernels have one for them and no row has an adapter."""
+        whole = [each for each in self.whole[:count] if each is not None]
+        if count and len(whole) == count and step.adapted is None:
+            done = self.kernels.layers(x_TD, whole, step.kv, 0, step.batch, step.plan)
             if done is not None:
                 return done
-        return self.layers[index](x_TD, step)
+        for layer in self.layers[:count]:
+            x_TD = layer(x_TD, step)
+        return x_TD
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """Return float32 [R, V], or a classifier's numbers as [R, labels]."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Protocol
 
 import numpy as np
@@ -31,8 +32,9 @@ _TILE = 16  # rows of a matrix product: a multiple wastes none
 class Model(Protocol):
     """What the runner needs of a decoder."""
 
-    def forward(self, batch: Batch, kv: KV) -> torch.Tensor:
-        """Write the step's keys and values; return the hidden states of the wanted positions as [R, D]."""
+    def forward(self, batch: Batch, kv: KV, begun: Callable[[], None]) -> torch.Tensor:
+        """Write the step's keys and values; return the hidden states of the wanted positions as [R, D]. `begun` is
+        called when nothing but the kernels' work is left."""
         ...
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
@@ -43,11 +45,12 @@ class Model(Protocol):
 class StepInFlight:
     """A step handed to the worker."""
 
-    def __init__(self, future: Future[StepResult]) -> None:
-        self._future = future
+    def __init__(self, future: Future[StepResult], told: Event) -> None:
+        self._future, self._told = future, told
 
     def wait(self) -> StepResult:
         """Block until the step is done. Whatever went wrong in it is raised here."""
+        self._told.wait()
         return self._future.result()
 
 
@@ -90,6 +93,9 @@ class ModelRunner:
         self._tickets: dict[int, _Ticket] = {}
         self._last: dict[int, int] = {}  # ticket -> the token it sampled last
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shoal-kernels")
+        self._handed_in = 0  # steps; changed by `submit` alone
+        self._taken_up = 0  # of them
+        self._untold: Event | None = None  # of the step that has ended last
 
     def submit(self, step: Step) -> StepInFlight:
         """Run the step after all earlier ones. It is laid out at once, while those run; so are constraints compiled."""
@@ -100,7 +106,9 @@ class ModelRunner:
                 self._adapted[start.ticket] = self._adapters[start.request.adapter]
             self._sampler.prepare(start)
         layout = lay_out(step, self._kv.page_size, self._vocab_size, self._adapted) if step.slices else None
-        return StepInFlight(self._worker.submit(self._run, step, layout))
+        self._handed_in += 1
+        told = Event()
+        return StepInFlight(self._worker.submit(self._work, step, layout, told), told)
 
     def close(self) -> None:
         """Wait for the steps in flight and end the worker. No step may follow."""
@@ -108,6 +116,22 @@ class ModelRunner:
         self._sampler.close()
 
     # -- all below runs in the worker ------------------------------------------------------------------
+
+    def _work(self, step: Step, layout: Layout | None, told: Event) -> StepResult:
+        """Run a step and tell that it has ended; where another waits already, when that one has come to the kernels.
+        Whoever is told plans the one after next, and the two would take the interpreter from each other."""
+        self._taken_up += 1
+        try:
+            return self._run(step, layout)
+        finally:
+            self._tell()
+            self._untold = told
+            if self._taken_up == self._handed_in:
+                self._tell()
+
+    def _tell(self) -> None:
+        if self._untold is not None:
+            self._untold.set()
 
     def _run(self, step: Step, layout: Layout | None) -> StepResult:
         began = time.perf_counter()
@@ -120,7 +144,7 @@ class ModelRunner:
             if step.moves:
                 self._kernels.move_blocks(self._kv, moves_tensor(step.moves))
             if layout is not None:
-                hidden_RD = self._model.forward(layout.batch(self._last, self._kernels.device), self._kv)
+                hidden_RD = self._model.forward(layout.batch(self._last, self._kernels.device), self._kv, self._tell)
                 wishes = self._wishes(step.slices, result)
                 self._score(hidden_RD, wishes, result)
                 self._sample(hidden_RD, wishes, result)

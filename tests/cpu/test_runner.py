@@ -273,7 +273,7 @@ def test_a_row_that_cannot_be_run_fails_alone(decoder: Decoder) -> None:
 
 def test_what_breaks_in_the_worker_surfaces_in_wait(decoder: Decoder) -> None:
     class Broken:
-        def forward(self, batch: Any, kv: Any) -> torch.Tensor:
+        def forward(self, batch: Any, kv: Any, begun: Any) -> torch.Tensor:
             raise RuntimeError("the device fell off")
 
         def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:

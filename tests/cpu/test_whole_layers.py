@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,15 +28,15 @@ def decoder_of(folder: Path, weights: str, name: str) -> Decoder:
 
 def answers(decoder: Decoder, whole: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], int]:
     """Logits of each prompt's answer, and how many layers were taken whole."""
-    taken, take = [0], type(decoder.kernels).layer
+    taken, take = [0], type(decoder.kernels).layers
 
-    def counted(*arguments: object) -> Tensor | None:
-        done = take(decoder.kernels, *arguments) if whole else None  # type: ignore[arg-type]
-        taken[0] += done is not None
+    def counted(x_TD: Tensor, prepared: Sequence[object], *others: object) -> Tensor | None:
+        done = take(decoder.kernels, x_TD, prepared, *others) if whole else None  # type: ignore[arg-type]
+        taken[0] += 0 if done is None else len(prepared)
         return done
 
     with monkeypatch.context() as patch:
-        patch.setattr(decoder.kernels, "layer", counted)
+        patch.setattr(decoder.kernels, "layers", counted)
         return [logits for _, logits in generate(decoder, PROMPTS, 3)], taken[0]
 
 

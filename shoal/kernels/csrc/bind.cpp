@@ -171,15 +171,17 @@ void bind_layer(nb::module_ &m) {
           },
           "table"_a, "norms"_a, "eps"_a, "qkv"_a, "out"_a, "gate_up"_a, "down"_a, "heads"_a, "scale"_a, "window"_a,
           "softcap"_a, "factor"_a)
-      .def("memory", &Layer::memory, "tokens"_a, "Bytes that a call needs.")
-      .def(
-          "__call__",
-          [](const Layer &self, const Plan &plan, const Pages &pages, uintptr_t x, int64_t tokens, uintptr_t position,
-             uintptr_t slot, uintptr_t memory, uintptr_t states) {
-            self.run(plan.work(), pages, at(x), tokens, at<const int64_t>(position), at<const int64_t>(slot),
-                     at<char>(memory), at<float>(states));
-          },
-          release());
+      .def("memory", &Layer::memory, "tokens"_a, "Bytes that a call needs.");
+  m.def(
+      "run_layers",
+      [](const std::vector<Layer> &layers, const Plan &plan, const std::vector<Pages> &pages, uintptr_t x, int64_t tokens,
+         uintptr_t position, uintptr_t slot, uintptr_t memory, uintptr_t states) {
+        for (size_t i = 0; i < layers.size() && i < pages.size(); i++)
+          layers[i].run(plan.work(), pages[i], at(x), tokens, at<const int64_t>(position), at<const int64_t>(slot),
+                        at<char>(memory), at<float>(states));
+      },
+      "layers"_a, "plan"_a, "pages"_a, "x"_a, "tokens"_a, "position"_a, "slot"_a, "memory"_a, "states"_a, release(),
+      "Layers one after the other, each with its pages.");
 }
 
 }  // namespace

@@ -47,7 +47,7 @@ def employ(
             for number, (device, process) in enumerate(zip(devices_of(options.device), processes, strict=True))
         ]
         return Fleet(members, lambda device: start_process(device, options.threads), meter, display, stop)
-    device = Device("cpu") if backend is not None else devices_of(options.device)[0]
+    device = Device("cpu") if backend is not None or options.servers else devices_of(options.device)[0]
     patience = Patience(meter.engine_seconds)
     return Engines(
         next(iter(processes), None), backend, lambda: start_process(device, options.threads), meter, patience, display,

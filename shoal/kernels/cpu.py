@@ -10,7 +10,6 @@ import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -218,10 +217,11 @@ class CpuKernels:
         return out_RV
 
     def embedding(self, ids_T: Tensor, weight_VD: Tensor) -> Tensor:
-        # By numpy: torch would wake threads of its own to copy a few rows, which takes longer than a layer's norms.
-        out_TD = torch.empty((len(ids_T), weight_VD.shape[1]), dtype=weight_VD.dtype)
-        rows, out = (each.view(torch.uint8).numpy() for each in (weight_VD, out_TD))
-        np.take(rows, ids_T.numpy(), axis=0, out=out, mode="clip")  # any other mode copies once more
+        # Not by torch: it would wake threads of its own to copy a few rows, which takes longer than a layer's norms.
+        (count, width), out_TD = weight_VD.shape, torch.empty((len(ids_T), weight_VD.shape[1]), dtype=weight_VD.dtype)
+        assert weight_VD.is_contiguous() and ids_T.is_contiguous() and ids_T.dtype == torch.int64, ids_T.dtype
+        row = width * weight_VD.element_size()
+        self._table.gather(weight_VD.data_ptr(), count, row, ids_T.data_ptr(), len(ids_T), out_TD.data_ptr())
         return out_TD
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -45,12 +45,14 @@ class Model(Protocol):
 class StepInFlight:
     """A step handed to the worker."""
 
-    def __init__(self, future: Future[StepResult], told: Event) -> None:
+    def __init__(self, future: Future[StepResult], told: Event | None = None) -> None:
+        """`told` is set when the step's end may be known; None: at once."""
         self._future, self._told = future, told
 
     def wait(self) -> StepResult:
         """Block until the step is done. Whatever went wrong in it is raised here."""
-        self._told.wait()
+        if self._told is not None:
+            self._told.wait()
         return self._future.result()
 
 

@@ -121,7 +121,7 @@ def test_gemma_3_is_found_inside_a_checkpoint_that_also_sees() -> None:
     [
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel.*not supported.*Known: llama"),
         ({"model_type": "x", "architectures": None, "auto_map": {}}, r"'x'.*own code is never run"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification"),
         ({"hidden_size": None}, "hidden_size must be a number"),
         ({"hidden_size": "64"}, "hidden_size must be a number, found '64'"),
         ({"num_key_value_heads": 3}, "4 attention heads are not a multiple of 3"),

@@ -224,6 +224,12 @@ NB_MODULE(_cpu, m) {
           },
           release())
       .def(
+          "gather",
+          [](const Table &t, uintptr_t x, int64_t count, int64_t bytes, uintptr_t index, int64_t rows, uintptr_t y) {
+            t.kernels->gather(at(x), count, bytes, at<const int64_t>(index), rows, at(y));
+          },
+          release())
+      .def(
           "add",
           [](const Table &t, uintptr_t x, uintptr_t branch, float factor, uintptr_t y, int64_t count, bool wide) {
             t.kernels->add(at(x), at(branch), factor, at(y), count, wide);

@@ -186,6 +186,13 @@ void gelu(const void *x, void *y, int64_t count, bool wide) {
     gelu_all((const bf16 *)x, (bf16 *)y, count);
 }
 
+void gather(const void *x, int64_t count, int64_t bytes, const int64_t *index, int64_t rows, void *y) {
+  for_each(rows, rows * bytes > 1 << 18, [&](int64_t r) {
+    const int64_t row = index[r] < 0 ? 0 : index[r] < count ? index[r] : count - 1;
+    __builtin_memcpy((char *)y + r * bytes, (const char *)x + row * bytes, bytes);
+  });
+}
+
 void add(const void *x, const void *branch, float factor, void *y, int64_t count, bool wide) {
   if (wide)
     add_all((const float *)x, (const float *)branch, factor, (float *)y, count);

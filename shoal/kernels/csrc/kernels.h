@@ -125,6 +125,8 @@ struct Kernels {
                      float eps, bool wide);
   // y = x times the normal distribution's share below x, in float, rounded once. x and y may be the same memory.
   void (*gelu)(const void *x, void *y, int64_t count, bool wide);
+  // y[r] = row index[r] of x, which has `count` rows of `bytes` bytes; an index beyond them takes the nearest row.
+  void (*gather)(const void *x, int64_t count, int64_t bytes, const int64_t *index, int64_t rows, void *y);
   // y = x + branch * factor
   void (*add)(const void *x, const void *branch, float factor, void *y, int64_t count, bool wide);
 

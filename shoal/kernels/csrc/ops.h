@@ -19,6 +19,7 @@ void rms_norm(const void *x, const float *weight, void *y, int64_t rows, int64_t
 void layer_norm(const void *x, const float *weight, const float *bias, void *y, int64_t rows, int64_t columns, float eps,
                 bool wide);
 void gelu(const void *x, void *y, int64_t count, bool wide);
+void gather(const void *x, int64_t count, int64_t bytes, const int64_t *index, int64_t rows, void *y);
 void add(const void *x, const void *branch, float factor, void *y, int64_t count, bool wide);
 void place(void *qkv, const Kernels::Heads &, const Pages &, const int64_t *position, const int64_t *slot,
            int64_t tokens);

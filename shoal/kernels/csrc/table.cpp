@@ -29,7 +29,7 @@ extern const Kernels JOIN(kernels_, SHOAL_SET);
 const Kernels JOIN(kernels_, SHOAL_SET) = {
     TEXT(SHOAL_SET),         SHOAL_SET::packed_bytes, SHOAL_SET::pack,      SHOAL_SET::linear,
     SHOAL_SET::add_deltas,   SHOAL_SET::gated_with,   SHOAL_SET::gated_rows, SHOAL_SET::rms_norm,
-    SHOAL_SET::layer_norm,   SHOAL_SET::gelu,
+    SHOAL_SET::layer_norm,   SHOAL_SET::gelu,         SHOAL_SET::gather,
     SHOAL_SET::add,          SHOAL_SET::place,        SHOAL_SET::attention, SHOAL_SET::move,   SHOAL_SET::largest,
     SHOAL_SET::forbid,       SHOAL_SET::draw,         SHOAL_SET::score,
     SHOAL_SET::peak,         SHOAL_SET::read,

@@ -18,7 +18,7 @@ import torch
 from shoal.bench.floor import Costs, costs
 from shoal.bench.limits import Limits
 from shoal.bench.single import VOCAB, random
-from shoal.bench.watch import watched
+from shoal.bench.watch import Watch, watched
 from shoal.build import WallClock
 from shoal.core.types import TOKEN, Request, Sampling, Slice, Step, Tokens
 from shoal.engine import Engine, Executor, Pending
@@ -144,17 +144,15 @@ def _decodes(
     policy = BatchPolicy(Budget(2048, len(prompts)))
     engine = Engine(Scheduler(policy, pages, _PAGE), executor, WallClock(), ahead=1)
     for row, prompt in enumerate(prompts):
-        refused = engine.add(Request(str(row), prompt, Sampling(max_tokens=2 * _STEPS), index=row))
+        refused = engine.add(Request(str(row), prompt, Sampling(max_tokens=2 * _STEPS + 2), index=row))
         assert refused is None, refused
     while engine.last is None or engine.last.num_tokens != len(prompts) or engine.scheduler.waiting:
         engine.step()
     engine.step()
     seconds = median(_steps(engine, _STEPS // 2))
-    with watched(kernels, parts=False) as whole:
-        wall = sum(_steps(engine, _STEPS // 4))
+    whole, wall = _watched_steps(engine, kernels, False)
     python = whole.parts(wall)["python"] / wall
-    with watched(kernels) as watch:
-        wall = sum(_steps(engine, _STEPS // 4))
+    watch, wall = _watched_steps(engine, kernels, True)
     parts = watch.parts(wall)
     inside = wall - parts["python"]
     parts = {name: (1 - python) * part / inside for name, part in parts.items()} | {"python": python}
@@ -168,6 +166,14 @@ def _decodes(
     size = model.weight_bytes + model.position_bytes * len(model.windows) * (distinct + produced)
     least = max(len(prompts) * work, size / limits.bandwidth)
     return Decodes(len(prompts), context, seconds, least / seconds, parts)
+
+
+def _watched_steps(engine: Engine, kernels: Kernels, parts: bool) -> tuple[Watch, float]:
+    """A quarter of the steps, watched, and their seconds."""
+    with watched(kernels, parts) as watch:
+        engine.step()  # it was under way before anybody watched
+        watch.seconds.clear()
+        return watch, sum(_steps(engine, _STEPS // 4))
 
 
 def _steps(engine: Engine, count: int) -> list[float]:

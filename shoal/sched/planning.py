@@ -218,8 +218,9 @@ class Planning:
     def fail(self, seq: Sequence) -> None:
         """It alone has outgrown the pool."""
         known = seq.computed + seq.pending
-        why = f"kv_exhausted: needs {known} tokens of KV memory; {self.holds} are available: raise --memory"
-        self.scheduler.end(seq, why, self.view.now)
+        scheduler = self.scheduler
+        why = f"kv_exhausted: needs {known} tokens of KV memory; {self.holds} are available: {scheduler.remedy}"
+        scheduler.end(seq, why, self.view.now)
 
     def emit(self, seq: Sequence, match: Match | None, count: int, draft: int) -> None:
         """Write the slice, and what the sequence is now."""

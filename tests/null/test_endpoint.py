@@ -50,7 +50,7 @@ def mixed(number: int) -> list[str]:
 
 def run(job: EchoJob, *servers: BadServer, **more: Any) -> int:
     """Run a job over these servers with little patience."""
-    options = {name: more.pop(name) for name in ("stalled", "nobody", "tries") if name in more}
+    options = {name: more.pop(name) for name in ("stalled", "nobody", "tries", "life") if name in more}
     backend = Servers([server.url for server in servers], KEY, **{"stalled": 0.25, **options})
     try:
         return job.run(backend, device=",".join(server.url for server in servers), **more)
@@ -84,6 +84,33 @@ def test_every_row_is_answered_once_whatever_the_server_does(job: Make) -> None:
         assert report.rows.ok == 80 and not report.problems()
         assert report.sent.requests == len(server.asked) > 80
         assert report.sent.requests == 80 + report.sent.refused + report.sent.broken
+
+
+def test_what_a_server_of_ours_says_while_it_ends_costs_no_row_a_try(job: Make) -> None:
+    rows = [chat(i, f"Question {i}") for i in range(4)]  # as many as are asked at once
+    this = job(rows)
+    with serving(lambda prompt: ["500"]) as server:
+
+        def life() -> int:
+            return 1 if len(server.asked) < len(rows) else 2  # it ends when all were asked
+
+        assert run(this, server, tries=1, life=life) == 0
+        assert set(server.answered.values()) == {1} and len(server.asked) == 2 * len(rows)
+    check_answers(this, rows)
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_fault_of_a_server_of_ours_that_lives_on_is_its_rows(
+    job: Make, others: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.remote.backend.SETTLED", 0.1)
+    monkeypatch.setattr("shoal.remote.backend.DYING", 60.0 if others else 0.3)
+    rows = [chat(i, f"Question {i}") for i in range(30 if others else 1)]
+    this = job(rows)
+    with serving(lambda prompt: ["500"] * 9 if prompt.endswith("n 0") else ()) as server:
+        server.seconds = 0.2
+        assert run(this, server, tries=1, life=lambda: 1) == 3
+    assert this.codes() == ["server_error"] and len(this.answers()) == len(rows) - 1
 
 
 def test_an_answer_that_is_ten_seconds_late_is_taken_once_or_not_at_all(job: Make) -> None:

@@ -20,6 +20,7 @@ class Mechanism(Protocol):
     """What a plan may do to sequences: the scheduler."""
 
     policy: Policy
+    remedy: str
     kv: KVCache
     waiting: dict[int, Sequence]
     running: dict[int, Sequence]

@@ -86,33 +86,6 @@ def test_every_row_is_answered_once_whatever_the_server_does(job: Make) -> None:
         assert report.sent.requests == 80 + report.sent.refused + report.sent.broken
 
 
-def test_what_a_server_of_ours_says_while_it_ends_costs_no_row_a_try(job: Make) -> None:
-    rows = [chat(i, f"Question {i}") for i in range(4)]  # as many as are asked at once
-    this = job(rows)
-    with serving(lambda prompt: ["500"]) as server:
-
-        def life() -> int:
-            return 1 if len(server.asked) < len(rows) else 2  # it ends when all were asked
-
-        assert run(this, server, tries=1, life=life) == 0
-        assert set(server.answered.values()) == {1} and len(server.asked) == 2 * len(rows)
-    check_answers(this, rows)
-
-
-@pytest.mark.parametrize("others", [False, True])
-def test_a_fault_of_a_server_of_ours_that_lives_on_is_its_rows(
-    job: Make, others: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shoal.remote.backend.SETTLED", 0.1)
-    monkeypatch.setattr("shoal.remote.backend.DYING", 60.0 if others else 0.3)
-    rows = [chat(i, f"Question {i}") for i in range(30 if others else 1)]
-    this = job(rows)
-    with serving(lambda prompt: ["500"] * 9 if prompt.endswith("n 0") else ()) as server:
-        server.seconds = 0.2
-        assert run(this, server, tries=1, life=lambda: 1) == 3
-    assert this.codes() == ["server_error"] and len(this.answers()) == len(rows) - 1
-
-
 def test_an_answer_that_is_ten_seconds_late_is_taken_once_or_not_at_all(job: Make) -> None:
     """The stalls are waited out. First the call is given up after 6 seconds, so that its answer comes too late; made
     again it has 12, and the answer is taken. The other rows come and go meanwhile."""

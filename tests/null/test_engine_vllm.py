@@ -22,7 +22,7 @@ from shoal.jobs.report import Report, read_report
 from shoal.jobs.run import run_job
 from shoal.remote import own
 from shoal.remote.vllm import Installed, Wishes, command
-from tests.null.bad_server import answer_to, serving
+from tests.null.bad_server import answer_to
 from tests.null.echo_job import chat
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -224,28 +224,6 @@ def test_a_vllm_built_for_processors_is_asked_for_no_card(place: Place) -> None:
         with pytest.raises(UsageError, match="was built for processors"):
             run_files(place.root / "in.jsonl", place.out, engine="vllm", device=device)
     assert not place.out.exists() and not place.starts()
-
-
-def test_whoever_else_answers_at_its_port_is_not_taken_for_it(tmp_path: Path) -> None:
-    def start(*words: str) -> own.OwnServer:
-        return own.OwnServer("it", lambda port, key: own.Command(words, dict(os.environ)), tmp_path / "log", "minnow")
-
-    lives_on, has_ended = start("sleep", "600"), start("false")
-    try:
-        with serving(port=int(lives_on.url.split(":")[2].partition("/")[0])) as stranger:
-            stranger.models = ["gpt"]
-            assert not lives_on.ready(0.5)
-            stranger.models = ["gpt", "minnow"]
-            assert lives_on.ready(5.0)
-        with serving(port=int(has_ended.url.split(":")[2].partition("/")[0])) as stranger:
-            stranger.models = ["minnow"]
-            time.sleep(0.5)
-            with pytest.raises(ShoalError, match="exit code 1"):
-                while not has_ended.ready(0.5):
-                    stranger.models = []
-    finally:
-        lives_on.close()
-        has_ended.close()
 
 
 def test_flags_of_ours_become_flags_of_vllm() -> None:

@@ -295,14 +295,27 @@ def test_an_engine_that_has_ended_keeps_no_other_from_its_cancels() -> None:
 
 
 def test_a_row_of_two_prompts_that_kills_two_engines_takes_no_other_with_it(job) -> None:
+    """The second engine is given up on last: its part of the row still waits in a group with others when the row fails
+    by what it has done to the first."""
+
     class Deadly(Several):
+        alone = 0
+
         def dies(self, running: set[int]) -> bool:
+            type(self).alone += self.place == 0 and running == {1}
             return 1 in running
 
-    kills = completion(0, [[300] * 40, [800] * 40], max_tokens=60, ignore_eos=True)
-    rows = [completion(i, [300 + i % 2 * 500] * 30 + [i], max_tokens=3) for i in range(1, 120)]
+        def outputs(self, timeout: float) -> News | None:
+            if self.place != 0 and self.number > 2 and type(self).alone < 3 and self.rounds < 10_000:
+                self.rounds += 1
+                return None
+            return super().outputs(timeout)
+
+    kills = completion(0, [[300] * 30 + [1], [800] * 30 + [1]], max_tokens=60, ignore_eos=True)
+    rows = [completion(i, [300 + i % 2 * 500] * 30 + [i + 9], max_tokens=3) for i in range(1, 120)]
     one = job([kills, *rows])
     assert run_on(one, Deadly, "0,1") == 3
+    assert Deadly.alone == 3, "once before others had started, and twice with nobody else"
     assert one.codes() == ["engine_died"] and len(one.answers()) == len(rows)
     assert not one.report.problems()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
@@ -22,6 +23,7 @@ from shoal.jobs.devices import Device
 from shoal.jobs.engines import DEATHS, LOADS
 from shoal.jobs.feed import Feed
 from shoal.jobs.fleet import Fleet, Member
+from shoal.jobs.lanes import Lane
 from shoal.jobs.options import Order
 from shoal.jobs.patience import Patience
 from shoal.jobs.stop import Stop
@@ -294,30 +296,13 @@ def test_an_engine_that_has_ended_keeps_no_other_from_its_cancels() -> None:
             assert fleet.bury(caught.value)
 
 
-def test_a_row_of_two_prompts_that_kills_two_engines_takes_no_other_with_it(job) -> None:
-    """The second engine is given up on last: its part of the row still waits in a group with others when the row fails
-    by what it has done to the first."""
+def test_a_row_of_which_nothing_is_to_come_takes_no_other_of_its_group_with_it() -> None:
+    def parts(*lines: int) -> list[Any]:
+        return [SimpleNamespace(row=SimpleNamespace(line=line)) for line in lines]
 
-    class Deadly(Several):
-        alone = 0
-
-        def dies(self, running: set[int]) -> bool:
-            type(self).alone += self.place == 0 and running == {1}
-            return 1 in running
-
-        def outputs(self, timeout: float) -> News | None:
-            if self.place != 0 and self.number > 2 and type(self).alone < 3 and self.rounds < 10_000:
-                self.rounds += 1
-                return None
-            return super().outputs(timeout)
-
-    kills = completion(0, [[300] * 30 + [1], [800] * 30 + [1]], max_tokens=60, ignore_eos=True)
-    rows = [completion(i, [300 + i % 2 * 500] * 30 + [i + 9], max_tokens=3) for i in range(1, 120)]
-    one = job([kills, *rows])
-    assert run_on(one, Deadly, "0,1") == 3
-    assert Deadly.alone == 3, "once before others had started, and twice with nobody else"
-    assert one.codes() == ["engine_died"] and len(one.answers()) == len(rows)
-    assert not one.report.problems()
+    lane = Lane(groups=deque([parts(1, 7, 2), parts(7), parts(7, 3, 7), parts(4)]), quarantine=True)
+    assert lane.drop(7) == []
+    assert [[part.row.line for part in group] for group in lane.groups] == [[1, 2], [3], [4]]
 
 
 def test_rows_that_are_in_no_file_run_on_several_devices_too() -> None:

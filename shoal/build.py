@@ -79,19 +79,21 @@ class BuiltEngine:
 
 
 def build_engine(
-    config: EngineConfig, useful_tokens: int | None = None, tokenizer: Tokenizer | None = None, share: int = 1
-) -> BuiltEngine:
+    config: EngineConfig, useful_tokens: int | None = None, tokenizer: Tokenizer | None = None, share: int = 1,
+    kv_bytes: int | None = None,
+) -> BuiltEngine:  # fmt: skip
     """Load the model and put an engine around it.
 
     `useful_tokens` bounds the KV memory: what the work at hand can fill at most, if known. Constraints speak of the
-    texts of `tokenizer`, by default the model's own. So many engines `share` what memory is free. ModelError or
-    UsageError says what is wrong with the checkpoint, the device or the memory.
+    texts of `tokenizer`, by default the model's own. So many engines `share` what memory is free; one in place of
+    another, which had `kv_bytes` for keys and values, is given at most as many. ModelError or UsageError says what is
+    wrong with the checkpoint, the device or the memory.
     """
     began = time.monotonic()
     folder = resolve_model(config.model)
     values = read_values(folder)
     if is_encoder(values):
-        return _build_encoder(config, folder, make_encoder_config(values), began, share)
+        return _build_encoder(config, folder, make_encoder_config(values), began, 1 if kv_bytes is not None else share)
     model = make_config(values, config.context)
     pooling = None if model.labels else decoder_pooling(folder)
     normalize = isinstance(pooling, Pooling) and pooling.normalize
@@ -102,7 +104,8 @@ def build_engine(
     adapters = _adapters(config, model, mode)
     block = model.num_layers * kernels.kv_bytes(config.block_size, model.num_kv_heads, model.head_dim, kv_dtype)
     weights = model_bytes(model, mode) + sum(each.num_bytes for each in adapters)
-    memory = _memory(config, model, weights, block, available_bytes(kernels.device) // share, useful_tokens)
+    available = available_bytes(kernels.device) // (share if kv_bytes is None else 1)
+    memory = _memory(config, model, weights, block, available, useful_tokens, kv_bytes)
     decoder = Decoder(model, load_weights(folder, model, *MODES[mode]), kernels, adapters, kv_dtype)
     kv = decoder.new_kv(memory.num_blocks, config.block_size)
 
@@ -112,7 +115,8 @@ def build_engine(
     runner = ModelRunner(
         decoder, kernels, kv, model.vocab_size, tuple(config.adapters), Masks(grammars), normalize, bool(model.labels)
     )
-    scheduler = Scheduler(make_policy(config), memory.num_blocks, config.block_size, config.reuse)
+    remedy = "raise --memory" if share == 1 else f"raise --memory, or name fewer devices: {share} share one memory"
+    scheduler = Scheduler(make_policy(config), memory.num_blocks, config.block_size, config.reuse, remedy)
     facts = EngineFacts(
         folder=folder, architecture=model.architecture, context=model.context, vocab_size=model.vocab_size,
         weights=mode, kv=kv_name, kernels=kernels.name, device=config.device, threads=torch.get_num_threads(),
@@ -187,16 +191,20 @@ def _adapters(config: EngineConfig, model: ModelConfig, mode: str) -> list[Adapt
 
 
 def _memory(
-    config: EngineConfig, model: ModelConfig, weights: int, block: int, available: int, useful_tokens: int | None
-) -> MemoryPlan:
+    config: EngineConfig, model: ModelConfig, weights: int, block: int, available: int, useful_tokens: int | None,
+    kv_bytes: int | None,
+) -> MemoryPlan:  # fmt: skip
     """`weights`, `block` and `available` are bytes: of all that is loaded, of a block of keys and values in all layers,
-    and of what there is."""
+    and of what there is; `kv_bytes`, if known, of the most that keys and values may take where nobody says."""
     useful = useful_tokens if useful_tokens is not None else config.max_sequences * model.context
+    useful_blocks = -(-useful // config.block_size) + config.max_sequences  # a row's last block is seldom full
+    if kv_bytes is not None:
+        useful_blocks = min(useful_blocks, kv_bytes // block)
     return plan_memory(
         available=available,
         weights=weights,
         block=block,
         asked=config.memory_bytes,
-        useful_blocks=-(-useful // config.block_size) + config.max_sequences,  # a row's last block is seldom full
+        useful_blocks=useful_blocks,
         least_blocks=1 if config.memory_bytes else -(-min(model.context, _LEAST_TOKENS) // config.block_size),
     )

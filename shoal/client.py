@@ -26,11 +26,13 @@ GOODBYE = 5.0  # seconds an engine has to end by itself when told to
 @dataclass(frozen=True, slots=True)
 class Begin:
     """To the engine: what to build. `useful_tokens` bounds its KV memory by what the work at hand can fill; so many
-    engines, it among them, `share` the memory that it finds free."""
+    engines, it among them, `share` the memory that it finds free; one in place of another that had `kv_bytes` for keys
+    and values gets at most as many again, for what it finds free is its alone."""
 
     config: EngineConfig
     useful_tokens: int | None
     share: int = 1
+    kv_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ def build_and_serve(connection: Connection, inbox: queue.SimpleQueue[object]) ->
     begin = inbox.get()
     assert isinstance(begin, Begin), begin
     try:
-        built = build_engine(begin.config, begin.useful_tokens, share=begin.share)
+        built = build_engine(begin.config, begin.useful_tokens, share=begin.share, kv_bytes=begin.kv_bytes)
     except ShoalError as error:
         connection.send(Failed(str(error), error.exit_code))
         return

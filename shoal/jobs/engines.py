@@ -73,7 +73,7 @@ def start_vllm(job: Prepared) -> OwnServer:
     def make(port: int, key: str) -> Command:
         return command(vllm, wishes, port, key, os.environ)
 
-    return OwnServer(vllm.name, make, job.state.path / SERVER_LOG)
+    return OwnServer(vllm.name, make, job.state.path / SERVER_LOG, job.name)
 
 
 class Engines:

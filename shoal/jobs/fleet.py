@@ -67,10 +67,12 @@ class Member:
     ready: bool = False  # and has built it
     deaths: int = 0  # since it last completed a row
     loads: int = 0  # deaths of processes that loaded, one after the other
+    kv_bytes: int | None = None  # of the first that was ready and shares memory: what is free later is its alone
     due: float = 0.0  # when the next may start
     running: set[str] = field(default_factory=set)  # requests that it has
     held: list[tuple[tuple[Request, ...], frozenset[str]]] = field(default_factory=list)  # for when it is ready
     dropped: list[str] = field(default_factory=list)  # to be cancelled then
+    death: EngineDied | None = None  # found out while others were seen to; told by the next look for news
 
 
 class Fleet:
@@ -103,7 +105,8 @@ class Fleet:
         def begin(member: Member) -> Begin:
             device = member.device
             memory = None if config.memory_bytes is None else config.memory_bytes // device.share
-            return Begin(replace(config, device=device.name, memory_bytes=memory), useful, device.share)
+            own = replace(config, device=device.name, memory_bytes=memory)
+            return Begin(own, useful, device.share, member.kv_bytes)
 
         self._begin = begin
         for member in self._members:
@@ -136,9 +139,15 @@ class Fleet:
             ready = member.process.ready(0.0)
         except EngineDied as death:
             return self._died_loading(member, death)
+        except ShoalError as error:
+            named = ShoalError(f"engine {member.number}: {error}")
+            named.exit_code = error.exit_code
+            raise named from error
         if ready is None:
             return
         member.ready, member.loads = True, 0
+        if member.kv_bytes is None and member.device.share > 1:
+            member.kv_bytes = ready.kv_bytes
         self._meter.loaded(ready, member.process.pid, member.number)
         member.patience.begin(self._clock.now())
         held, member.held = member.held, []
@@ -160,8 +169,8 @@ class Fleet:
         member.loads += 1
         if member.loads >= LOADS:
             raise ShoalError(
-                f"{death} while it loaded the model, {LOADS} times: see what it printed and whether memory is short, "
-                "and run the same command again to continue"
+                f"engine {member.number}: {death} while it loaded the model, {LOADS} times: see what it printed and "
+                "whether memory is short, and run the same command again to continue"
             ) from death
         self._display.warn(f"engine {member.number}: {death} while it loaded the model; starting another")
         member.due = self._clock.now() + pause_after(member.loads)
@@ -191,7 +200,8 @@ class Fleet:
             raise self._of(member, death) from death
 
     def cancel(self, ids: Iterable[str]) -> None:
-        """End requests, whoever has them."""
+        """End requests, whoever has them. An engine that has ended keeps none of the others from hearing of theirs; the
+        next look for news tells of it."""
         wanted = set(ids)
         for member in self._members:
             if not (own := wanted & member.running):
@@ -202,13 +212,16 @@ class Fleet:
             try:
                 member.process.cancel(sorted(own))
             except EngineDied as death:
-                raise self._of(member, death) from death
+                member.death = self._of(member, death)
 
     def outputs(self, timeout: float) -> News | None:
         """The next news of any; EngineDied with its number when one has ended."""
         end = self._clock.now() + timeout
         while True:
             self._replace()
+            for member in self._members:
+                if member.death is not None:
+                    raise member.death
             left = max(end - self._clock.now(), 0.0)
             for member in self._await(left):
                 if not member.ready:
@@ -253,7 +266,7 @@ class Fleet:
     def bury(self, death: EngineDied) -> bool:
         """Take note of a death. Raises when there is no sense in another engine; False when there is no time for it."""
         member = self._members[death.engine]
-        member.process, member.begun, member.ready = None, False, False
+        member.process, member.begun, member.ready, member.death = None, False, False, None
         member.running.clear()
         member.held.clear()
         member.dropped.clear()

@@ -54,7 +54,8 @@ class Lane:
 
     def drop(self, line: int) -> list[str]:
         """Nothing more is to come of a row; the requests of it that run."""
-        self.groups = deque(group for group in self.groups if all(part.row.line != line for part in group))
+        kept = ([part for part in group if part.row.line != line] for group in self.groups)
+        self.groups = deque(group for group in kept if group)
         dropped = [id for id, part in self.parts.items() if part.row.line == line]
         for id in dropped:
             self.remove(id)

@@ -161,6 +161,11 @@ class JobOptions:
         """Who answers in place of an engine of ours, started here or not; nobody where one does."""
         return (VLLM,) if self.starts_vllm else self.endpoints
 
+    @property
+    def _beside_vllm(self) -> str:
+        """The device of a vLLM that is started for the job."""
+        return self.device.removeprefix(VLLM).strip() or "cpu"
+
     def _check_served(self) -> None:
         """Refuse what only an engine of ours can be told."""
         alone = () if self.starts_vllm else ("memory", "step_tokens", "weights", "threads")  # these vLLM knows too
@@ -171,6 +176,11 @@ class JobOptions:
                 advice = ADVICE.get(name, "leave it out")
                 flag = name.replace("_", "-")
                 raise UsageError(f"--{flag} is for an engine of ours, and {other}: {advice}")
+        if self.starts_vllm and "," in self.device:
+            raise UsageError(
+                f"--device {self._beside_vllm} names several, and --engine vllm starts one server on one: name one, or "
+                "start a server on each and give their addresses by --endpoint"
+            )
         if self.starts_vllm and self.weights not in ("auto", "bf16", "fp32"):
             raise UsageError(
                 f"--weights {self.weights} is for an engine of ours, and {other}: it takes auto, bf16, fp32, and "
@@ -184,7 +194,7 @@ class JobOptions:
         given = {
             "model": self.model,
             "adapters": self.adapter,
-            "device": first_of((self.device.removeprefix(VLLM).strip() or "cpu") if self.starts_vllm else self.device),
+            "device": first_of(self._beside_vllm if self.starts_vllm else self.device),
             "weights": self.weights,
             "kv": self.kv,
             "threads": self.threads,

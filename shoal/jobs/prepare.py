@@ -142,7 +142,7 @@ def open_words(options: JobOptions) -> Words:
 
 def prepare(options: JobOptions, files: Files) -> Prepared:
     """Check and open everything. ShoalErrors say what is wrong before anything was changed, the lock apart."""
-    vllm = find(os.environ) if options.starts_vllm else None
+    vllm = find(os.environ, options.engine().device) if options.starts_vllm else None
     words = open_served(options) if options.servers else open_words(options)
     form = form_of(options.output)
     errors = None if options.one_file and form == "jsonl" else errors_path(options.output)

@@ -289,7 +289,7 @@ class _Job:
             if late:
                 self.engines.cancel(late)
         except EngineDied:
-            pass  # the next look for news finds it so too
+            pass  # the next look for news finds it so too: one engine by its pipe, several remember it
 
     def _pass_time(self, feed: Feed, results: Results) -> None:
         """End some of the rows that are like another, and whatever is done by the clock."""

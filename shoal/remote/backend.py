@@ -13,7 +13,8 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import httpx2 as httpx
 
@@ -39,6 +40,9 @@ STALLED = 600.0  # seconds without an answer, as long as nothing is known about 
 LEAST_STALL, TIMES = 60.0, 8  # later: at least, and times the longest answer so far; twice as long at each try,
 LONGEST_STALL = 3600.0  # up to this
 NEWS_EVERY = 0.2  # seconds
+DYING = 8.0  # seconds in which a server of ours ends whose engine has: until then a fault of its own is held back,
+SETTLED = 1.0  # unless it answers another after these
+LOOK = 0.05  # seconds between looks at it
 
 
 class Servers:
@@ -46,16 +50,18 @@ class Servers:
 
     def __init__(
         self, urls: Sequence[str], key: str = "", stalled: float = STALLED, nobody: float = NOBODY, tries: int = TRIES,
-        gone: float | None = None, direct: bool = False,
+        gone: float | None = None, direct: bool = False, life: Callable[[], int] | None = None,
     ) -> None:  # fmt: skip
         """`urls` from `parse_url`. The key goes into requests' headers and nowhere else. UsageErrors.
 
-        `direct`: not through the environment's proxies.
+        `direct`: not through the environment's proxies. `life`, of a server of ours: which of its lives it is in, 0
+        between two.
         """
         self.servers = [Server(url, MOST / len(urls)) for url in urls]
         self._client = client(key.strip(), direct)
         self._stalled, self._nobody, self._tries = stalled, nobody, tries
         self._gone = GONE if gone is None else gone
+        self._life = life
         self._longest = 0.0  # seconds to an answer, so far
         self._queue, self._open = Queue(), dict[str, Try]()  # every call that has not ended, by id
         self._counts = Counter[str]()
@@ -184,7 +190,10 @@ class Servers:
         """Make a call once, and see to what follows from it."""
         self._counts["requests"] += 1
         try:
+            life = self._life() if self._life is not None else 0
             verdict = await self._ask(server, this)
+            if self._life is not None and isinstance(verdict, Again):
+                verdict = await self._held(server, verdict, life, self._life)
             running = server.running
         finally:
             server.running -= 1
@@ -229,6 +238,21 @@ class Servers:
             why = f"the connection was lost before the answer was whole ({type(error).__name__})"
             return Again("no_reply", why, absent=True)
         return judge(this.call, response.status_code, response.headers, response.content)
+
+    async def _held(self, server: Server, verdict: Again, life: int, now: Callable[[], int]) -> Again:
+        """A fault of a server of ours, sent in the life `life`, when its process has been looked at. One that is ending
+        answers all that it has with such faults: then it is as if it had not been there, which is no call's fault."""
+        if verdict.code != "server_error" or verdict.overload:
+            return verdict
+        began, answers = time.monotonic(), -1
+        while now() == life:
+            waited = time.monotonic() - began
+            if answers < 0 and waited >= SETTLED:
+                answers = server.answers
+            if waited >= DYING or 0 <= answers < server.answers:
+                return verdict
+            await asyncio.sleep(LOOK)
+        return replace(verdict, absent=True)
 
     def _stall(self, tries: int) -> float:
         """Seconds after which a call that was made so often in vain is thought to be lost."""

@@ -51,9 +51,10 @@ class Command:
 class OwnServer:
     """A Backend: one server of ours, and what asks it. Used by one thread."""
 
-    def __init__(self, name: str, make: Callable[[int, str], Command], log: Path) -> None:
-        """`make` says how it is started on a port, to answer those who know a key; what it prints goes to `log`."""
-        self.name, self.log = name, log
+    def __init__(self, name: str, make: Callable[[int, str], Command], log: Path, model: str) -> None:
+        """`make` says how it is started on a port, to answer those who know a key as `model`; what it prints goes to
+        `log`."""
+        self.name, self.log, self._model = name, log, model
         self.seconds = 0.0  # that its first start took
         self.deaths = 0  # since it last answered
         self.key = secrets.token_hex(16)
@@ -65,6 +66,7 @@ class OwnServer:
         self._began = self._looked = 0.0
         self._again: float | None = None  # when it is started again
         self._up = False  # since its last start
+        self._starts = 0
         self._servers: Servers | None = None
         self.start()
 
@@ -84,6 +86,7 @@ class OwnServer:
         with contextlib.suppress(BrokenPipeError), open(self._hold, "wb", closefd=False) as pipe:
             pipe.write(self._command.line())  # where it has ended already, a look at it says so
         self._began, self._again, self._up = time.monotonic(), None, False
+        self._starts += 1
 
     def ready(self, timeout: float) -> bool:
         """Whether it answers, within so many seconds. ShoalError when it has ended instead."""
@@ -98,7 +101,7 @@ class OwnServer:
 
         self.seconds = time.monotonic() - self._began
         patience = max(GONE, PATIENCE * self.seconds)
-        self._servers = Servers([self.url], self.key, direct=True, nobody=patience, gone=patience)
+        self._servers = Servers([self.url], self.key, direct=True, nobody=patience, gone=patience, life=self._life)
         return True
 
     # -- as a backend ------------------------------------------------------------------------------
@@ -160,16 +163,23 @@ class OwnServer:
         servers.say(f"{self.name} ended by itself ({how}); it is started again {later}, its unfinished rows run again")
 
     def _answers(self) -> bool:
-        """Whether it, and nobody else at its port, says which models it has."""
+        """Whether it, and nobody else at its port, says that it has the model."""
         line = http.client.HTTPConnection(LOCAL, self._port, timeout=REPLY)
         try:
             line.request("GET", "/v1/models", headers={"Authorization": f"Bearer {self.key}"})
-            self._up = line.getresponse().status == http.HTTPStatus.OK
+            response = line.getresponse()
+            body = response.read() if response.status == http.HTTPStatus.OK else b""
+            self._up = self._life() > 0 and self._model in _models(body)
         except (OSError, http.client.HTTPException):
             self._up = False  # it is not there yet
         finally:
             line.close()
         return self._up
+
+    def _life(self) -> int:
+        """Which of its lives it is in; 0 between two. Asked by any thread."""
+        process = self._process
+        return self._starts if process is not None and process.poll() is None else 0
 
     def _ended(self) -> str | None:
         """How it has ended; None while it lives."""
@@ -193,6 +203,14 @@ class OwnServer:
             log.seek(max(0, self.log.stat().st_size - (1 << 14)))
             lines = log.read().decode("utf-8", "replace").splitlines()
         return "\n".join([*lines[-SHOWN:], f"all of it is in {self.log}"])
+
+
+def _models(body: bytes) -> list[object]:
+    """The names in a list of models; none in anything else."""
+    try:
+        return [each["id"] for each in json.loads(body)["data"]]
+    except (ValueError, LookupError, TypeError):
+        return []
 
 
 def _free_port() -> int:

@@ -56,8 +56,8 @@ class Wishes:
     device: str = "cpu"  # cuda:N for one of several; any other leaves it to vLLM, which was built for some
 
 
-def find(environment: Mapping[str, str]) -> Installed:
-    """The vLLM to start. A UsageError where there is none, with what to do."""
+def find(environment: Mapping[str, str], device: str = "cpu") -> Installed:
+    """The vLLM to start on a device. A UsageError where there is none, with what to do."""
     theirs = environment.get(f"{PREFIX}VLLM", "")
     python = theirs or sys.executable
     try:
@@ -76,7 +76,13 @@ def find(environment: Mapping[str, str]) -> Installed:
             f"the python of an environment that has it in {PREFIX}VLLM"
         )
     name, version = packages[0]
-    return Installed(python, version, "cpu" in f"{name} {version}")
+    found = Installed(python, version, "cpu" in f"{name} {version}")
+    if found.on_processor and device.startswith("cuda"):
+        raise UsageError(
+            f"--device {device}: {found.name} at {python} was built for processors: leave the device out, or name the "
+            f"python of an environment that has vLLM for GPUs in {PREFIX}VLLM"
+        )
+    return found
 
 
 def command(found: Installed, wishes: Wishes, port: int, key: str, environment: Mapping[str, str]) -> Command:

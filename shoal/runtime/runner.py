@@ -95,7 +95,7 @@ class ModelRunner:
         self._tickets: dict[int, _Ticket] = {}
         self._last: dict[int, int] = {}  # ticket -> the token it sampled last
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shoal-kernels")
-        self._handed_in = 0  # steps; changed by `submit` alone
+        self._handed_in = 0  # steps; changed by `submit` alone, and never more than were queued
         self._taken_up = 0  # of them
         self._untold: Event | None = None  # of the step that has ended last
 
@@ -108,9 +108,10 @@ class ModelRunner:
                 self._adapted[start.ticket] = self._adapters[start.request.adapter]
             self._sampler.prepare(start)
         layout = lay_out(step, self._kv.page_size, self._vocab_size, self._adapted) if step.slices else None
-        self._handed_in += 1
         told = Event()
-        return StepInFlight(self._worker.submit(self._work, step, layout, told), told)
+        future = self._worker.submit(self._work, step, layout, told)
+        self._handed_in += 1  # only now: were a step counted that an interrupt keeps out, the last would wait for it
+        return StepInFlight(future, told)
 
     def close(self) -> None:
         """Wait for the steps in flight and end the worker. No step may follow."""
@@ -128,7 +129,7 @@ class ModelRunner:
         finally:
             self._tell()
             self._untold = told
-            if self._taken_up == self._handed_in:
+            if self._taken_up >= self._handed_in:  # more where an interrupt has kept one out of the count
                 self._tell()
 
     def _tell(self) -> None:

@@ -20,6 +20,7 @@ class Mechanism(Protocol):
     """What a plan may do to sequences: the scheduler."""
 
     policy: Policy
+    remedy: str
     kv: KVCache
     waiting: dict[int, Sequence]
     running: dict[int, Sequence]
@@ -218,8 +219,9 @@ class Planning:
     def fail(self, seq: Sequence) -> None:
         """It alone has outgrown the pool."""
         known = seq.computed + seq.pending
-        why = f"kv_exhausted: needs {known} tokens of KV memory; {self.holds} are available: raise --memory"
-        self.scheduler.end(seq, why, self.view.now)
+        scheduler = self.scheduler
+        why = f"kv_exhausted: needs {known} tokens of KV memory; {self.holds} are available: {scheduler.remedy}"
+        scheduler.end(seq, why, self.view.now)
 
     def emit(self, seq: Sequence, match: Match | None, count: int, draft: int) -> None:
         """Write the slice, and what the sequence is now."""

@@ -35,8 +35,11 @@ class Counters:
 class Scheduler:
     """Owns every sequence from `add` to its one Finish. `reuse=False` switches prefix sharing off, as a control."""
 
-    def __init__(self, policy: Policy, num_blocks: int, block_size: int, reuse: bool = True) -> None:
-        self.policy = policy
+    def __init__(
+        self, policy: Policy, num_blocks: int, block_size: int, reuse: bool = True, remedy: str = "raise --memory"
+    ) -> None:
+        """`remedy` is what gives a row more memory than all that there is now."""
+        self.policy, self.remedy = policy, remedy
         self.kv = KVCache(num_blocks, block_size, policy.worth, reuse)
         self.waiting: dict[int, Sequence] = {}  # by number
         self.running: dict[int, Sequence] = {}  # by ticket
@@ -87,7 +90,7 @@ class Scheduler:
         if least > holds:
             return (
                 f"kv_exhausted: needs {least} tokens of KV memory; {holds} are available: "
-                "shorten the prompt or raise --memory"
+                f"shorten the prompt or {self.remedy}"
             )
         return ""
 

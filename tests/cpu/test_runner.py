@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 from array import array
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -285,6 +288,25 @@ def test_what_breaks_in_the_worker_surfaces_in_wait(decoder: Decoder) -> None:
     with pytest.raises(RuntimeError, match="fell off"):
         engine.step()
     runner.close()
+
+
+def test_a_step_that_an_interrupt_kept_out_makes_no_later_one_wait_for_it(decoder: Decoder) -> None:
+    queue = ThreadPoolExecutor.submit
+    for queued in (False, True):  # before it was queued, or just after
+        runner = ModelRunner(decoder, decoder.kernels, decoder.new_kv(2, BLOCK), VOCAB)
+
+        def interrupted(*args: Any, queued: bool = queued) -> Any:
+            if queued:
+                queue(*args)
+            raise KeyboardInterrupt
+
+        with mock.patch.object(ThreadPoolExecutor, "submit", interrupted), pytest.raises(KeyboardInterrupt):
+            runner.submit(Step(0, ()))
+        waits = threading.Thread(target=runner.submit(Step(1, ())).wait, daemon=True)
+        waits.start()
+        waits.join(10)
+        assert not waits.is_alive()
+        runner.close()
 
 
 # -- memory and building ------------------------------------------------------------------------------

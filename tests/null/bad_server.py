@@ -43,6 +43,7 @@ class BadServer(ThreadingHTTPServer):
         self.script, self.room = script, room
         self.seconds = 0.0  # that an answer takes
         self.key = ""  # that callers must have
+        self.models: list[str] = []
         self.plain = False  # its complaints have no code
         self.lock = threading.Lock()
         self.asked: list[str] = []  # prompts, as they came, in vain or not
@@ -98,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if not self.stranger():
-            self.say(200, {"data": []})
+            self.say(200, {"data": [{"id": model} for model in self.server.models]})
 
     def do_POST(self) -> None:
         if self.stranger():

@@ -44,6 +44,7 @@ def main(words: list[str]) -> int:
 
     server = BadServer(script, port=int(words[words.index("--port") + 1]))
     server.key = os.environ["VLLM_API_KEY"]
+    server.models = [words[words.index("--served-model-name") + 1]]
     server.seconds = 0.01
     server.serve_forever(0.02)
     return 0

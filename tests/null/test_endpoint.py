@@ -50,7 +50,7 @@ def mixed(number: int) -> list[str]:
 
 def run(job: EchoJob, *servers: BadServer, **more: Any) -> int:
     """Run a job over these servers with little patience."""
-    options = {name: more.pop(name) for name in ("stalled", "nobody", "tries") if name in more}
+    options = {name: more.pop(name) for name in ("stalled", "nobody", "tries", "life") if name in more}
     backend = Servers([server.url for server in servers], KEY, **{"stalled": 0.25, **options})
     try:
         return job.run(backend, device=",".join(server.url for server in servers), **more)

@@ -214,6 +214,16 @@ def test_what_vllm_cannot_be_told_is_refused() -> None:
         JobOptions(**where | {"device": place_of("tpu", None, "vllm")})
     with pytest.raises(UsageError):
         JobOptions(**where, memory=-1)
+    for devices in ("0,1", "cuda:0,cuda:1", "cpu:0, cpu:1"):
+        with pytest.raises(UsageError, match="names several"):
+            JobOptions(**where | {"device": place_of(devices, None, "vllm")})
+
+
+def test_a_vllm_built_for_processors_is_asked_for_no_card(place: Place) -> None:
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(UsageError, match="was built for processors"):
+            run_files(place.root / "in.jsonl", place.out, engine="vllm", device=device)
+    assert not place.out.exists() and not place.starts()
 
 
 def test_flags_of_ours_become_flags_of_vllm() -> None:

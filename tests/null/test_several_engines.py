@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -15,11 +17,16 @@ from hypothesis import strategies as st
 from several import Log, Several, on_devices, run_on
 
 import shoal
-from shoal.client import News
-from shoal.core.errors import ShoalError
+from shoal.client import EngineProcess, News
+from shoal.core.errors import EngineDied, ShoalError, UsageError
+from shoal.jobs.devices import Device
 from shoal.jobs.engines import DEATHS, LOADS
 from shoal.jobs.feed import Feed
+from shoal.jobs.fleet import Fleet, Member
+from shoal.jobs.lanes import Lane
 from shoal.jobs.options import Order
+from shoal.jobs.patience import Patience
+from shoal.jobs.stop import Stop
 
 
 def shared_rows(count: int, groups: int, luck: random.Random) -> list[str]:
@@ -72,6 +79,29 @@ def test_every_engine_keeps_to_its_cores_and_to_its_share_of_memory(job) -> None
     assert run_on(one, Noted, "0,1,2,3", memory=1000) == 0
     assert Noted.places == [(0, 1), (2, 3), (4, 5), (6, 7)]
     assert begun == [(0, "cpu", 250, 4), (2, "cpu", 250, 4), (4, "cpu", 250, 4), (6, "cpu", 250, 4)]
+
+
+def test_an_engine_in_place_of_another_is_told_how_much_that_had(job) -> None:
+    begun = []
+
+    class Noted(Breaks):
+        def begin(self, begin: Any) -> None:
+            begun.append(begin.kv_bytes)
+
+    assert run_on(job(ROWS), Noted, "0,1") == 0
+    assert begun == [None, None, 1 << 20, 1 << 20]
+
+
+def test_an_engine_that_cannot_be_built_is_named(job) -> None:
+    class Refuses(Several):
+        def ready(self, timeout: float) -> Any:
+            if self.place:
+                raise UsageError("there is no room")
+            return super().ready(timeout)
+
+    with pytest.raises(ShoalError, match="engine 1: there is no room") as caught:
+        run_on(job(ROWS), Refuses, "0,1")
+    assert caught.value.exit_code == 2
 
 
 def test_a_job_begun_on_two_devices_goes_on_with_one_and_the_other_way_round(job, unbroken) -> None:
@@ -186,7 +216,7 @@ def test_engines_that_die_for_ever_end_the_job(job) -> None:
     with pytest.raises(ShoalError, match="times without completing a row"):
         run_on(job([chat(i) for i in range(400)]), Never, "0,1")
     assert Never.made >= DEATHS
-    with pytest.raises(ShoalError, match="while it loaded the model"):
+    with pytest.raises(ShoalError, match="engine 1: .* while it loaded the model"):
         run_on(job(ROWS), Unloadable, "0,1")
     assert Unloadable.made == 1 + LOADS
 
@@ -211,6 +241,68 @@ def test_a_row_that_ran_for_too_long_ends_wherever_it_runs(job) -> None:
     assert run_on(one, Slow, "0,1") == 3
     assert set(one.codes()) == {"row_timeout"} and len(one.answers()) >= 18
     assert not one.report.problems()
+
+
+class Deaf(Several):
+    """Every engine of the first two has ended when it is first told to cancel anything, and its pipe is closed then."""
+
+    def __init__(self, threads: int = 0, cores: Sequence[int] = ()) -> None:
+        super().__init__(threads, cores)
+        self.closed = False
+
+    def cancel(self, ids: Iterable[str]) -> None:
+        self.closed = self.closed or self.number <= 2
+        if self.closed:
+            raise EngineDied("the engine process ended by itself (signal SIGKILL)")
+        super().cancel(ids)
+
+    def fileno(self) -> int:
+        if self.closed:
+            raise OSError("handle is closed")
+        return 0
+
+
+def test_engines_that_have_ended_when_late_rows_are_cancelled_are_replaced(job) -> None:
+    rows = [chat(i, max_tokens=900, ignore_eos=True, temperature=0, timeout=0.02) for i in range(8)]
+    one = job(rows + [chat(i) for i in range(8, 20)])
+
+    def heard(members: list[Member], seconds: float) -> list[Member]:
+        return [member for member in members if member.process is not None and member.process.fileno() == 0]
+
+    with on_devices(Deaf), mock.patch("shoal.jobs.fleet.await_any", heard):
+        assert one._run(None, {"device": "0,1"}) == 3
+    assert set(one.codes()) == {"row_timeout"} and Deaf.made == 4
+    assert one.report.engine_restarts == 2 and not one.report.problems()
+
+
+def test_an_engine_that_has_ended_keeps_no_other_from_its_cancels() -> None:
+    with on_devices(Deaf):
+        first, second = Deaf(), Deaf()
+        Deaf.made = 2
+        third = Deaf()
+        members = [
+            Member(number, Device("cpu"), cast(EngineProcess, each), Patience(lambda: 1.0), begun=True, ready=True)
+            for number, each in enumerate((first, second, third))
+        ]
+        fleet = Fleet(members, mock.Mock(), mock.Mock(), mock.Mock(), Stop())
+        for member in members:
+            member.running.add(f"{member.number}")
+        with mock.patch.object(third._backend, "cancel") as cancel:
+            fleet.cancel(["0", "1", "2"])
+        cancel.assert_called_once_with(["2"])
+        for number in (0, 1):
+            with pytest.raises(EngineDied, match=f"engine {number}: ") as caught:
+                fleet.outputs(0.0)
+            assert fleet.bury(caught.value)
+
+
+def test_a_row_of_which_nothing_is_to_come_takes_no_other_of_its_group_with_it() -> None:
+    def parts(*lines: int) -> list[Any]:
+        return [SimpleNamespace(row=SimpleNamespace(line=line)) for line in lines]
+
+    lane = Lane(groups=deque([parts(1, 7, 2), parts(7), parts(7, 3, 7), parts(4)]), quarantine=True)
+    assert lane.drop(7) == []
+    assert [[part.row.line for part in group] for group in lane.groups] == [[1, 2], [3], [4]]
 
 
 def test_rows_that_are_in_no_file_run_on_several_devices_too() -> None:

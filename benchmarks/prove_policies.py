@@ -16,6 +16,7 @@ import sys
 import time
 from array import array
 from dataclasses import dataclass
+from itertools import count
 
 from benchmarks.common import write_result
 from shoal.build import BuiltEngine, WallClock, build_engine
@@ -127,6 +128,7 @@ def crowd(name: str, running: int, steps: int) -> Engine:
     classes of promises, and some that wait for a seat. Of programs, a turn has ended and a tool is called: their memory
     is pinned where the policy pins; some of those that wait are their next turns."""
     luck, clock = random.Random(0), SimClock()
+    firsts = count(3)  # tokens: none begins as another does, or it would wait for that
     warm = 2 * running  # plans at most until all run: some policies let in one prompt a step
     answer = 2 * (warm + steps)
     blocks = (running + WAITING + PROGRAMS) * (-(-(PROMPT + answer) // BLOCK) + 2)
@@ -136,7 +138,7 @@ def crowd(name: str, running: int, steps: int) -> Engine:
     def add(name: str, number: int, answer: int, program: str) -> None:
         sampling = Sampling(max_tokens=answer, stop=frozenset({1}))
         wishes = [{"promise": Promise(5.0, 0.5)}, {"deadline": clock.now() + 60.0}, {"index": number}][number % 3]
-        tokens = array(TOKEN, [luck.randrange(3, 30_000) for _ in range(PROMPT)])
+        tokens = array(TOKEN, [next(firsts), *(luck.randrange(3, 30_000) for _ in range(PROMPT - 1))])
         group = f"g{number % 2}"
         request = Request(name, tokens, sampling, arrival=clock.now(), group=group, program=program, **wishes)
         assert engine.add(request) is None, request.id
@@ -153,6 +155,8 @@ def crowd(name: str, running: int, steps: int) -> Engine:
         engine.step()
         if not any(seq.pending > 1 for seq in scheduler.running.values()) and len(scheduler.running) == running:
             break
+    while scheduler.in_flight:
+        engine.finish()
     for number in range(WAITING):
         add(f"w{number}", number, answer, f"p{number}" if number < PROGRAMS // 2 else "")
     return engine

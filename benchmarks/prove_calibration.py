@@ -209,7 +209,8 @@ def main() -> int:
     parts = {name: before[name] for name in ("profiles", *MODELS) if name in before}
     for name in wanted:
         parts[name] = gpu() if name == "profiles" else cpu(name)
-    shown = len(parts) == 1 + len(MODELS) and all(part["shown"] for part in parts.values())
+    whole = all(measure in parts.get(name, {}) for name in MODELS for measure in MEASURES)  # a part may be older
+    shown = whole and len(parts) == 1 + len(MODELS) and all(part["shown"] for part in parts.values())
     write_result("calibration", parts | {"shown": shown})
     return 0 if all(parts[name]["shown"] for name in wanted) else 1
 

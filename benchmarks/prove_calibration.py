@@ -43,7 +43,7 @@ LIMIT = 0.15  # median error of a profile's held-out points
 MODELS = ("minnow", "llama130m")
 SECONDS, LOAD, REPEATS = 9.0, 0.5, 5  # of a run; of what the machine can do; real runs of what was predicted
 ON_CPU = {"compute": 0.7, "memory": 0.7, "attention": 0.3, "reading": 0.5, "kernel": 1e-5, "step": 5e-4, "row": 1e-5}
-CROWD = 60  # requests that come all at once: at half load the makespan is the arrivals', whatever a step takes
+AT_ONCE = 3.0  # s of requests that come all together: at half load the makespan is the arrivals', whatever a step takes
 LIMITS = {"makespan": 0.10, "makespan at once": 0.10, "first p50": 0.10, "first p99": 0.20}
 SHARES = ("compute", "memory", "hidden", "light", "attention", "reading", "share", "soon_share", "usable")
 
@@ -169,7 +169,8 @@ def cpu(name: str) -> dict[str, Any]:
     rate = LOAD * 100 / whole.makespan
     count = round(rate * SECONDS)
     learnt, _ = real(built, traffic(1, count, rate, vocabulary))
-    asked, crowd = traffic(2, count, rate, vocabulary), traffic(3, CROWD, math.inf, vocabulary)
+    at_once = max(1, round(rate / LOAD * AT_ONCE))
+    asked, crowd = traffic(2, count, rate, vocabulary), traffic(3, at_once, math.inf, vocabulary)
     runs, same, own = [], [], []
     load = os.getloadavg()[0]
     for _ in range(REPEATS):
@@ -183,7 +184,7 @@ def cpu(name: str) -> dict[str, Any]:
     steps = learnt.record.steps
     costs = {"fitted": fit_cost(steps), "linear": fit_linear(steps), "roofline": cpu_roofline(steps, name)}
     result: dict[str, Any] = {
-        "rate": rate, "requests": count, "at_once": CROWD, "steps": len(steps), "same_plans": same, "load_before": load,
+        "rate": rate, "requests": count, "at_once": at_once, "steps": len(steps), "same_plans": same, "load_before": load,
         "scheduler": type(scheduler(built)).__name__,
         "cost": asdict(costs["fitted"]), "shares": asdict(costs["roofline"].hardware.efficiency),
     }  # fmt: skip

@@ -184,8 +184,8 @@ def cpu(name: str) -> dict[str, Any]:
     steps = learnt.record.steps
     costs = {"fitted": fit_cost(steps), "linear": fit_linear(steps), "roofline": cpu_roofline(steps, name)}
     result: dict[str, Any] = {
-        "rate": rate, "requests": count, "at_once": at_once, "steps": len(steps), "same_plans": same, "load_before": load,
-        "scheduler": type(scheduler(built)).__name__,
+        "rate": rate, "requests": count, "at_once": at_once, "steps": len(steps), "same_plans": same,
+        "load_before": load, "scheduler": type(scheduler(built)).__name__,
         "cost": asdict(costs["fitted"]), "shares": asdict(costs["roofline"].hardware.efficiency),
     }  # fmt: skip
     built.close()

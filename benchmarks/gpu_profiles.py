@@ -47,6 +47,7 @@ class Profile:
     held: str  # what is held out, in words
     note: str = ""
     parts: tuple[str, ...] = ()  # of what is judged: the last of a key, for a look inside
+    used: bool = True  # whether the machine's numbers of it are those by which steps are priced
 
     def fit_points(self) -> list[Key]:
         """At most about 300 of those to fit, evenly."""
@@ -100,7 +101,9 @@ def layer_profile(name: str, file: str, shape: str, shipped: Hardware, fits: boo
     )  # fmt: skip
 
 
-def wire_profile(name: str, file: str, kind: str, shipped: Hardware, groups: set[Key], note: str = "") -> Profile:
+def wire_profile(
+    name: str, file: str, kind: str, shipped: Hardware, groups: set[Key], note: str = "", used: bool = True
+) -> Profile:  # fmt: skip
     """Vidur: messages by (devices, bytes); `groups` are of (devices, of them in one machine)."""
     found: dict[Key, list[float]] = defaultdict(list)
     for row in rows(file):
@@ -117,7 +120,7 @@ def wire_profile(name: str, file: str, kind: str, shipped: Hardware, groups: set
     some = set(list(points)[::6])
     return Profile(
         name, points, lambda key: key in some, lambda key: key not in some, shipped, price, WIRE, near,
-        "five points of six", note,
+        "five points of six", note, used=used,
     )  # fmt: skip
 
 
@@ -193,7 +196,7 @@ def memory_profile() -> Profile:
 def profiles() -> list[Profile]:
     """All of them."""
     inside = {(2, 2), (4, 4), (8, 8)}
-    apart = replace(A100, near=A100.far)
+    joint, apart = replace(A100, near=A100.joint), replace(A100, near=A100.far)
     bridge = replace(A100, near=Wire(300e9, 1.0, 1.4e-6, 8e-6, 1.0, 1.9e6))
     return [
         layer_profile(
@@ -212,7 +215,8 @@ def profiles() -> list[Profile]:
         *(
             wire_profile(
                 f"all-reduce, A100, {devices} devices in {devices // each} machines", "a100_dgx_all_reduce.csv.gz",
-                "all_reduce", apart, {(devices, each)}, note="parameters of its own: each uses other wires",
+                "all_reduce", joint, {(devices, each)}, note="parameters of its own: each uses other wires",
+                used=devices > A100.devices,  # fewer are in one machine, where steps are priced
             )
             for devices, each in ((2, 1), (4, 2), (8, 4), (16, 8))
         ),

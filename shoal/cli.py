@@ -261,7 +261,9 @@ def sim(
     workload: Annotated[str, typer.Argument(metavar="[LAW|TRACE]", help=flags.WORKLOAD)] = "",
     input: Annotated[Path | None, typer.Option("--input", "-i", help="A job's rows, in place of a law.")] = None,
     from_: Annotated[Path | None, typer.Option("--from", metavar="OUT", help="A job that has run, again.")] = None,
-    policy: Annotated[str, typer.Option(help="Name, or module:Class; name:setting=2 sets it.")] = "first-come",
+    policy: Annotated[
+        str, typer.Option(help="Name, or module:Class; name:setting=2 sets it. first-come; of jobs batch.")
+    ] = "",
     compare: Annotated[str, typer.Option(help="Policies on the same requests: first-come,batch.")] = "",
     hardware: Annotated[str, typer.Option(help="a100, h100, h200, a40, a6000, cpu.")] = "h100",
     model: Annotated[
@@ -274,7 +276,7 @@ def sim(
     arrivals: Annotated[str | None, typer.Option(help="poisson:2, gamma:2:4, closed:64, trace, trace:2, once.")] = None,
     requests: Annotated[int | None, typer.Option(help="How many; all of a trace without it.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="Memory of an engine, in place of what has room.")] = None,
-    step_tokens: Annotated[int, typer.Option(help="Most tokens in one step of the model.")] = 2048,
+    step_tokens: Annotated[int | None, typer.Option(help="Most tokens in one step; each policy has its own.")] = None,
     first: Annotated[float, typer.Option(help="Seconds promised to the first token.")] = math.inf,
     gap: Annotated[float, typer.Option(help="Seconds promised between tokens.")] = math.inf,
     deadline: Annotated[float, typer.Option(help="Seconds promised for whole answers.")] = math.inf,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +131,12 @@ def machine_of(
     return Machine(cost, room // block, block, pipeline, roofline.stages if pipeline > 1 else None)
 
 
-def policy_maker(text: str, cost: Cost, limit: Budget | None, promise: Promise | None) -> MakePolicy:
+def policy_maker(
+    text: str, cost: Cost, limit: Budget | None, promise: Promise | None, step_tokens: int | None = None
+) -> MakePolicy:
     """How to make a policy from "name" or "name:setting=number:…", with what else its constructor asks for: a limit of
-    steps, what steps cost, and what was promised."""
+    steps, what steps cost, and what was promised. Without a limit it has its own, of which `step_tokens` replaces the
+    tokens and nothing else."""
     knows, _, inner = text.partition("@")
     if knows == ORACLE:
         text = inner or "past-future:reserve=0"
@@ -147,6 +150,8 @@ def policy_maker(text: str, cost: Cost, limit: Budget | None, promise: Promise |
         raise UsageError(f"policy {name!r} has no setting {', '.join(sorted(unknown))}: it has {', '.join(asks)}")
     given: dict[str, object] = {"limit": limit, "cost": cost, "promise": promise}
     more = {key: value for key, value in given.items() if key in asks and value is not None}
+    if step_tokens is not None and "limit" not in asks:
+        raise UsageError(f"policy {name!r} takes no limit of steps: leave --step-tokens out")
     if knows == ORACLE and "lengths" not in asks:
         raise UsageError(f"policy {name!r} expects no lengths, so an oracle tells it nothing")
 
@@ -155,7 +160,10 @@ def policy_maker(text: str, cost: Cost, limit: Budget | None, promise: Promise |
         if knows == ORACLE:
             told["lengths"] = Oracle(lengths)
         try:
-            return kind(**told)
+            made = kind(**told)
+            if step_tokens is None:
+                return made
+            return kind(**{**told, "limit": replace(made.limit, tokens=step_tokens)})
         except TypeError as error:
             raise UsageError(f"policy {text!r} cannot be made: {error}") from error
 

@@ -177,7 +177,8 @@ class Roofline:
     def _wires(self, tokens: float) -> float:
         size = tokens * self.shape.width * NUMBER
         machine = self.hardware
-        found = 2 * self.shape.layers * all_reduce(machine.near, self.tensor, size)
+        joint = machine.near if self.tensor <= machine.devices else machine.joint
+        found = 2 * self.shape.layers * all_reduce(joint, self.tensor, size)
         if self.pipeline > 1:
             wire = machine.near if self.tensor * self.pipeline <= machine.devices else machine.far
             found += self.pipeline * send(wire, size)  # what was sampled goes back to the first

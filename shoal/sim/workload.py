@@ -113,6 +113,14 @@ def programs(
     return sorted(found, key=lambda program: program.at)
 
 
+def drawn(source: Source, arrivals: Arrivals, count: int | None) -> bool:
+    """Whether another seed would make other programs."""
+    if arrivals.kind in {"poisson", "gamma"} or not isinstance(source, list):
+        return True
+    rows = [row for row in source if isinstance(row, Row)]
+    return len(rows) < len(source) or (count is not None and not any(row.at for row in rows))
+
+
 def _rows(source: Source, arrivals: Arrivals, count: int | None, seed: int) -> tuple[list[Row], bool]:
     """Rows, and whether they say when they came."""
     if callable(source):

@@ -6,13 +6,17 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from shoal.core.config import EngineConfig
 from shoal.core.errors import UsageError
 from shoal.core.types import Promise
 from shoal.jobs.options import JobOptions
 from shoal.sched.policy import Budget
 from shoal.sim.workload import Arrivals
 
-SEQUENCES = 256  # in a step, unless a policy says otherwise
+FIRST_COME, BATCH = (
+    "first-come",
+    "batch",
+)  # policies where none is named: of traffic, and of a job as `shoal run` has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,7 @@ class SimOptions:
     workload: str = ""
     job: JobOptions | None = None
     output: Path | None = None
-    policies: tuple[str, ...] = ("first-come",)
+    policies: tuple[str, ...] = ()  # none: what serves traffic, or a job
     hardware: str = "h100"
     model: str = "llama-3-8b"
     tensor: int = 1
@@ -32,7 +36,7 @@ class SimOptions:
     arrivals: str | None = None  # None: as the trace has them, a request a second of a law, a job all at once
     requests: int | None = None  # None: all of a trace or a job, a thousand of a law
     memory: int | None = None  # tokens of keys and values on an instance, in place of what the hardware has room for
-    step_tokens: int = 2048
+    step_tokens: int | None = None  # None: as many as each policy takes by itself
     first: float = math.inf  # seconds within which first tokens are promised
     gap: float = math.inf  # seconds between tokens, likewise
     deadline: float = math.inf  # seconds for whole answers
@@ -48,11 +52,10 @@ class SimOptions:
                 "say what to simulate, once: a law or a trace (shoal sim azure.csv), a job file (--input rows.jsonl), "
                 "or a job that has run (--from OUT)"
             )
-        for name in ("tensor", "pipeline", "instances", "step_tokens", "seeds"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}: give at least 1")
-        if self.requests is not None and self.requests < 1:
-            raise UsageError(f"--requests is {self.requests}: give at least 1")
+        for name in ("tensor", "pipeline", "instances", "step_tokens", "seeds", "requests"):
+            given = getattr(self, name)
+            if given is not None and given < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {given}: give at least 1")
         for name in ("first", "gap", "deadline"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"--{name} is {getattr(self, name)}: give seconds above 0")
@@ -70,9 +73,20 @@ class SimOptions:
         return None if self.arrivals is None else Arrivals.parse(self.arrivals)
 
     @property
-    def limit(self) -> Budget:
-        """Of steps."""
-        return Budget(self.step_tokens, SEQUENCES)
+    def is_job(self) -> bool:
+        """Whether it is a file's rows, which `shoal run` would feed to the engine."""
+        return not self.workload
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The policies that are compared."""
+        return self.policies or ((BATCH,) if self.is_job else (FIRST_COME,))
+
+    def limit(self, policy: str) -> Budget | None:
+        """Of a policy's steps, but for `step_tokens`; None is the policy's own. A job's batch policy has what the
+        engine gives it."""
+        kept = EngineConfig()
+        return Budget(kept.step_tokens, kept.max_sequences) if self.is_job and policy == BATCH else None
 
     @property
     def promise(self) -> Promise | None:

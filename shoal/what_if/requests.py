@@ -37,10 +37,13 @@ class Rows:
     left_out: int = 0  # prompts of rows that failed, were answered from elsewhere, or have nothing to sample
     seconds: float | None = None  # what it took where it ran
 
-    def programs(self) -> list[Program]:
-        """As a job hands them out: so many are in flight, and the next comes when one has ended."""
+    def fed(self, instances: int, running: int) -> int:
+        """Requests in flight: of each engine those that run, at most, and those that wait there."""
+        return min(instances * (WINDOW + running), len(self.turns))
+
+    def programs(self, number: int) -> list[Program]:
+        """So many in flight, and the next comes when one has ended, in the plan's order."""
         shared: Iterator[Turn] = iter(self.turns)
-        number = min(2 * WINDOW, len(self.turns))
         return [Program(f"row{k}", 0.0, shared, keeps=False) for k in range(number)]
 
 

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from shoal.core.config import EngineConfig
 from shoal.sim.capacity import Capacity, capacity
 from shoal.sim.cluster import Cluster
 from shoal.sim.machine import Machine, MakePolicy, cluster_of, find_shape, machine_of, policy_maker
 from shoal.sim.metrics import Rate, Summary, attained, flowing, in_service, jobs, settled, summary, timely
 from shoal.sim.program import Program
 from shoal.sim.record import Record
-from shoal.sim.workload import Arrivals, find_source, programs
+from shoal.sim.workload import Arrivals, drawn, find_source, programs
 from shoal.what_if.options import SimOptions
 from shoal.what_if.requests import Rows, of_file, of_output
 
@@ -45,7 +46,8 @@ class Run:
     service: dict[str, Rate]  # JITServe's goodput, by class
     timely: Rate | None  # Past-Future's, where something is promised
     attained: float | None  # DistServe's share, likewise
-    jobs: float | None  # mean seconds of programs
+    jobs: float | None  # mean seconds of programs that ended
+    ended: float | None  # share of the programs that did
     memory: float  # mean share of the blocks in use
     steps: int
     bubbles: float | None  # share of the stages' time that they waited, where there are several
@@ -64,6 +66,8 @@ class Study:
     capacities: dict[str, list[Capacity]] = field(default_factory=dict)
     real_seconds: float | None = None  # of the job that was replayed, where it ran
     left_out: int = 0  # its prompts that are not replayed
+    placed: str = ""  # how a job's rows were given to several instances, which is not how `shoal run` deals them
+    spared: int = 0  # seeds that were asked for and not run, as nothing is drawn from a seed
 
     def values(self, policy: str, of: Callable[[Run], float]) -> list[float]:
         """A number of each of a policy's runs."""
@@ -76,36 +80,39 @@ def study(options: SimOptions) -> Study:
     devices = f"{options.tensor * options.pipeline} × " if options.tensor * options.pipeline > 1 else ""
     many = f"{options.instances} instances of " if options.instances > 1 else ""
     name = f"{find_shape(options.model).name} on {many}{devices}{options.hardware}"
-    makers = {text: policy_maker(text, machine.cost, options.limit, options.promise) for text in options.policies}
-    asks, rows = _asks(options)
+    if options.is_job and machine.stages == 1:
+        machine = replace(machine, ahead=int(EngineConfig().overlap))
+    makers = {
+        text: policy_maker(text, machine.cost, options.limit(text), options.promise, options.step_tokens)
+        for text in options.named
+    }
+    asks, rows, drawn = _asks(options)
+    seeds = range(options.seed, options.seed + (options.seeds if drawn else 1))
     found = Study(rows.name if rows else options.workload, name, machine.positions)
+    found.spared = options.seeds - len(seeds)
     if rows is not None:
         found.real_seconds, found.left_out = rows.seconds, rows.left_out
+        found.placed = options.place if options.instances > 1 else ""
     for text, make in makers.items():
-        found.runs[text] = [
-            _run(options, machine, text, make, asks(seed, None), seed)
-            for seed in range(options.seed, options.seed + options.seeds)
-        ]
+        found.runs[text] = [_run(options, machine, text, make, asks(seed, None), seed) for seed in seeds]
     if options.capacity:
         for text, make in makers.items():
-            found.capacities[text] = [
-                _capacity(options, machine, make, asks, seed)
-                for seed in range(options.seed, options.seed + options.seeds)
-            ]
+            found.capacities[text] = [_capacity(options, machine, make, asks, seed) for seed in seeds]
     return found
 
 
 Asks = Callable[[int, float | None], list[Program]]  # of a seed, at a rate or as it is
 
 
-def _asks(options: SimOptions) -> tuple[Asks, Rows | None]:
-    """Who asks for what, as a function of the seed; and the job it is from."""
+def _asks(options: SimOptions) -> tuple[Asks, Rows | None, bool]:
+    """Who asks for what, as a function of the seed; the job it is from; and whether anything is drawn from the seed."""
     if options.output is not None or options.job is not None:
         rows = of_output(options.output, options.requests) if options.output else None
         if rows is None:
             assert options.job is not None
             rows = of_file(options.job, options.requests)
-        return lambda seed, rate: rows.programs(), rows
+        fed = rows.fed(options.instances, EngineConfig().max_sequences)
+        return lambda seed, rate: rows.programs(fed), rows, False
     source = find_source(options.workload)
     law = callable(source)
     arrivals = options.came or Arrivals("poisson" if law else "trace", GUESS if law else None)
@@ -115,7 +122,7 @@ def _asks(options: SimOptions) -> tuple[Asks, Rows | None]:
         at = arrivals if rate is None else arrivals.at(rate)
         return programs(source, at, count, seed, options.promise, options.deadline)
 
-    return asks, None
+    return asks, None, drawn(source, arrivals, count)
 
 
 def _run(
@@ -124,7 +131,8 @@ def _run(
     cluster = cluster_of(machine, make, options.instances, options.place)
     records = cluster.run(requests)
     promise = options.promise
-    ended = [seconds for seconds in jobs(records).values() if math.isfinite(seconds)]
+    took = list(jobs(records).values())
+    ended = [seconds for seconds in took if math.isfinite(seconds)]
     errors: dict[str, int] = {}
     for record in records:
         if record.error:
@@ -135,7 +143,8 @@ def _run(
         policy, seed, summary(records), in_service(records),
         timely(records, promise.first, promise.gap) if promise else None,
         attained(records, promise.first, promise.gap) if promise else None,
-        float(np.mean(ended)) if ended else None, held / looked / machine.blocks if looked else 0.0,
+        (float(np.mean(ended)) if ended else math.inf) if took else None, len(ended) / len(took) if took else None,
+        held / looked / machine.blocks if looked else 0.0,
         sum(instance.engine.scheduler.steps for instance in cluster.instances), _bubbles(cluster), errors,
         course(records),
     )  # fmt: skip

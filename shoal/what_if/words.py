@@ -51,7 +51,8 @@ def lines(found: Study) -> list[Line]:
     if any(run.timely is not None for run in runs):
         said.append(("in time", lambda run: run.timely.share if run.timely else 0.0, share))
     if any(run.jobs is not None for run in runs):
-        said.append(("programs, mean", lambda run: run.jobs or math.nan, seconds))
+        said.append(("programs that ended, mean", lambda run: math.nan if run.jobs is None else run.jobs, seconds))
+        said.append(("programs that ended", lambda run: math.nan if run.ended is None else run.ended, share))
     if any(run.bubbles is not None for run in runs):
         said.append(("bubbles", lambda run: run.bubbles or 0.0, share))
     return said
@@ -76,6 +77,16 @@ def remarks(found: Study) -> list[str]:
         said.append(f"Where the job ran it took {seconds(found.real_seconds)}, reading and writing included.")
     if found.left_out:
         said.append(f"{count(found.left_out)} prompts are left out: their rows have no answer to replay.")
+    if found.placed:
+        said.append(
+            f"Rows went one by one, in the plan's order, to instances by {found.placed}. `shoal run` deals each engine "
+            "one run of the plan, so that it computes fewer shared beginnings again than is said here."
+        )
+    if found.spared:
+        said.append(
+            f"Of {count(found.spared + 1)} seeds one was run: nothing here is drawn from a seed, so all would be the "
+            "same run, and there is no interval. Arrivals as poisson:RATE are drawn, where it is no job."
+        )
     for policy, runs in found.runs.items():
         for error, number in runs[0].errors.items():
             said.append(f"{policy}: {count(number)} refused: {error}")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.prove_policies import build, compare, stall, whole
+from benchmarks.prove_policies import build, compare, missing, pace, stall, whole
 from shoal.build import BuiltEngine, make_policy
 from shoal.core.config import EngineConfig
 from shoal.core.errors import UsageError
@@ -52,3 +52,18 @@ def test_a_promise_and_a_cost_choose_the_budget(built: BuiltEngine) -> None:
     policy = StallFree(Budget(4096, 64), cost=cost, promise=Promise(1.0, 0.01), tile=16)
     assert policy._budgets is not None and policy._budgets.tokens(0.01, 8, 50) == 80
     assert stall(built, policy, 300, 24).tokens == stall(built, whole(), 300, 24).tokens
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_all_run_whose_plans_are_timed(name: str) -> None:
+    found = pace(name, running=40, steps=4)
+    assert found["running"] == 40 and found.get("pins", 1) > 0
+
+
+def test_a_policy_that_is_slow_or_not_full_or_not_measured_is_missing() -> None:
+    good = {"running": 1000, "median_cpu_ms": 4.0, "p90_cpu_ms": 4.9, "median_wall_ms": 9.0, "p90_wall_ms": 9.0}
+    plans = dict.fromkeys(POLICIES, good)
+    assert not missing(plans)
+    for change in ({"running": 999}, {"median_cpu_ms": 5.0}, {"p90_cpu_ms": 5.0}, {"pins": 0}):
+        assert len(missing({**plans, "batch": {**good, **change}})) == 1
+    assert len(missing({name: good for name in POLICIES if name != "mixed"})) == 1

@@ -6,6 +6,7 @@ import random
 
 from serving import ask, serve, whole
 
+from benchmarks.prove_simulator import PAST_FUTURE, missing
 from shoal.core.sequence import Sequence
 from shoal.sched.admission import Foreseen, Reserved, Watermark, would_make_room
 from shoal.sched.lengths import LengthHistory
@@ -153,3 +154,17 @@ def test_nobody_loses_memory_that_would_not_do():
 
     assert not enough(held(5)) and enough(held(6)) and not enough(held(6, shared=1))
     assert not enough([])
+
+
+def test_the_proofs_table_says_what_does_not_come_out():
+    """Each claim alone can fail, and a policy that was not run shows nothing."""
+    said = ((0.5, 0.9), (0.0, 0.5), (0.02, 0.8), (0.1, 0.8), (0.0, 0.8))
+    table = {
+        f"d1 {policy}": {"evicted": evicted, "memory_used": used}
+        for policy, (evicted, used) in zip(PAST_FUTURE, said, strict=True)
+    }
+    assert not missing(table, ["d1"]) and len(missing(table, ["d1", "d2"])) == 1
+    wrong = {0: {"evicted": 0.2}, 1: {"memory_used": 0.7}, 3: {"evicted": 0.02}, 4: {"evicted": 0.01}}
+    for place, change in wrong.items():
+        name = f"d1 {PAST_FUTURE[place]}"
+        assert len(missing({**table, name: {**table[name], **change}}, ["d1"])) == 1, name

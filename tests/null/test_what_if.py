@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from array import array
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,19 @@ from rich.console import Console
 from test_cli import call
 from test_report_page import words
 
+from shoal.core.config import EngineConfig
 from shoal.core.errors import StateError, UsageError
 from shoal.core.types import Slice, Step
 from shoal.jobs.options import JobOptions
+from shoal.jobs.supply import WINDOW
 from shoal.sched.cost import LinearCost
+from shoal.sched.policies import POLICIES, find_policy
+from shoal.sched.policies.batch import BatchPolicy
+from shoal.sched.policy import Budget, Policy
+from shoal.sim.cluster import Cluster
 from shoal.sim.hardware import HARDWARE
 from shoal.sim.machine import Machine, Repeating, cluster_of, find_shape, machine_of, policy_maker
+from shoal.sim.program import Program, Turn
 from shoal.sim.roofline import Roofline
 from shoal.sim.shapes import SHAPES
 from shoal.sim.workload import Arrivals, find_source, programs
@@ -28,7 +37,7 @@ from shoal.what_if.command import run_sim
 from shoal.what_if.options import SimOptions
 from shoal.what_if.page import page
 from shoal.what_if.requests import of_output
-from shoal.what_if.study import course, study
+from shoal.what_if.study import Study, _run, course, study
 from shoal.what_if.words import rows, to_json
 
 SMALL = {"model": "minnow", "hardware": "cpu", "memory": 20_000, "requests": 30}
@@ -44,6 +53,56 @@ def test_policies_are_compared_on_the_same_requests_at_the_same_times():
     first, second = found.runs["batch"]
     assert first.summary.seconds != second.summary.seconds
     assert study(LAW).runs == found.runs
+
+
+def clusters(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Machine, Policy, Cluster]]:
+    """The machines, policies and clusters that studies make from now on."""
+    made: list[tuple[Machine, Policy, Cluster]] = []
+
+    def noted(machine, make, *rest):
+        made.append((machine, make({}), cluster_of(machine, make, *rest)))
+        return made[-1][2]
+
+    monkeypatch.setattr("shoal.what_if.study.cluster_of", noted)
+    return made
+
+
+def test_a_policy_is_the_one_that_is_named_with_its_own_limit_of_a_step(monkeypatch: pytest.MonkeyPatch):
+    made = clusters(monkeypatch)
+    named = tuple(POLICIES)
+    study(SimOptions("fixed:20:2", **{**SMALL, "requests": 2}, policies=named))
+    assert [policy.limit for _, policy, _ in made] == [find_policy(name)().limit for name in named]
+    assert len({policy.limit for _, policy, _ in made}) > 3  # or this shows nothing
+    made.clear()
+    study(SimOptions("fixed:20:2", **{**SMALL, "requests": 2}, policies=named, step_tokens=300))
+    assert {policy.limit.tokens for _, policy, _ in made} == {300}
+    assert [policy.limit.sequences for _, policy, _ in made] == [find_policy(name)().limit.sequences for name in named]
+
+
+def test_a_run_from_which_no_seed_draws_is_not_told_as_several(tmp_path: Path):
+    trace = tmp_path / "trace.csv"
+    lines = [f"2023-11-16 18:15:{second:02d}.0000000,{50 + second},{5 + second % 3}" for second in range(1, 20)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]) + "\n")
+    small = {**SMALL, "requests": None, "seeds": 3}
+    found = study(SimOptions(str(trace), **small))
+    assert len(found.runs["first-come"]) == 1 and "Of 3 seeds one was run" in words(page(found))
+    for arrivals in ("closed:3", "once", "trace:2"):
+        assert study(SimOptions(str(trace), **small, arrivals=arrivals)).spared == 2
+    drawn = study(SimOptions(str(trace), **small, arrivals="poisson:1"))
+    assert len(drawn.runs["first-come"]) == 3 and not drawn.spared
+    assert len({run.summary.seconds for run in drawn.runs["first-come"]}) == 3
+
+
+def test_programs_that_never_ended_are_told_beside_the_mean_of_those_that_did():
+    machine = Machine(LinearCost(), 10, 16)
+    short, long = Turn(((1, 20),), 5, 8), Turn(((2, 500),), 5, 8)
+    requests = [Program("a", 0.0, (short, short)), Program("b", 0.0, (short, long))]
+    run = _run(LAW, machine, "first-come", policy_maker("first-come", machine.cost, None, None), requests, 0)
+    assert run.ended == 0.5 and run.jobs is not None and 0 < run.jobs < 10
+    run = _run(LAW, machine, "first-come", policy_maker("first-come", machine.cost, None, None), requests[1:], 0)
+    assert run.ended == 0.0 and run.jobs == math.inf
+    said = dict(line[:2] for line in rows(Study("x", "y", 160, {"first-come": [run]})))
+    assert said["programs that ended, mean"] == "never" and said["programs that ended"].startswith("0")
 
 
 def test_the_table_the_page_and_the_json_say_the_same(tmp_path: Path):
@@ -195,8 +254,30 @@ def test_a_file_that_has_not_run_is_simulated(job: Callable[..., EchoJob]):
     source = one.root / "in.jsonl"
     source.write_text("".join(row + "\n" for row in ROWS))
     options = JobOptions(input=source, output=Path("/dev/null"))
-    (run,) = study(SimOptions(job=options, **{**SMALL, "requests": None})).runs["first-come"]
+    (run,) = study(SimOptions(job=options, **{**SMALL, "requests": None})).runs["batch"]
     assert run.summary.answered >= len(ROWS) and run.summary.refused == 0
+    several = study(SimOptions(job=options, **{**SMALL, "requests": None}, instances=2, seeds=3))
+    (run,) = several.runs["batch"]
+    said = words(page(several))
+    assert run.summary.answered >= len(ROWS)
+    assert "Of 3 seeds one was run" in said and "deals each engine one run" in said
+
+
+def test_a_job_is_fed_and_planned_as_the_product_does(job: Callable[..., EchoJob], monkeypatch: pytest.MonkeyPatch):
+    """The batch policy with the engine's own limit of a step, a step planned while another runs, and in each engine
+    as many requests as wait and run there."""
+    one = job([completion(i, f"row {i}", max_tokens=2) for i in range(1500)])
+    one.run(echo_backend(512))
+    made = clusters(monkeypatch)
+    study(SimOptions(output=one.out, **{**SMALL, "requests": None}))
+    ((machine, policy, cluster),) = made
+    kept = EngineConfig()
+    assert isinstance(policy, BatchPolicy) and machine.ahead == 1
+    assert policy.limit == Budget(kept.step_tokens, kept.max_sequences)
+    assert of_output(one.out, None).fed(1, kept.max_sequences) == WINDOW + kept.max_sequences
+    comings = [(record.arrival, 1) for record in cluster.records] + [(record.end, -1) for record in cluster.records]
+    in_flight = list(accumulate(number for _, number in sorted(comings)))  # who comes at an end comes after it
+    assert max(in_flight) == WINDOW + kept.max_sequences and in_flight[-1] == 0
 
 
 def test_the_command_takes_a_law_and_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

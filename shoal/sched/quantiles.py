@@ -153,10 +153,10 @@ class QuantileForest(LengthEstimator):
         return found
 
     def _alike(self, seq: Sequence) -> Lengths:
-        """The lengths of its leaves, looked up once: what it looks like does not change."""
+        """The lengths of its leaves, looked up once there are any: what it looks like does not change."""
         found = self._like.get(seq.number)
-        if found is None:
-            row = features(seq.request)
+        if found is None or (self._forest and not len(found[1])):
+            row = features(seq.request) if found is None else found[0]
             leaves = [tree.leaf(row) for tree in self._forest]
             found = self._like[seq.number] = row, np.sort(np.concatenate(leaves)) if leaves else np.empty(0)
         return found[1]

@@ -133,7 +133,7 @@ def test_of_many_groups_those_that_learnt_last_are_remembered():
 def test_who_was_asked_about_before_the_first_tree_is_asked_again():
     forest, early = QuantileForest(), sequence(0, limit=4000)
     assert forest.quantile(early, 0.95) == 4000
-    for number in range(1, 41):
+    for number in range(1, 81):
         forest.learn(sequence(number, 30, 4000))
     assert forest.quantile(early, 0.95) < 100
 

@@ -28,6 +28,7 @@ from shoal.runtime.memory import MemoryPlan, available_bytes, plan_memory, plan_
 from shoal.runtime.runner import ModelRunner
 from shoal.sched.policies import find_policy
 from shoal.sched.policies.batch import BatchPolicy
+from shoal.sched.policies.stall_free import StallFree
 from shoal.sched.policies.whole import WholePolicy
 from shoal.sched.policy import Budget, Policy
 from shoal.sched.scheduler import Scheduler
@@ -160,6 +161,11 @@ def make_policy(config: EngineConfig) -> Policy:
         found = find_policy(config.policy)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if found is StallFree:  # without a cost and a promise it would be first come, first served by another name
+        raise UsageError(
+            f"policy {config.policy!r} cuts steps to keep promises by what steps cost, and rows of a job are promised "
+            "nothing: leave it out, or name a class of your own (module:Class) that gives it a cost and a promise"
+        )
     return found(limit)
 
 

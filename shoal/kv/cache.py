@@ -185,15 +185,18 @@ class KVCache:
         lost = last_first[:num_blocks]
         return min(lost, default=NEVER)
 
-    def count_idle(self, nodes: Iterable[Node]) -> int:
-        """Blocks of the nodes and of all above them that no sequence holds, each once."""
+    def count_idle(self, nodes: Iterable[Node]) -> list[int]:
+        """Of each node, the blocks of it and of all above it that no sequence holds and that no node before has."""
         found: set[int] = set()
+        counts = []
         for leaf in nodes:
+            before = len(found)
             node: Node | None = leaf
             while node is not None and node.block >= 0 and self._users[node.block] == 0 and node.block not in found:
                 found.add(node.block)
                 node = node.parent
-        return len(found)
+            counts.append(len(found) - before)
+        return counts
 
     def revalue(self, node: Node) -> None:
         """Ask again what an idle block is worth; nothing if it is not one by now."""

@@ -34,6 +34,10 @@ class Admission(Protocol):
         """An answer has ended by itself or at its limit."""
         ...
 
+    def forget(self, seq: Sequence) -> None:
+        """A sequence has ended otherwise: nobody asks about it any more."""
+        ...
+
 
 def blocks_of(tokens: int, view: View) -> int:
     """Whole blocks for so many tokens."""
@@ -73,6 +77,9 @@ class Watermark:
     def learn(self, seq: Sequence) -> None:
         """Nothing."""
 
+    def forget(self, seq: Sequence) -> None:
+        """Nothing."""
+
 
 class Reserved:
     """Conservative: everybody is given the memory of the longest answer it may have."""
@@ -100,6 +107,9 @@ class Reserved:
     def learn(self, seq: Sequence) -> None:
         """Nothing."""
 
+    def forget(self, seq: Sequence) -> None:
+        """Nothing."""
+
 
 class Foreseen:
     """Past-Future (arXiv 2507.10150): in no drawn future does the peak exceed memory less a reserve.
@@ -109,7 +119,7 @@ class Foreseen:
     """
 
     def __init__(self, lengths: LengthEstimator | None = None, reserve: float = 0.05, seed: int = 0) -> None:
-        self.lengths, self.reserve = lengths or LengthHistory(), reserve
+        self.lengths, self.reserve = lengths or LengthHistory(cold=True), reserve
         self._luck = np.random.default_rng(seed)
         self._futures: Futures | None = None  # made when the first candidate asks
         self._base = 0
@@ -157,3 +167,7 @@ class Foreseen:
     def learn(self, seq: Sequence) -> None:
         """Its length is history."""
         self.lengths.learn(seq)
+
+    def forget(self, seq: Sequence) -> None:
+        """Its length says nothing."""
+        self.lengths.forget(seq)

@@ -15,12 +15,12 @@ from shoal.sched.cost import Cost
 NEAR = 0.03  # the smallest budget within this share of the best pace is taken: what is gained beyond it is not felt
 
 
-def priced(cost: Cost, decodes: int, context: int, chunk: int) -> float:
-    """Seconds of a step of so many decodes, each behind `context` tokens, and one chunk of a prompt as deep."""
+def priced(cost: Cost, decodes: int, context: int, chunk: int, depth: int) -> float:
+    """Seconds of a step of so many decodes, each behind `context` tokens, and a chunk of a prompt behind `depth`."""
     one, many = array(TOKEN, [0]), array(TOKEN, bytes(4 * chunk))
     slices = [Slice(0, context, one, (), 1)] * decodes  # alike, and only to be priced: one object stands for all
     if chunk:
-        slices.append(Slice(decodes, context, many, (), 1))
+        slices.append(Slice(decodes, depth, many, (), 1))
     return cost.seconds(Step(1, tuple(slices)))
 
 
@@ -36,16 +36,17 @@ def multiples(tile: int, most: int) -> Iterator[int]:
         times += step
 
 
-def select_budget(cost: Cost, gap: float, decodes: int, context: int, tile: int, most: int) -> int:
+def select_budget(cost: Cost, gap: float, decodes: int, context: int, depth: int, tile: int, most: int) -> int:
     """Sarathi-Serve's token budget (arXiv 2403.02310): of the multiples of `tile` whose step, with all decodes in it,
     ends within `gap` seconds, the one that computes prompts fastest. 0 when even the smallest takes longer.
 
-    The decodes are part of it, so that all products are whole tiles."""
+    The decodes are part of it, so that all products are whole tiles. `context` is what each of them is behind, `depth`
+    what the prompt's chunk is behind."""
     feasible: list[tuple[int, float]] = []
     for tokens in multiples(tile, most):
         if tokens <= decodes:
             continue
-        seconds = priced(cost, decodes, context, tokens - decodes)
+        seconds = priced(cost, decodes, context, tokens - decodes, depth)
         if seconds > gap:
             break
         feasible.append((tokens, (tokens - decodes) / max(seconds, 1e-12)))
@@ -57,27 +58,27 @@ def saturation(cost: Cost, tile: int, most: int) -> int:
     """The least tokens of which twice as many take almost twice as long: DistServe's limit of a batch of prompts
     (arXiv 2401.09670), and the least chunk that SARATHI should cut."""
     for tokens in multiples(tile, most):
-        if priced(cost, 0, 0, 2 * tokens) >= 1.9 * priced(cost, 0, 0, tokens):
+        if priced(cost, 0, 0, 2 * tokens, 0) >= 1.9 * priced(cost, 0, 0, tokens, 0):
             return tokens
     return most
 
 
 class Budgets:
-    """`select_budget`, asked in every step: what was found for like steps is kept. The number of decodes and their
-    context are rounded up, by an eighth at most and by a quarter, so that what is kept is never too much."""
+    """`select_budget`, asked in every step: what was found for like steps is kept. The number of decodes, their
+    context and the prompt's depth are rounded up, by a quarter at most, so that what is kept is never too much."""
 
     def __init__(self, cost: Cost, tile: int, most: int) -> None:
         self.cost, self.tile, self.most = cost, tile, most
-        self._found: dict[tuple[float, int, int], int] = {}
+        self._found: dict[tuple[float, int, int, int], int] = {}
 
-    def tokens(self, gap: float, decodes: int, context: int) -> int:
+    def tokens(self, gap: float, decodes: int, context: int, depth: int) -> int:
         """Tokens of a step that may take `gap` seconds: always more than the decodes, for a promise that cannot be
         kept is no reason that no prompt is ever computed."""
         if math.isinf(gap):
             return self.most
-        key = gap, rounded(decodes, 8), rounded(context, 4)
+        key = gap, rounded(decodes, 8), rounded(context, 4), rounded(depth, 8)
         if key not in self._found:
-            self._found[key] = select_budget(self.cost, gap, key[1], key[2], self.tile, self.most)
+            self._found[key] = select_budget(self.cost, *key, self.tile, self.most)
         return max(self._found[key], (decodes // self.tile + 1) * self.tile)
 
 

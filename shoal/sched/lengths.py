@@ -103,12 +103,16 @@ class LengthHistory(LengthEstimator):
     """The last `window` finished lengths of a group, as a distribution conditioned on what is already produced.
 
     Past-Future (arXiv 2507.10150, section on the output length distribution): P(length | length > produced), drawn
-    from the points produced, h1 … hm, limit by straight lines; the window seeded so that a cold start is conservative.
-    A group with few answers is taken to be like all. `condition=False` forgets what is produced: the control.
+    from the points produced, h1 … hm, limit by straight lines. With `cold` half of the window is answers as long as may
+    be, each one's own limit, until others have taken their places: the paper's conservative start; else `prior` stands
+    for the first few. A group with few answers is taken to be like all; of `most` groups, those that learnt last.
+    `condition=False` forgets what is produced: the control.
     """
 
-    def __init__(self, window: int = 200, prior: int = 512, condition: bool = True) -> None:
-        self.window, self.prior, self.condition = window, prior, condition
+    def __init__(
+        self, window: int = 200, prior: int = 512, condition: bool = True, cold: bool = False, most: int = 4096
+    ) -> None:
+        self.window, self.prior, self.condition, self.cold, self.most = window, prior, condition, cold, most
         self._recent: dict[str, deque[int]] = {}
         self._sorted: dict[str, list[int]] = {}
         self._arrays: dict[str, Lengths] = {}  # the sorted ones, as long as nothing is added
@@ -116,13 +120,22 @@ class LengthHistory(LengthEstimator):
     def observe(self, group: str, length: int) -> None:
         """An answer of the group ended after `length` tokens."""
         for name in (group, EVERYBODY):
-            recent = self._recent.setdefault(name, deque())
+            recent = self._recent[name] = self._recent.pop(name, deque())
             ordered = self._sorted.setdefault(name, [])
             recent.append(length)
             insort(ordered, length)
             if len(recent) > self.window:
                 del ordered[bisect_right(ordered, recent.popleft()) - 1]
             self._arrays.pop(name, None)
+        if len(self._recent) > self.most + 1:
+            oldest = next(iter(self._recent))
+            for kept in (self._recent, self._sorted, self._arrays):
+                kept.pop(oldest, None)
+
+    def _longest(self) -> int:
+        """Places of the window that answers as long as may be still have."""
+        ended = len(self._recent.get(EVERYBODY, ()))
+        return max(0, min(self.window // 2, self.window - ended)) if self.cold else 0
 
     def learn(self, seq: Sequence) -> None:
         """One more of its group."""
@@ -139,11 +152,12 @@ class LengthHistory(LengthEstimator):
             return given
         most, produced = seq.request.sampling.max_tokens, seq.produced
         ordered = self._sorted.get(self._like(seq.request.group), [])
-        if len(ordered) < FEW:
+        longest = self._longest()
+        if len(ordered) < FEW and not longest:
             return min(most, self.prior if produced < self.prior else 2 * produced)
         past = produced if self.condition else 0
         above = ordered[bisect_right(ordered, past) :]
-        points = [past, *above, *([most] if not above or most > above[-1] else [])]
+        points = [past, *above, *[most] * max(longest, not above or most > above[-1])]
         place = share * (len(points) - 1)
         low = int(place)
         value = points[low] + (place - low) * (points[min(low + 1, len(points) - 1)] - points[low])
@@ -166,12 +180,14 @@ class LengthHistory(LengthEstimator):
         if group not in self._arrays:
             self._arrays[group] = np.array(self._sorted.get(group, []), float)
         ordered = self._arrays[group]
-        if len(ordered) < FEW:
+        longest = self._longest()
+        if len(ordered) < FEW and not longest:
             drawn = np.where(produced < self.prior, float(self.prior), 2 * produced) + 0 * shares
         else:
             past = produced if self.condition else 0 * produced
             first = np.searchsorted(ordered, past, "right")
-            ends = np.where(most > ordered[-1], 1, np.where(first == len(ordered), 1, 0))
+            ends = np.where(most > ordered[-1:].max(initial=0.0), 1, np.where(first == len(ordered), 1, 0))
+            ends = np.maximum(ends, longest)
             place = shares * (len(ordered) - first + ends)
             low = np.floor(place)
             rim = np.concatenate([ordered, [0.0]])  # its last place stands for each one's own limit

@@ -60,7 +60,9 @@ class LeastWork:
 class SameProgram:
     """A program's turns go where its first one went, for what is kept there; the first where there is least work."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 10_000) -> None:
+        """`most` programs are remembered, those that were last asked about."""
+        self.most = most
         self._first = LeastWork()
         self._places: dict[str, int] = {}
 
@@ -68,8 +70,10 @@ class SameProgram:
         """Where its program is."""
         if not request.program:
             return self._first.choose(request, loads)
-        if request.program not in self._places:
-            self._places[request.program] = self._first.choose(request, loads)
+        place = self._places.pop(request.program, None)
+        self._places[request.program] = self._first.choose(request, loads) if place is None else place
+        if len(self._places) > self.most:
+            del self._places[next(iter(self._places))]
         return self._places[request.program]
 
 

@@ -48,7 +48,7 @@ class Reach:
     idle_blocks: int  # blocks of its reuse that no running sequence holds now, reserved ones apart
     reserved_blocks: int  # idle blocks that unstarted rows before the furthest started one, and the next, will reuse
     loss: Callable[[int], int]  # forgetting so many other idle blocks: the soonest plan index that would miss one
-    idle: Callable[[Iterable[Node]], int]  # blocks of those nodes and above them that no running sequence holds
+    idle: Callable[[Iterable[Node]], list[int]]  # of each node: blocks of it and above it that nobody holds, each once
 
 
 class Policy:

@@ -21,6 +21,7 @@ from shoal.sched.lengths import FEW, LengthEstimator, Lengths, known, within
 BUCKETS = 48  # places that token ids are hashed to: how often each occurs in the prompt's head
 HEAD = 64  # tokens of a prompt that are looked at beside its length: a task says at first what it wants
 CUTS = 0.1, 0.25, 0.4, 0.55, 0.7, 0.85  # places of a cut between a feature's least and greatest value
+GROWN = 4  # trees from which a forest is believed for good
 SPREAD = 2654435761  # multiplied by it, neighbouring ids fall into different places
 
 Features = NDArray[np.float32]
@@ -117,7 +118,7 @@ class QuantileForest(LengthEstimator):
         self._lengths: deque[float] = deque(maxlen=window)
         self._forest: deque[Tree] = deque(maxlen=trees)
         self._ended = 0
-        self._like: dict[int, tuple[Features, Lengths]] = {}  # by number: of a live one, its leaves' lengths, sorted
+        self._like: dict[int, tuple[Features, Lengths, int]] = {}  # by number: its leaves' lengths, sorted, of how many
         self._first: dict[int, tuple[float, int]] = {}  # by number: the share first asked for, and the bound given
         self._level: dict[float, float] = {}  # by share asked: the share that is looked up
 
@@ -153,12 +154,14 @@ class QuantileForest(LengthEstimator):
         return found
 
     def _alike(self, seq: Sequence) -> Lengths:
-        """The lengths of its leaves, looked up once: what it looks like does not change."""
+        """The lengths of its leaves, looked up once, and again when few trees have become enough: those
+        grew from the first answers to end, which are the shortest."""
         found = self._like.get(seq.number)
-        if found is None:
-            row = features(seq.request)
+        if found is None or found[2] < min(GROWN, self.trees) <= len(self._forest):
+            row = features(seq.request) if found is None else found[0]
             leaves = [tree.leaf(row) for tree in self._forest]
-            found = self._like[seq.number] = row, np.sort(np.concatenate(leaves)) if leaves else np.empty(0)
+            lengths = np.sort(np.concatenate(leaves)) if leaves else np.empty(0)
+            found = self._like[seq.number] = row, lengths, len(leaves)
         return found[1]
 
     def forget(self, seq: Sequence) -> None:
@@ -168,7 +171,7 @@ class QuantileForest(LengthEstimator):
 
     def learn(self, seq: Sequence) -> None:
         """One more; perhaps a tree, and a word on the bound it was given."""
-        row, _ = self._like.pop(seq.number, (None, None))
+        row = self._like.pop(seq.number, (None,))[0]
         share, bound = self._first.pop(seq.number, (0.0, 0))
         if bound:
             miss = float(seq.produced > bound)

@@ -22,6 +22,7 @@ from shoal.sim.executor import OTHER, SimExecutor
 from shoal.sim.stages import Staged, StagedExecutor
 
 ENDS, WAKES = 0, 2  # see cluster
+BETWEEN = {"accept", "retire", "hear", "skipped"}  # told or asked when somebody comes or ends: no leap goes over that
 LEAP = 256  # steps at most that are taken at once: they are priced when the first begins, and cut when somebody comes
 
 At = Callable[[float, int, Callable[[], "Instance | None"]], None]
@@ -56,11 +57,19 @@ class Counting(Protocol):
 
 def stays(policy: Policy, view: View) -> int:
     """For how many plans a policy's answers lead to the same while all that runs decodes, and nothing comes or ends."""
-    if isinstance(policy, Steady):
-        return policy.steady(view)
     kind = type(policy)
+    if isinstance(policy, Steady):
+        return policy.steady(view) if vouches(kind) else 0
     plain = kind.budget is Policy.budget and kind.chunk is Policy.chunk and kind.draft is Policy.draft
     return LEAP if plain and not view.waiting else 0
+
+
+def vouches(kind: type) -> bool:
+    """Whether `steady` was said of this class: it was not if a class below the one that says it answers otherwise."""
+    line = kind.__mro__
+    at = next((i for i, cls in enumerate(line) if "steady" in vars(cls)), 0)
+    changed = {name for cls in line[:at] for name in vars(cls) if not name.startswith("__") and hasattr(line[at], name)}
+    return changed <= BETWEEN
 
 
 class Instance:

@@ -14,6 +14,7 @@ from shoal.core.sequence import Sequence
 from shoal.core.types import Finish, Request, Step
 from shoal.kv.tree import Node
 from shoal.sched.cost import Cost
+from shoal.sched.policies.decode_maximal import DecodeMaximal
 from shoal.sched.policy import Budget, Key, Policy, Reach, View
 from shoal.sim.executor import SimExecutor
 
@@ -69,6 +70,8 @@ class Staged(Policy):
     def __init__(self, policy: Policy, stages: int) -> None:
         super().__init__(policy.limit)
         self.policy, self.stages = policy, stages
+        if isinstance(policy, DecodeMaximal):
+            policy.stages = stages  # its chunk is for as many riders as a step has
         self.busy: set[int] = set()  # tickets of the steps in flight; kept by who starts and finishes them
         self._decodes = math.inf  # that this plan may still take
 

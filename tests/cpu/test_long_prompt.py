@@ -15,6 +15,7 @@ from shoal.core.types import Promise
 from shoal.kernels import set_threads
 from shoal.sched.cost import LinearCost
 from shoal.sched.policies import POLICIES, find_policy
+from shoal.sched.policies.past_future import PastFuture
 from shoal.sched.policies.stall_free import StallFree
 from shoal.sched.policy import Budget
 
@@ -35,7 +36,9 @@ def test_the_worst_gap_falls_at_least_four_times_and_no_token_differs(built: Bui
 
 
 def test_a_configuration_names_a_policy() -> None:
-    assert isinstance(make_policy(EngineConfig(policy="stall-free", step_tokens=512)), StallFree)
+    assert isinstance(make_policy(EngineConfig(policy="past-future", step_tokens=512)), PastFuture)
+    with pytest.raises(UsageError, match="a cost and a promise"):
+        make_policy(EngineConfig(policy="stall-free", step_tokens=512))
     with pytest.raises(UsageError, match="just-in-time"):
         make_policy(EngineConfig(policy="no-such"))
 

@@ -15,10 +15,12 @@ from shoal.core.types import Finish, Promise, Request, Sampling
 from shoal.engine import Engine
 from shoal.sched.cost import LinearCost
 from shoal.sched.place import PLACEMENTS, Load, SameProgram
+from shoal.sched.policies import POLICIES, find_policy
 from shoal.sched.policies.batch import BatchPolicy
 from shoal.sched.policies.decode_maximal import DecodeMaximal
 from shoal.sched.policies.just_in_time import JustInTime
 from shoal.sched.policies.mixed import Mixed
+from shoal.sched.policies.orders import EarliestDeadline, LeastAttained, ShortestFirst
 from shoal.sched.policies.past_future import PastFuture
 from shoal.sched.policies.stall_free import StallFree
 from shoal.sched.policies.time_to_live import TimeToLive
@@ -27,6 +29,7 @@ from shoal.sched.policies.whole_prompts import Hybrid, PrefillFirst, RequestLeve
 from shoal.sched.policy import Budget, Policy
 from shoal.sched.scheduler import Scheduler
 from shoal.sim.executor import END, SimExecutor
+from shoal.sim.instance import vouches
 from shoal.sim.program import LEAST, Program, Turn, spell
 
 
@@ -61,7 +64,8 @@ class Restless(Policy):
 
 EVERY = [
     Policy, BatchPolicy, Few, Promised, Restless, PastFuture, Aggressive, Conservative, PrefillFirst, Hybrid,
-    RequestLevel, TimeToLive, JustInTime, DecodeMaximal, Mixed,
+    RequestLevel, TimeToLive, JustInTime, DecodeMaximal, Mixed, StallFree, ShortestFirst, EarliestDeadline,
+    LeastAttained,
 ]  # fmt: skip
 
 
@@ -83,6 +87,23 @@ def test_many_steps_at_once_are_the_same_as_one_by_one(seed, policy, blocks, rat
         runs.append((story(done), counters, [scheduler.kv.pool.holders for scheduler in schedulers], done.clock.now()))
     assert runs[0] == runs[1]
     assert all(record.finish is not None for record in done.records)
+
+
+def test_every_policy_with_a_name_is_held_to_that():
+    assert {find_policy(name) for name in POLICIES} <= set(EVERY)
+
+
+def test_nobody_is_taken_for_steady_who_answers_otherwise_than_the_class_that_said_so():
+    class Moody(StallFree):
+        def rank(self, seq, view):
+            return float(seq.produced % 7)
+
+    class Waiting(StallFree):
+        def hear(self, program, tool, now):
+            self.heard = program
+
+    assert vouches(StallFree) and vouches(Promised) and vouches(Waiting) and not vouches(Moody)
+    assert all(vouches(kind) for kind in (DecodeMaximal, Aggressive, PastFuture, TimeToLive, Mixed, Hybrid))
 
 
 def test_most_decode_steps_are_leapt_over_and_none_where_the_policy_might_change_its_mind():
@@ -192,6 +213,14 @@ def test_programs_stay_together_and_work_is_spread():
     loads[1].prompt = 9000
     assert place.choose(request, loads) == 1
     assert place.choose(Request("b", array("i", [5]), program="q"), loads) == 2
+
+
+def test_of_programs_that_never_end_only_some_places_are_remembered():
+    place, loads = SameProgram(most=10), [Load(), Load()]
+    for i in range(100):
+        place.choose(Request("a", array("i", [5]), program="kept"), loads)
+        place.choose(Request("a", array("i", [5]), program=f"p{i}"), loads)
+    assert len(place._places) == 10 and "kept" in place._places and "p99" in place._places
 
 
 # -- stages ------------------------------------------------------------------------------------------

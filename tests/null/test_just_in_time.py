@@ -121,6 +121,29 @@ def test_what_is_missed_and_what_was_promised_nothing_live_on_left_overs():
     assert [id[:4] for id in order] == ["due0", "due1", "due2", "due3"] + ["none"] * 4 + ["late"] * 4
 
 
+def test_a_broken_promise_waits_neither_for_a_batch_nor_for_ever():
+    """One seat. A chat that comes too late for its first token starves behind neither a job's rows nor a stream of
+    requests that were promised nothing."""
+    late = ask("late", 20, 60, promise=Promise(1e-4, 0.05))
+    rows = [ask(f"b{i}", 20, 60, index=i, future=()) for i in range(30)]
+    stream = [ask(f"s{i}", 20, 60, arrival=0.2 * i) for i in range(60)]
+    for others, latest in ((rows, 2.0), (stream, 5.0)):
+        lengths = dict.fromkeys((r.id for r in [late, *others]), 50)
+        policy = JustInTime(Budget(256, 1), cost=COST, lengths=Oracle(lengths))
+        served = serve(policy, [late, *others], lengths, 2000)
+        last = max(served.ends[r.id].timing["end"] for r in others)
+        assert served.ends["late"].timing["end"] < latest < 0.5 * last
+
+
+def test_once_its_late_first_token_has_come_gaps_are_kept_again():
+    """As its later tokens were counted from the promise that was broken, they would all be late as well."""
+    late = ask("late", 600, 60, promise=Promise(1e-4, 0.05))
+    others = [ask(f"s{i}", 20, 90, arrival=0.02 + 0.3 * i) for i in range(20)]
+    lengths = dict.fromkeys((r.id for r in [late, *others]), 50) | {f"s{i}": 80 for i in range(20)}
+    served = serve(JustInTime(Budget(256, 1), cost=COST, lengths=Oracle(lengths)), [late, *others], lengths, 2000)
+    assert max(served.gaps("late")) <= 0.05
+
+
 def test_a_seat_is_lent_and_keys_and_values_stay():
     """A pressing request takes the only seat; who had it stands, and goes on without anything computed again."""
     requests = [ask("long", 100, 300), ask("now", 20, 20, arrival=0.3, promise=Promise(0.1, 0.02))]
@@ -175,6 +198,14 @@ def test_a_program_that_has_had_much_yields_to_a_new_one():
     lengths = dict.fromkeys((r.id for r in requests), 200)
     order = ends_in_order(LeastAttained(Budget(512, 1)), requests, lengths)
     assert order.index("new0") < 2
+
+
+def test_of_programs_that_never_say_that_they_have_ended_only_some_are_followed():
+    policy = LeastAttained(Budget(512, 4))
+    policy.most = 5
+    requests = [ask(f"r{i:02}", 10, 5, program=f"p{i:02}") for i in range(30)]
+    serve(policy, requests, dict.fromkeys((r.id for r in requests), 3))
+    assert sorted(policy._attained) == [f"p{i}" for i in range(25, 30)]
 
 
 # -- stages --------------------------------------------------------------------------------------------

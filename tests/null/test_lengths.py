@@ -9,15 +9,24 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving import ask
 
 from shoal.core.sequence import Sequence
 from shoal.core.types import Request, Sampling
+from shoal.sched.admission import Foreseen
 from shoal.sched.lengths import Constant, LengthEstimator, LengthHistory, MeanOfGroup, Survival
+from shoal.sched.policies.mixed import Mixed
 from shoal.sched.quantiles import QuantileForest
+from shoal.sched.scheduler import Scheduler
 from shoal.sim.oracle import Oracle
 
-ESTIMATORS = [Constant, MeanOfGroup, LengthHistory, Survival, QuantileForest, lambda: Oracle({})]
-NAMES = ["constant", "mean", "history", "survival", "forest", "oracle"]
+
+def cold_history() -> LengthHistory:
+    return LengthHistory(cold=True)
+
+
+ESTIMATORS = [Constant, MeanOfGroup, LengthHistory, cold_history, Survival, QuantileForest, lambda: Oracle({})]
+NAMES = ["constant", "mean", "history", "cold", "survival", "forest", "oracle"]
 
 
 def sequence(number: int, produced: int = 0, limit: int = 1000, group: str = "", prompt=(5, 6, 7), stops=True):
@@ -51,7 +60,7 @@ def test_an_estimate_is_above_what_is_produced_and_not_above_the_limit(make, see
         assert all(min(seq.produced + 1, limit) <= length <= limit for length in some)
 
 
-@pytest.mark.parametrize("make", ESTIMATORS[:5], ids=NAMES[:5])
+@pytest.mark.parametrize("make", ESTIMATORS[:6], ids=NAMES[:6])
 def test_an_answer_that_only_its_limit_can_end_is_certain(make):
     estimator = make()
     teach(estimator, [30] * 60)
@@ -97,6 +106,49 @@ def test_a_group_of_few_answers_is_taken_to_be_like_all():
     before = history.quantile(sequence(900, group="long"), 0.5)
     teach(history, [400], "long", 300)
     assert before < 100 and history.quantile(sequence(900, group="long"), 0.5) == 400
+
+
+@pytest.mark.parametrize("ended", [0, 3, 30, 100, 150])
+def test_a_cold_window_is_half_as_long_as_may_be_until_it_is_full_of_answers(ended):
+    history, limits = LengthHistory(200, cold=True), (700, 5000)
+    teach(history, [100] * ended)
+    longest = min(100, 200 - ended)
+    drawn = history.draw([sequence(0, limit=most) for most in limits], 4000, np.random.default_rng(0))
+    for i, most in enumerate(limits):
+        assert (drawn[:, i] == most).mean() == pytest.approx((longest - 1) / (longest + ended), abs=0.04)
+        assert history.quantile(sequence(0, limit=most), 0.99) == most
+    teach(history, [100] * (200 - ended))
+    assert (history.draw([sequence(0, limit=700)], 4000, np.random.default_rng(0)) == 700).mean() < 0.02
+
+
+def test_of_many_groups_those_that_learnt_last_are_remembered():
+    history = LengthHistory(most=10)
+    for i in range(100):
+        history.observe("kept", 5)
+        history.observe(f"g{i}", 7)
+        history.draw([sequence(i)], 2, np.random.default_rng(0))
+    assert len(history._recent) == len(history._sorted) == 11 and "kept" in history._recent and "g99" in history._sorted
+
+
+def test_who_was_asked_about_before_the_first_tree_is_asked_again():
+    forest, early = QuantileForest(), sequence(0, limit=4000)
+    assert forest.quantile(early, 0.95) == 4000
+    for number in range(1, 81):
+        forest.learn(sequence(number, 30, 4000))
+    assert forest.quantile(early, 0.95) < 100
+
+
+def test_nothing_is_kept_of_those_that_were_given_up():
+    forest = QuantileForest()
+    policy, asked = Mixed(admission=Foreseen(forest)), [ask(f"r{i}", 20, 50) for i in range(20)]
+    scheduler = Scheduler(policy, 400, 16)
+    for request in asked:
+        scheduler.add(request, 0.0)
+    scheduler.plan(0.0)
+    assert forest._like
+    for request in asked:
+        scheduler.cancel(request.id, 1.0)
+    assert not forest._like
 
 
 def test_answers_that_still_run_count_as_long_ones():

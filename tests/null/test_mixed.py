@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from serving import COST, ask, serve, whole
 
 from shoal.core.types import Promise
+from shoal.sched.admission import Watermark
 from shoal.sched.outlook import ANNOUNCED, Job, Outlook
 from shoal.sched.policies.mixed import Mixed
 from shoal.sched.policies.stall_free import StallFree
@@ -93,6 +94,27 @@ def test_a_live_request_takes_memory_from_a_batch_and_not_from_its_like():
     whole(served, lengths)
     assert all(served.kept(r.id) for r in asked)
     assert all(served.ends[r.id].timing["preemptions"] == 0 for r in asked)
+
+
+def test_nobody_loses_memory_for_a_live_request_that_rows_behind_their_pace_keep_out():
+    """Rows of a job behind its pace decode before whoever waits: what they hold is nobody's to take."""
+    batch = [ask(f"b{i}", 320, 100, group="job", index=i) for i in range(4)]
+    calm = [ask("c0", 32, 100, group="calm", index=9)]
+    asked = [ask("l0", 800, 20, arrival=0.3, promise=PROMISE)]
+    everybody = batch + calm + asked
+    policy = mixed(jobs={"job": Job(1e9, 1e4)}, admission=Watermark())
+    served = serve(policy, everybody, lengths_of(everybody, 90), 125)
+    assert served.start("l0") >= min(served.ends[r.id].timing["end"] for r in batch)
+    assert served.scheduler.counters.preemptions == 0
+
+
+def test_of_tenants_that_have_gone_only_some_are_remembered_and_jobs_keep_count():
+    batch = [ask(f"r{i:02}", 20, 9, group=f"g{i:02}", index=i, arrival=0.3 * i) for i in range(40)]
+    policy = mixed(jobs={"g01": Job(1e9, 1e4)})
+    policy.most = 8
+    serve(policy, batch, lengths_of(batch, 5), 400)
+    assert len(policy._ended) <= 10 and len(policy._ahead) <= 10
+    assert policy._ended["g01"] == 25 and "g39" in policy._ended and "g02" not in policy._ended
 
 
 def test_tenants_share_the_rest_by_tokens_and_weights():

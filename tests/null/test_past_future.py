@@ -90,7 +90,7 @@ def view(seqs: list[Sequence], blocks: int) -> View:
 
 
 def reach(tokens: int = 0, blocks: int = 0, idle: int = 0, reserved: int = 0) -> Reach:
-    return Reach(tokens, blocks, idle, reserved, lambda n: 0, lambda nodes: 0)
+    return Reach(tokens, blocks, idle, reserved, lambda n: 0, lambda nodes: [])
 
 
 def test_each_admission_counts_what_it_says():

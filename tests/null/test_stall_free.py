@@ -17,6 +17,10 @@ from shoal.sched.policies.decode_maximal import DecodeMaximal
 from shoal.sched.policies.stall_free import StallFree
 from shoal.sched.policies.whole_prompts import Hybrid, PrefillFirst, RequestLevel
 from shoal.sched.policy import Budget
+from shoal.sim.hardware import A100
+from shoal.sim.roofline import Roofline
+from shoal.sim.shapes import SHAPES
+from shoal.sim.stages import Staged
 
 GAP = 0.02
 LIMIT = Budget(4096, 64)
@@ -35,16 +39,16 @@ class Saturating:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    gap=st.floats(0.005, 0.2), decodes=st.integers(0, 200), context=st.integers(1, 4000),
+    gap=st.floats(0.005, 0.2), decodes=st.integers(0, 200), context=st.integers(1, 4000), depth=st.integers(0, 40_000),
     tile=st.sampled_from([16, 64, 128]), knee=st.integers(1, 1500),
 )  # fmt: skip
-def test_a_budget_is_whole_tiles_keeps_the_gap_and_is_the_least_near_the_best(gap, decodes, context, tile, knee):
+def test_a_budget_is_whole_tiles_keeps_the_gap_and_is_the_least_near_the_best(gap, decodes, context, depth, tile, knee):
     cost, most = Saturating(knee), 2048
-    chosen = select_budget(cost, gap, decodes, context, tile, most)
+    chosen = select_budget(cost, gap, decodes, context, depth, tile, most)
     pace = {
-        tokens: (tokens - decodes) / priced(cost, decodes, context, tokens - decodes)
+        tokens: (tokens - decodes) / priced(cost, decodes, context, tokens - decodes, depth)
         for tokens in multiples(tile, most)
-        if tokens > decodes and priced(cost, decodes, context, tokens - decodes) <= gap
+        if tokens > decodes and priced(cost, decodes, context, tokens - decodes, depth) <= gap
     }
     if not pace:
         assert chosen == 0
@@ -63,8 +67,8 @@ def test_there_is_a_share_for_prompts_however_many_decode():
     """Guard: with as many decodes as the budget has tokens, or a promise nobody can keep, prompts still go on."""
     budgets = Budgets(COST, 64, 4096)
     for decodes in (1, 63, 64, 200, 999):
-        assert budgets.tokens(1e-6, decodes, 1000) == (decodes // 64 + 1) * 64 > decodes
-    assert budgets.tokens(math.inf, 5, 10) == 4096
+        assert budgets.tokens(1e-6, decodes, 1000, 1000) == (decodes // 64 + 1) * 64 > decodes
+    assert budgets.tokens(math.inf, 5, 10, 10) == 4096
 
 
 def long_prompt(policy, prompt: int = 2000, decodes: int = 8):
@@ -83,6 +87,29 @@ def test_no_token_waits_longer_than_promised_while_a_long_prompt_arrives():
     _, hybrid = long_prompt(Hybrid(LIMIT))
     assert min(stalled, hybrid) > 2 * worst
     assert served.first("long") < 20 * GAP
+
+
+def test_no_token_waits_longer_than_promised_however_deep_the_prompt_is():
+    """Attention of a chunk far into a prompt is what most of its step goes to."""
+    cost = Roofline(A100, SHAPES["llama-2-7b"])
+    requests = [ask(f"d{i}", 20, 2000) for i in range(8)] + [ask("deep", 30_000, 20, arrival=0.2)]
+    lengths = {r.id: 1200 if r.id != "deep" else 10 for r in requests}
+    policy = StallFree(Budget(8192, 64), cost=cost, promise=Promise(10.0, 0.05))
+    served = serve(policy, requests, lengths, 4000, cost=cost)
+    whole(served, lengths)
+    assert served.first("deep") > 0.5, "else nothing was shown"
+    assert max(max(served.gaps(f"d{i}")) for i in range(8)) <= 0.05
+
+
+def test_a_promise_looser_than_the_default_is_the_one_that_counts():
+    def worst(gap: float) -> float:
+        requests = [ask(f"d{i}", 20, 120, promise=Promise(1.0, gap)) for i in range(8)]
+        requests.append(ask("long", 2000, 20, arrival=0.2, promise=Promise(1.0, gap)))
+        lengths = dict.fromkeys((r.id for r in requests), 100)
+        served = serve(StallFree(LIMIT, cost=COST, promise=Promise(1.0, GAP)), requests, lengths, 2000)
+        return max(max(served.gaps(f"d{i}")) for i in range(8))
+
+    assert worst(GAP / 2) <= GAP / 2 < worst(GAP) <= GAP < worst(2 * GAP) <= 2 * GAP
 
 
 def test_no_token_waits_longer_than_a_step_of_a_fixed_budget():
@@ -150,6 +177,15 @@ def test_the_chunk_with_its_riders_is_whole_tiles_and_follows_the_means():
     assert abs(chunk - 26 * 20) <= 128 and (chunk + 26) % 128 == 0
 
 
+def test_the_chunk_of_a_model_in_stages_has_a_step_s_share_of_the_riders():
+    one, parts = DecodeMaximal(Budget(4096, 32)), DecodeMaximal(Budget(4096, 32))
+    Staged(parts, 4)
+    for policy in (one, parts):
+        policy._prompt, policy._output = 1000.0, 10.0
+    assert abs(one.best_chunk() - 31 * 100) <= 128 and abs(parts.best_chunk() - 7 * 100) <= 128
+    assert (parts.best_chunk() + 7) % 128 == 0
+
+
 def test_prompts_and_decodes_run_out_together_at_the_paper_s_chunk():
     """C = (B - 1) P / D: with less, chunks go without riders; with more, decodes go without a chunk."""
     requests = [ask(f"r{i}", 600, 60) for i in range(80)]
@@ -172,7 +208,7 @@ def test_prompts_and_decodes_run_out_together_at_the_paper_s_chunk():
 def test_saturation_is_where_twice_the_tokens_take_twice_as_long():
     found = saturation(Saturating(512), 64, 4096)
     assert 512 <= found <= 2048
-    assert priced(Saturating(512), 0, 0, 2 * found) >= 1.9 * priced(Saturating(512), 0, 0, found)
+    assert priced(Saturating(512), 0, 0, 2 * found, 0) >= 1.9 * priced(Saturating(512), 0, 0, found, 0)
     assert saturation(LinearCost((1.0, 1e-9, 0.0, 0.0)), 64, 512) == 512
 
 

@@ -10,12 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import COST, ask, serve
 
+from shoal.core.clock import SimClock
 from shoal.core.types import Request
+from shoal.engine import Engine
+from shoal.sched.admission import Watermark
 from shoal.sched.calls import FEW, Calls, best_time, prior_time
 from shoal.sched.cost import LinearCost
 from shoal.sched.policies.stall_free import StallFree
 from shoal.sched.policies.time_to_live import TimeToLive
 from shoal.sched.policy import Budget
+from shoal.sched.scheduler import Scheduler
+from shoal.sim.executor import SimExecutor
 
 SLOW = LinearCost((4e-3, 5e-4, 5e-8, 1e-10))  # prompts are dear: 500 tokens are a quarter of a second
 
@@ -258,3 +263,91 @@ def test_requests_without_a_program_are_served_as_they_come():
     served = serve(TimeToLive(LIMIT, cost=COST), requests, dict.fromkeys((r.id for r in requests), 10), 100)
     starts = [served.start(r.id) for r in requests]
     assert starts == sorted(starts)
+
+
+def returns(policy, prompt: list[int], again: list[int], **more):
+    """A program whose second turn comes with another text than its first one left, and the scheduler meanwhile."""
+    first = ask("p.0", prompt, 20, program="p")
+
+    def after(out, engine):
+        if out.id == "p.0":
+            engine.tell("p", "ls")
+            return [ask("p.1", again, 20, arrival=engine.clock.now() + 0.1, program="p")]
+        if out.id == "p.1":
+            engine.tell("p", "")
+        return []
+
+    return serve(policy, [first], {"p.0": 10, "p.1": 200}, after=after, **more)
+
+
+def test_what_a_diverging_turn_does_not_need_is_worth_no_more_than_other_blocks():
+    """From the turn's start on: its pin is over, and the blocks it kept yield by their last use."""
+
+    class Watching(TimeToLive):
+        seen: list[tuple[bool, float]]
+
+        def revalued(self, view):
+            changed = list(super().revalued(view))
+            running = any(seq.request.id == "p.1" for seq in view.running)
+            self.seen += [(running, self.worth(node)) for node in changed]
+            return changed
+
+    policy = Watching(LIMIT, cost=SLOW, always=1000.0)
+    policy.seen = []
+    returns(policy, list(range(5, 205)), list(range(1005, 1205)))
+    assert [running for running, _ in policy.seen][:2] == [False, True]
+    assert policy.seen[0][1] > 1e11 and policy.seen[1][1] < 1e3
+
+
+def test_a_turn_that_was_served_in_vain_keeps_its_pin():
+    policy, scheduler = pinned_by("p")
+    waiting = next(iter(scheduler.waiting.values()))
+    policy.chunk(waiting, 100, scheduler.view(1.0))
+    list(policy.revalued(scheduler.view(1.0)))
+    assert "p" in policy._pins and waiting.request.id in policy._programs["p"].waiting
+    waiting.started = 1.0
+    policy.chunk(waiting, 100, scheduler.view(1.0))
+    assert "p" in policy._pins, "it had started before"
+
+
+def pinned_by(*programs: str) -> tuple[TimeToLive, Scheduler]:
+    """Programs whose turns have ended, all pinned, and each of which has come back and waits."""
+    policy = TimeToLive(LIMIT, cost=SLOW, always=1000.0)
+    scheduler = Scheduler(policy, 4000, 16)
+    clock, lengths = SimClock(), {}
+    engine = Engine(scheduler, SimExecutor(clock, SLOW, lengths), clock)
+    for i, name in enumerate(programs):
+        lengths[f"{name}.0"] = 5
+        engine.add(ask(f"{name}.0", list(range(5, 85)) + [100 + i] * 80, 20, program=name))
+    while engine.busy:
+        engine.step()
+    for name in programs:
+        engine.tell(name, "ls")
+    for i, name in enumerate(programs):
+        engine.add(ask(f"{name}.1", list(range(5, 85)) + [100 + i] * 80 + [9] * 40, 20, program=name))
+    return policy, scheduler
+
+
+def test_pins_are_counted_once_a_plan_and_the_admission_is_asked_once_for_each():
+    counts, asked = [], []
+
+    class Counting(Watermark):
+        def fits(self, seq, reach, view):
+            asked.append((seq.request.id, reach.reserved_blocks))
+            return super().fits(seq, reach, view)
+
+    policy, scheduler = pinned_by(*(f"p{i}" for i in range(6)))
+    policy.admission, count = Counting(), scheduler.kv.count_idle
+    scheduler.kv.count_idle = lambda nodes: counts.append(1) or count(nodes)
+    scheduler.plan(1.0)
+    assert [id for id, _ in asked] == [f"p{i}.1" for i in range(6)]
+    assert len(counts) == 1
+    kept = [blocks for _, blocks in asked]
+    assert kept[0] == 0 and kept[1:] == [5 * i for i in (4, 3, 2, 1, 0)], "each beside those that come after it"
+
+
+def test_of_a_program_that_is_over_nothing_is_remembered():
+    policy = TimeToLive(LIMIT, cost=SLOW)
+    made = Agents(30, 3, 0.3)
+    serve(policy, made.begin, made.lengths, 400, cost=SLOW, after=made.after)
+    assert not policy._owner and not policy._programs and not policy._since

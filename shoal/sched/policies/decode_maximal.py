@@ -19,7 +19,10 @@ FORGET = 0.05  # weight of the latest answer in the means
 
 
 class DecodeMaximal(Serving):
-    """B is `limit.sequences`. `chunk_tokens` fixes C; else it follows the means, between `least` and the limit."""
+    """B is `limit.sequences`, or of a model in stages a step's share of them.
+
+    `chunk_tokens` fixes C; else it follows the means, between `least` and the limit.
+    """
 
     items = 1
 
@@ -30,13 +33,14 @@ class DecodeMaximal(Serving):
         """`least` is where a chunk keeps the machine busy: see `saturation`."""
         super().__init__(limit or Budget(2048, 32), admission)
         self.chunk_tokens, self.tile, self.least = chunk_tokens, tile, least
+        self.stages = 1  # of the model: each step carries its share of the decodes. Told by whoever runs it
         self._prompt = self._output = 0.0  # means of those that have ended
 
     def best_chunk(self) -> int:
         """C, such that with B - 1 decodes it is a whole number of tiles."""
         if self.chunk_tokens is not None:
             return self.chunk_tokens
-        riders = self.limit.sequences - 1
+        riders = -(-self.limit.sequences // self.stages) - 1
         wanted = riders * self._prompt / self._output if self._output else 0.0
         wanted = min(max(wanted, self.least), self.limit.tokens - riders)
         tiles = max(1, round((wanted + riders) / self.tile), math.ceil((riders + 1) / self.tile))
@@ -45,6 +49,10 @@ class DecodeMaximal(Serving):
     def tokens(self, view: View) -> int:
         """One chunk, and one token for each that decodes."""
         return self.best_chunk() + sum(len(s.tokens) - s.computed <= 1 for s in view.running)
+
+    def steady(self, view: View) -> int:
+        """A chunk is added to the decodes."""
+        return super().steady(view)
 
     def admit(self, seq: Sequence, reach: Reach, view: View) -> float:
         """Not beyond B: all that run have a token in every step."""

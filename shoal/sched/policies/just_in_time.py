@@ -26,7 +26,8 @@ PER_OUTPUT = 8.0  # what a token of an answer is worth in tokens of a prompt
 SHARPNESS = 4.0  # how fast worth falls when less time is left than the bound needs
 HOPELESS = 0.02  # chance below which a promise is taken for broken
 STEADY = 1.2  # by so much must a newcomer be worth more than one that is in the step already
-PROMISED, LEFTOVER, PLANNED, MISSED = 0, 1, 2, 3
+PATIENCE = 4.0  # times as long as it needs that a broken promise waits behind what nothing was promised to
+PROMISED, BROKEN, AGED, LEFTOVER, MISSED, PLANNED = range(6)
 
 Ranked = tuple[float, float, Sequence]  # worth, length, whose
 
@@ -48,8 +49,10 @@ def like_lengths(ranked: Seq[Ranked], size: int, slack: float) -> list[Sequence]
 
 class JustInTime(Ordered):
     """Requests with a promise want their tokens in time; those with a deadline their end; those of a program with a
-    deadline their stage's end. What has none of these, rows of a batch in their plan's order behind the rest, and what
-    can no longer be kept, lives on what is left over.
+    deadline their stage's end. What has none of these, and what can no longer be kept, lives on what is left over,
+    and rows of a batch, in their plan's order, on what those leave. What can no longer be kept stands behind what was
+    promised nothing until it has waited long enough; once its late token has come, the next is due a gap later again,
+    after what can still be kept from the first token to the last.
 
     What is promised is ordered by its worth for each second that it still needs, less the more time there is to spare:
     so whoever is ahead waits, and nothing is spent on what will be late anyway. Whoever is in the step keeps its place
@@ -65,6 +68,8 @@ class JustInTime(Ordered):
         self.slack = slack
         self._stages = Stages()
         self._seen: dict[int, tuple[int, float]] = {}  # by number: tokens produced when last looked, and since when
+        self._late: dict[int, float] = {}  # by number: seconds by which a token came too late: its next ones may too
+        self._missed: dict[int, float] = {}  # by number: since when it cannot be kept
         self._step = 0.02  # seconds of a step: a moving mean
         self._before: float | None = None  # when the plan before was made, if it left a step running
 
@@ -90,7 +95,16 @@ class JustInTime(Ordered):
         if len(seq.tokens) - seq.num_prompt != produced:
             produced, since = len(seq.tokens) - seq.num_prompt, now
             self._seen[seq.number] = produced, since
+            promise = seq.request.promise or self.promise
+            late = now - self._turn(seq, promise, produced - 1)
+            if late > 0.0:
+                self._late[seq.number] = late + self._late.get(seq.number, 0.0)
         return since
+
+    def _turn(self, seq: Sequence, promise: Promise, at: int) -> float:
+        """When its token `at` is due, counted from the last one that came too late."""
+        gaps = at * promise.gap if at else 0.0
+        return seq.request.arrival + promise.first + self._late.get(seq.number, 0.0) + gaps
 
     def margin(self, seq: Sequence, view: View) -> tuple[float, float, float]:
         """(seconds to spare, seconds it needs, those it needs until its next promise), all of it running in every
@@ -108,7 +122,8 @@ class JustInTime(Ordered):
         own = (prompt + 1.0) * step
         due = request.arrival + promise.first
         if produced:  # no token later than its turn, and no gap longer than promised though others came early
-            due = min(due + produced * promise.gap, self._last_token(seq, now) + promise.gap)
+            since = self._last_token(seq, now)
+            due = min(self._turn(seq, promise, produced), since + promise.gap)
         return due - now - own, whole, own
 
     def judge(self, seq: Sequence, view: View) -> tuple[int, float]:
@@ -120,17 +135,19 @@ class JustInTime(Ordered):
             return (LEFTOVER, value) if index < 0 else (PLANNED, -float(index))
         chance = 1.0 if spare >= 0.0 else max((spare + own) / own, 0.0) ** SHARPNESS
         if chance < HOPELESS:
-            return MISSED, value
+            since = self._missed.setdefault(seq.number, view.now)
+            return (AGED if view.now - since > PATIENCE * whole else MISSED), value
+        self._missed.pop(seq.number, None)
         if seq.number in self._chosen and not self.stands(seq):
             value *= STEADY
-        return PROMISED, value * chance / (1.0 + max(spare, 0.0) / whole)
+        return (BROKEN if seq.number in self._late else PROMISED), value * chance / (1.0 + max(spare, 0.0) / whole)
 
     # -- answers -----------------------------------------------------------------------------------
 
     def choose(self, view: View) -> list[Sequence]:
         """By group, then by worth, with the last of those that find room next to others of their length."""
         self._look(view)
-        groups: dict[int, list[Ranked]] = {PROMISED: [], LEFTOVER: [], PLANNED: [], MISSED: []}
+        groups: dict[int, list[Ranked]] = {group: [] for group in range(PLANNED + 1)}
         for seqs in (view.running, view.waiting):
             for seq in seqs:
                 group, value = self.judge(seq, view)
@@ -142,14 +159,12 @@ class JustInTime(Ordered):
             found += like_lengths(ranked, self.limit.sequences - len(found), slack)
         return found
 
-    def steady(self, view: View) -> int:
-        """Never: it learns how long steps take from the times of its plans."""
-        return 0
-
     def retire(self, seq: Sequence, finish: Finish, view: View) -> None:
         """Learn its length, and how long its stage took."""
         super().retire(seq, finish, view)
         came = self._seen.pop(seq.number, None)
+        self._late.pop(seq.number, None)
+        self._missed.pop(seq.number, None)
         if seq.request.program and came is not None:
             self._stages.leave(seq.request.program, view.now)
 

@@ -40,6 +40,8 @@ class Mixed(StallFree):
     ahead, if the pace until then tells.
     """
 
+    most = 10_000  # tenants that are remembered
+
     def __init__(
         self, limit: Budget | None = None, cost: Cost | None = None, promise: Promise | None = None,
         admission: Admission | None = None, jobs: Mapping[str, Job] | None = None,
@@ -57,31 +59,42 @@ class Mixed(StallFree):
 
     def budget(self, view: View) -> Budget:
         """Counters and outlooks are brought up to date first."""
-        done = dict(self._ended)
-        present, batch = set(), 0
+        done: dict[str, float] = {}  # by tenant: of its rows that run
+        batch = 0
         for seq in view.running:
             request = seq.request
             if request.promise is None:
                 batch += 1
                 done[request.group] = done.get(request.group, 0.0) + seq.computed
-                present.add(request.group)
         waiting = {seq.request.group for seq in view.waiting if seq.request.promise is None}
         self._live = batch < len(view.running) or any(seq.request.promise is not None for seq in view.waiting)
-        self._follow(done, present | waiting)
+        self._follow(done, done.keys() | waiting)
         for group, outlook in self._outlooks.items():
-            said = outlook.look(view.now, done.get(group, 0.0))
+            so_far = done.get(group, 0.0) + self._ended.get(group, 0.0)
+            said = outlook.look(view.now, so_far)
             if said is not None:
                 self.announced.append(said)
-            (self._urgent.add if outlook.behind(view.now, done.get(group, 0.0)) else self._urgent.discard)(group)
+            (self._urgent.add if outlook.behind(view.now, so_far) else self._urgent.discard)(group)
         return super().budget(view)
 
     def _follow(self, done: Mapping[str, float], present: set[str]) -> None:
         """A tenant that comes, or comes back, begins where the one that has had least is: idleness earns nothing."""
-        had = {group: done.get(group, 0.0) / self.weights.get(group, 1.0) for group in present}
+        ended, weights = self._ended, self.weights
+        had = {group: (done.get(group, 0.0) + ended.get(group, 0.0)) / weights.get(group, 1.0) for group in present}
         floor = min((had[group] + self._ahead[group] for group in present if group in self._served), default=0.0)
         for group in present - self._served.keys():
             self._ahead[group] = max(0.0, floor - had[group])
         self._served = {group: had[group] + self._ahead[group] for group in present}
+        if len(self._ahead) > self.most:
+            self._forget(present)
+
+    def _forget(self, present: set[str]) -> None:
+        """Tenants that are not there, those first that came first, until half of them are left: whoever comes back
+        begins as a new one does. What a job has had is the job's."""
+        gone = [group for group in self._ahead if group not in present and group not in self._outlooks]
+        for group in gone[: len(self._ahead) - self.most // 2]:
+            del self._ahead[group]
+            self._ended.pop(group, None)
 
     def tokens(self, view: View) -> int:
         """As long as promised, or as whoever may come just now can bear."""
@@ -89,7 +102,11 @@ class Mixed(StallFree):
             return super().tokens(view)
         decodes = [len(s.tokens) for s in view.running if len(s.tokens) - s.computed <= 1]
         context = sum(decodes) // max(len(decodes), 1)
-        return self._budgets.tokens(PATIENT * self.promise.first, len(decodes), context)
+        return self._budgets.tokens(PATIENT * self.promise.first, len(decodes), context, self._depth(view, context))
+
+    def steady(self, view: View) -> int:
+        """Not where a job's pace may fall behind meanwhile."""
+        return 0 if self._outlooks else super().steady(view)
 
     def rank(self, seq: Sequence, view: View) -> Key:
         """Live requests by phase; batch rows by phase, then by what their tenant has had, then by their plan."""
@@ -105,8 +122,9 @@ class Mixed(StallFree):
         """As memory allows; a live request also in the place of batch rows."""
         found = super().admit(seq, reach, view)
         if found > view.now and not is_batch(seq):
-            batch = [other for other in view.running if is_batch(other)]
-            return -math.inf if would_make_room(batch, seq, reach, view) else found
+            place = (self.rank(seq, view),)
+            after = [s for s in view.running if is_batch(s) and s.yields and (self.rank(s, view),) > place]
+            return -math.inf if would_make_room(after, seq, reach, view) else found
         return found
 
     def victim(self, seq: Sequence, others: Seq[Sequence], view: View) -> Sequence | None:

@@ -101,6 +101,10 @@ class Ordered(StallFree):
             self._expected[seq.number] = produced + REFRESH, length
         return length
 
+    def steady(self, view: View) -> int:
+        """Never: which plans make an order, and when a length is asked anew, is counted in plans and tokens."""
+        return 0
+
     def retire(self, seq: Sequence, finish: Finish, view: View) -> None:
         """Learn, and forget what was expected."""
         super().retire(seq, finish, view)
@@ -139,6 +143,7 @@ class LeastAttained(Ordered):
     """Whoever's program has had least, in levels of `quantum` tokens (Autellix, arXiv 2502.13965)."""
 
     quantum = 400
+    most = 10_000  # programs that are followed at once
 
     def __init__(
         self, limit: Budget | None = None, cost: Cost | None = None, promise: Promise | None = None,
@@ -157,7 +162,9 @@ class LeastAttained(Ordered):
         super().retire(seq, finish, view)
         program = seq.request.program
         if program:
-            self._attained[program] = self._attained.get(program, 0) + len(seq.tokens)
+            self._attained[program] = self._attained.pop(program, 0) + len(seq.tokens)
+            if len(self._attained) > self.most:  # the one whose last turn ended longest ago begins anew
+                del self._attained[next(iter(self._attained))]
 
     def hear(self, program: str, tool: str, now: float) -> None:
         """A program that has ended is forgotten."""

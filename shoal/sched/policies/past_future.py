@@ -29,7 +29,7 @@ class PastFuture(StallFree):
         lengths: LengthEstimator | None = None, window: int = 200, reserve: float = 0.05, condition: bool = True,
         every: int = 1, seed: int = 0,
     ) -> None:  # fmt: skip
-        lengths = lengths or LengthHistory(window, condition=condition)
+        lengths = lengths or LengthHistory(window, condition=condition, cold=True)
         super().__init__(limit, Foreseen(lengths, reserve, seed), cost, promise)
         self.every = every
         self._plans = 0

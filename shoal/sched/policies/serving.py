@@ -79,5 +79,5 @@ class Serving(Policy):
 
     def retire(self, seq: Sequence, finish: Finish, view: View) -> None:
         """Learn from answers that have come to their own end."""
-        if finish in (Finish.STOP, Finish.LENGTH) and seq.samples:
-            self.admission.learn(seq)
+        learns = finish in (Finish.STOP, Finish.LENGTH) and seq.samples
+        (self.admission.learn if learns else self.admission.forget)(seq)

@@ -6,6 +6,8 @@ Sarathi-Serve (OSDI 2024, arXiv 2403.02310).
 
 from __future__ import annotations
 
+import math
+
 from shoal.core.types import Promise
 from shoal.sched.admission import Admission
 from shoal.sched.budgeting import Budgets
@@ -35,21 +37,33 @@ class StallFree(Serving):
     def tokens(self, view: View) -> int:
         """The budget of the step, more than the decodes in any case."""
         decodes = context = 0
-        gap = default = self.promise.gap
-        tightest = default
+        default = self.promise.gap
+        tightest = math.inf
         for seq in view.running:
             size = len(seq.tokens)
             if size - seq.computed <= 1:
                 decodes += 1
                 context += size
                 promise = seq.request.promise
-                if promise is not None and promise.gap < tightest:
-                    tightest = promise.gap
+                gap = default if promise is None else promise.gap
+                if gap < tightest:
+                    tightest = gap
         if not decodes:
             return self.limit.tokens
-        gap = min(gap, tightest)
         if self.fixed is not None:
             return max(self.fixed, (decodes // self.tile + 1) * self.tile)
         if self._budgets is None:
             return self.limit.tokens
-        return self._budgets.tokens(gap, decodes, context // decodes)
+        context //= decodes
+        return self._budgets.tokens(tightest, decodes, context, self._depth(view, context))
+
+    def steady(self, view: View) -> int:
+        """A budget is more than the decodes, so each has its token whatever it is."""
+        return super().steady(view)
+
+    def _depth(self, view: View, otherwise: int) -> int:
+        """Tokens before the chunk of the first prompt under way: it takes what the decodes leave."""
+        prompts = [seq for seq in view.running if len(seq.tokens) - seq.computed > 1]
+        if not prompts:
+            return otherwise  # whoever is let in may find some of its prompt: nobody knows how much
+        return min(prompts, key=lambda seq: (self.rank(seq, view), seq.number)).computed

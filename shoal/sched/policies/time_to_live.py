@@ -64,6 +64,8 @@ class TimeToLive(StallFree):
         self._changed: list[Node] = []  # pinned or unpinned since the last plan
         self._reload: dict[int, float] = {}  # seconds, by rounded tokens
         self._started = False  # whether this plan has let anybody in
+        self._served: list[Sequence] = []  # that had not started when they were served
+        self._kept: dict[str, int] | None = None  # by program: blocks of its pin, counted once a plan
         self._service = 1.0  # seconds from a start to an end: a moving mean
 
     # -- programs ----------------------------------------------------------------------------------
@@ -84,6 +86,7 @@ class TimeToLive(StallFree):
 
     def hear(self, program: str, tool: str, now: float) -> None:
         """A turn has ended: pin what it left, for as long as its tool makes it worth; forget a program that is over."""
+        self._settle()
         found = self._programs.get(program)
         if found is None:
             return
@@ -91,7 +94,7 @@ class TimeToLive(StallFree):
             self.calls.over(found.turns)
             self._unpin(program)
             if not found.live:
-                del self._programs[program]
+                self._drop(program)
             return
         found.tool = tool
         live = self.time_to_live(tool, found.tokens)
@@ -108,13 +111,30 @@ class TimeToLive(StallFree):
         """Seconds to compute so many tokens again."""
         size = -(-tokens // ROUGHLY) * ROUGHLY
         if size not in self._reload:
-            self._reload[size] = priced(self._cost, 0, 0, size)
+            self._reload[size] = priced(self._cost, 0, 0, size, 0)
         return self._reload[size]
 
     def _forget(self) -> None:
         """Of programs that have not said that they have ended, the first without a request and a pin."""
         idle = (name for name, found in self._programs.items() if not found.live and name not in self._pins)
-        self._programs.pop(next(idle, ""), None)
+        self._drop(next(idle, ""))
+
+    def _drop(self, name: str) -> None:
+        found = self._programs.pop(name, None)
+        if found is not None and found.leaf is not None:
+            self._owner.pop(found.leaf.writer, None)
+
+    def _settle(self) -> None:
+        """Who has started needs its program's pin no more; who was served in vain still does."""
+        served, self._served = self._served, []
+        for seq in served:
+            name = seq.request.program
+            program = self._programs.get(name)
+            if program is not None and seq.started is not None and seq.request.id in program.waiting:
+                program.waiting.discard(seq.request.id)
+                if program.turns and name not in self._pins:
+                    self.calls.waited(seq.started - self._since.get(seq.request.id, seq.started))
+                self._unpin(name)
 
     def _unpin(self, program: str) -> None:
         pin = self._pins.pop(program, None)
@@ -130,6 +150,8 @@ class TimeToLive(StallFree):
 
     def revalued(self, view: View) -> Iterable[Node]:
         """Pins that are over, and all that has changed."""
+        self._settle()
+        self._kept = None
         late = [name for name, pin in self._pins.items() if view.now > pin.until and not pin.waiting]
         for name in late:
             self._unpin(name)
@@ -159,24 +181,31 @@ class TimeToLive(StallFree):
 
     def admit(self, seq: Sequence, reach: Reach, view: View) -> float:
         """If there is room beside the pins of other programs; when nothing runs, pins make room."""
-        name = seq.request.program
-        pins = sorted((pin for other, pin in self._pins.items() if other != name), key=lambda pin: pin.arrival)
-        aged = self._aged(seq, view)
-        while True:
-            kept = 0 if aged else reach.idle(pin.leaf for pin in pins if pin.leaf is not None)
-            if super().admit(seq, replace(reach, reserved_blocks=reach.reserved_blocks + kept), view) <= view.now:
-                break
-            if aged or not pins or view.running or self._started:
-                return math.inf
-            pins.pop()  # the latest; its blocks are the first of the pinned that are forgotten
+        if self._aged(seq, view) or not (view.running or self._started):
+            kept = 0  # where it needs room, the latest are the first of the pinned that are forgotten
+        else:
+            kept = self._beside(seq.request.program, reach)
+        if super().admit(seq, replace(reach, reserved_blocks=reach.reserved_blocks + kept), view) > view.now:
+            return math.inf
         self._started = True
-        program = self._programs.get(name)
-        if program is not None and seq.started is None:
-            program.waiting.discard(seq.request.id)
-            if program.turns and name not in self._pins:
-                self.calls.waited(view.now - self._since.get(seq.request.id, view.now))
-            self._pins.pop(name, None)
         return -math.inf
+
+    def _beside(self, name: str, reach: Reach) -> int:
+        """Idle blocks of the pins of all programs but this one and those that this plan has served."""
+        if self._kept is None:
+            pins = {other: pin.leaf for other, pin in self._pins.items() if pin.leaf is not None}
+            self._kept = dict(zip(pins, reach.idle(pins.values()), strict=True))
+            for seq in self._served:
+                self._kept.pop(seq.request.program, None)
+        return sum(self._kept.values()) - self._kept.get(name, 0)
+
+    def chunk(self, seq: Sequence, room: int, view: View) -> int:
+        """The same; who is about to start is taken down."""
+        if seq.started is None:
+            self._served.append(seq)
+            if self._kept is not None:
+                self._kept.pop(seq.request.program, None)
+        return super().chunk(seq, room, view)
 
     def steady(self, view: View) -> int:
         """As long as nothing is pinned: a pin is over at some time, and its blocks with it."""
@@ -189,6 +218,7 @@ class TimeToLive(StallFree):
     def retire(self, seq: Sequence, finish: Finish, view: View) -> None:
         """Take down where its turn left off; what its program does next will be said."""
         super().retire(seq, finish, view)
+        self._settle()
         self._since.pop(seq.request.id, None)
         if seq.started is not None:
             self._service += 0.1 * (view.now - seq.started - self._service)

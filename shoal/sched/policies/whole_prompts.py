@@ -28,6 +28,10 @@ class _WholePrompts(Serving):
         self._room, self._prompts = budget.tokens, False
         return budget
 
+    def steady(self, view: View) -> int:
+        """Decodes alone are neither cut nor counted."""
+        return super().steady(view)
+
     def admit(self, seq: Sequence, reach: Reach, view: View) -> float:
         """If all of its prompt that is not there already fits into the step, or the step is its own."""
         new = len(seq.tokens) - reach.tokens
@@ -50,6 +54,10 @@ class _WholePrompts(Serving):
 class PrefillFirst(_WholePrompts):
     """vLLM's: whoever waits goes first, in steps of prompts alone; all others stand still meanwhile."""
 
+    def steady(self, view: View) -> int:
+        """Decodes stand beside prompts alone."""
+        return super().steady(view)
+
     def rank(self, seq: Sequence, view: View) -> Key:
         """Prompts under way, then those that wait, then decodes."""
         if seq.ticket < 0:
@@ -67,6 +75,10 @@ class Hybrid(_WholePrompts):
     def __init__(self, limit: Budget | None = None) -> None:
         super().__init__(limit or Budget(16384, 16), Reserved())
 
+    def steady(self, view: View) -> int:
+        """Seats are counted when somebody is let in."""
+        return super().steady(view)
+
     def rank(self, seq: Sequence, view: View) -> Key:
         """Whoever runs, then whoever waits."""
         return DECODE if seq.ticket >= 0 else WAIT
@@ -81,6 +93,10 @@ class RequestLevel(_WholePrompts):
 
     def __init__(self, limit: Budget | None = None) -> None:
         super().__init__(limit or Budget(16384, 16), Reserved())
+
+    def steady(self, view: View) -> int:
+        """A batch that runs is left alone."""
+        return super().steady(view)
 
     def rank(self, seq: Sequence, view: View) -> Key:
         """Prompts of the batch, then its decodes, then whoever waits."""

@@ -53,7 +53,7 @@ def test_no_named_policy_changes_a_token(built: BuiltEngine, name: str) -> None:
 def test_a_promise_and_a_cost_choose_the_budget(built: BuiltEngine) -> None:
     cost = LinearCost((1e-3, 1e-4, 0.0, 0.0))
     policy = StallFree(Budget(4096, 64), cost=cost, promise=Promise(1.0, 0.01), tile=16)
-    assert policy._budgets is not None and policy._budgets.tokens(0.01, 8, 50) == 80
+    assert policy._budgets is not None and policy._budgets.tokens(0.01, 8, 50, 50) == 80
     assert stall(built, policy, 300, 24).tokens == stall(built, whole(), 300, 24).tokens
 
 

@@ -58,8 +58,9 @@ class StallFree(Serving):
         return self._budgets.tokens(tightest, decodes, context, self._depth(view, context))
 
     def steady(self, view: View) -> int:
-        """A budget is more than the decodes, so each has its token whatever it is."""
-        return super().steady(view)
+        """A budget is more than the decodes, so each has its token whatever it is; but what waits may begin when it
+        grows or shrinks with them."""
+        return 0 if view.waiting and self._budgets is not None else super().steady(view)
 
     def _depth(self, view: View, otherwise: int) -> int:
         """Tokens before the chunk of the first prompt under way: it takes what the decodes leave."""
